@@ -1,0 +1,100 @@
+"""What every system is: hyper-parameters (a strict pydantic model whose defaults are the paper's) and three pure
+functions on tensors. No I/O, no model, no process group: the batch that a system sees is always the global one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+Columns = dict[str, Tensor]  # one value (or one row of T values) per completion; first dimension N
+Stats = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The labelled rows of one online batch, or those of them that one update or micro-batch uses.
+
+    Rows without a label are not here: they left the batch, and with it the baseline, μ and σ. Rows of one prompt
+    stand together. Shapes: N completions, T the longest completion's tokens.
+    """
+
+    group_N: Tensor  # long; which prompt
+    mask_NT: Tensor  # 1 on completion tokens (EOS included), 0 on padding
+    reward_N: Tensor  # the label; higher is better
+    logp_old_NT: Tensor | None = None  # log π_t per token, untempered, 0 where mask is 0
+    logp_ref_NT: Tensor | None = None  # log π_0, likewise
+    value_old_NT: Tensor | None = None  # the critic's value before each token, at sampling time
+    missing_eos_N: Tensor | None = None  # bool: cut off at max_new_tokens
+    columns: Mapping[str, Tensor] = field(default_factory=dict)  # what prepare and refresh computed
+
+    def __getitem__(self, column: str) -> Tensor:
+        return self.columns[column]
+
+    def __len__(self) -> int:
+        return int(self.group_N.shape[0])
+
+    def select(self, rows: Tensor) -> Batch:
+        """The same batch with only the rows of index tensor `rows`, in that order."""
+        picked = {
+            f.name: v[rows] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **picked, columns={k: v[rows] for k, v in self.columns.items()})
+
+    def having(self, columns: Mapping[str, Tensor]) -> Batch:
+        return replace(self, columns={**self.columns, **columns})
+
+    @property
+    def seq_old_N(self) -> Tensor:
+        """log π_t(y|x): the sum over a completion's tokens."""
+        assert self.logp_old_NT is not None
+        return self.logp_old_NT.sum(-1)
+
+    @property
+    def seq_ref_N(self) -> Tensor:
+        """log π_0(y|x)."""
+        assert self.logp_ref_NT is not None
+        return self.logp_ref_NT.sum(-1)
+
+
+class Algorithm(BaseModel):
+    """One system. The trainer asks these declarations, never a name."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    name: str
+    source: ClassVar[Literal["online", "pairs", "demonstrations"]] = "online"
+    """Where rows come from: sampled and labelled, or a fixed set of (chosen, rejected) or of demonstrations.
+    Rows of a pair come as one group with rewards 1 (chosen) and 0 (rejected)."""
+    needs_old: ClassVar[bool] = True  # logp_old_NT
+    critic: ClassVar[bool] = False  # value_old_NT, and values in `refresh` and `loss`
+    recompute: ClassVar[bool] = False  # call `refresh` with the current policy before every update
+    epochs: int = Field(1, ge=1, description="passes over each online batch")
+    updates_per_batch: ClassVar[int | None] = None  # fixed number of updates an epoch; None: by train.update_size
+
+    @property
+    def needs_ref(self) -> bool:
+        """Whether logp_ref_NT is needed (a system may not need π_0 at some of its settings)."""
+        return True
+
+    def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
+        """Once per online batch, over all its rows, without gradient: advantages, weights, chosen pairs, and
+        numbers worth logging. A bool column "keep" leaves rows out of forward and backward."""
+        return {}, {}
+
+    def refresh(self, rows: Batch, logp_NT: Tensor, value_NT: Tensor | None) -> Columns:
+        """Before each update, over all its rows, without gradient, with the current π_θ (only if `recompute`)."""
+        return {}
+
+    def denominator(self, rows: Batch) -> Tensor:
+        """What the sum that `loss` returns is divided by, from all rows of one update."""
+        return torch.tensor(float(len(rows)))
+
+    def loss(self, logp_NT: Tensor, rows: Batch, value_NT: Tensor | None = None) -> tuple[Tensor, Columns]:
+        """The *sum* of the loss terms of `rows` (some of an update's rows; whole prompts), and per-row numbers worth
+        logging. logp_NT: log π_θ per token with gradient, 0 where mask is 0."""
+        raise NotImplementedError

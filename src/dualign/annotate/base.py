@@ -1,0 +1,64 @@
+"""What labels a completion: one small protocol that judges, reward models and Python functions share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from dualign.types import Label, Prompt
+
+
+@dataclass(frozen=True)
+class Item:
+    """One completion to be labelled. `index` orders the answers; items of one `group` share a prompt."""
+
+    index: int
+    group: int
+    prompt: Prompt
+    completion: str
+    completion_ids: tuple[int, ...] = ()
+
+
+class Session(Protocol):
+    """The labelling of one online batch. `add` must return at once: completions arrive while others are being
+    decoded. `close` waits for what is outstanding and returns every label by item index."""
+
+    def add(self, item: Item) -> None: ...
+
+    def close(self) -> dict[int, Label]: ...
+
+
+class Annotator(Protocol):
+    """Opens one session per online batch. Raises UserError for what the user must mend (a reward function that
+    raises or returns the wrong length), StopRun for what ends the run cleanly (a spent budget, a dead judge)."""
+
+    name: str
+
+    def open(self) -> Session: ...
+
+    def close(self) -> None: ...
+
+
+class BatchSession:
+    """A session for annotators that label a whole batch in one call."""
+
+    def __init__(self, label: Callable[[Sequence[Item]], list[Label]]) -> None:
+        self._label = label
+        self._items: list[Item] = []
+
+    def add(self, item: Item) -> None:
+        self._items.append(item)
+
+    def close(self) -> dict[int, Label]:
+        items = sorted(self._items, key=lambda item: item.index)
+        return dict(zip((item.index for item in items), self._label(items), strict=True)) if items else {}
+
+
+def label_all(annotator: Annotator, items: Sequence[Item]) -> list[Label]:
+    """Labels of `items`, in their order."""
+    session = annotator.open()
+    for item in items:
+        session.add(item)
+    labels = session.close()
+    return [labels[item.index] for item in items]

@@ -1,0 +1,103 @@
+"""How rewards are configured: one strict model per kind of annotator, told apart by `type`. No torch here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class RewardSettings(Settings):
+    """What every reward has."""
+
+    name: str | None = Field(None, description="its name in logs and Parquet; default: from the function or model")
+    weight: float = Field(1.0, description="its factor in the sum of rewards")
+    optional: bool = Field(
+        False, description="None means 'does not apply to this row': the other rewards decide. Otherwise a row that one "
+        "reward could not label is absent"
+    )
+
+
+class FunctionReward(RewardSettings):
+    """A Python function `(prompts, completions, **columns) -> list[float | None]`, plain or async."""
+
+    type: Literal["function"] = "function"
+    path: str = Field(description="FILE.py:FUNCTION or package.module:FUNCTION")
+    timeout: float | None = Field(None, gt=0, description="seconds; a late answer is absent")
+
+
+class HeadReward(RewardSettings):
+    """Frozen MiniLM features with a ridge Bradley-Terry head, made by `dualign reward fit`."""
+
+    type: Literal["head"] = "head"
+    path: str = Field("builtin:harmless", description="a head file, or builtin:NAME")
+
+
+class ClassifierReward(RewardSettings):
+    """A Hugging Face sequence classifier with one output, in process."""
+
+    type: Literal["classifier"] = "classifier"
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    batch_size: int = Field(16, ge=1)
+    max_tokens: int = Field(4096, ge=8, description="longer inputs are absent, never cut silently")
+
+
+class Endpoint(RewardSettings):
+    """A server, how hard it may be asked, and what it may cost."""
+
+    base_url: str
+    model: str
+    api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key; may be unset for local servers")
+    concurrency: int = Field(64, ge=1)
+    requests_per_minute: int | None = Field(None, ge=1)
+    tokens_per_minute: int | None = Field(None, ge=1)
+    timeout: float = Field(60.0, gt=0, description="seconds for one attempt")
+    retries: int = Field(6, ge=0, description="further attempts after a failure that may pass")
+    price_prompt: float = Field(0.0, ge=0, description="dollars per million prompt tokens")
+    price_completion: float = Field(0.0, ge=0, description="dollars per million completion tokens")
+    max_dollars: float | None = Field(None, ge=0, description="ceiling for the run, what is in flight included")
+    max_tokens_total: int | None = Field(None, ge=0, description="ceiling for the run")
+    max_calls: int | None = Field(None, ge=0, description="ceiling for the run")
+    cache: str | None = Field(None, description="SQLite file of labels; default: one in the user's cache folder")
+
+
+class ServedReward(Endpoint):
+    """A reward model behind vLLM's classification or pooling endpoint."""
+
+    type: Literal["served"] = "served"
+    route: Literal["classify", "pooling"] = "classify"
+
+
+class JudgeSampling(Endpoint):
+    temperature: float = Field(0.0, ge=0)
+    max_tokens: int = Field(256, ge=1)
+    samples: int = Field(1, ge=1, description="replies per completion, averaged (needs temperature > 0 to differ)")
+
+
+class JudgeReward(JudgeSampling):
+    """AI reward: an LLM judge's 1-10 score of one completion."""
+
+    type: Literal["judge"] = "judge"
+    rubric: str = Field(description="summarization, helpfulness, harmlessness, or a YAML file")
+    expected_score: bool = Field(False, description="expectation over the score's token log-probs, where served")
+
+
+class PreferenceReward(JudgeSampling):
+    """AI preference: which of two completions is better, asked in both orders. A completion's value is 1 where it
+    won, 0 where it lost, 0.5 for a tie; with K > 2 the K completions of a prompt meet as neighbours (1-2, 3-4, ...)."""
+
+    type: Literal["preference"] = "preference"
+    rubric: str
+
+
+RewardConfig = Annotated[
+    FunctionReward | HeadReward | ClassifierReward | ServedReward | JudgeReward | PreferenceReward,
+    Field(discriminator="type"),
+]

@@ -1,0 +1,98 @@
+"""The sections of a run's configuration, each strict: an unknown key is an error. Defaults are the vetted setting."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from dualign.annotate.settings import RewardConfig, Settings
+
+
+class LoraConfig(Settings):
+    r: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class ModelConfig(Settings):
+    """The policy. π_0 is this model as loaded, frozen."""
+
+    name: str = Field(description="an embedded default (smollm2-135m-instruct), a local folder, or a hub name")
+    revision: str | None = None
+    trust_remote_code: bool = Field(False, description="run code that comes with the model; only if you trust it")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="bf16: autocast with fp32 master weights and reductions; fp32: everything"
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    chat_template: str | None = Field(None, description="a Jinja file, for models that come without one")
+    lora: LoraConfig | None = None
+    gradient_checkpointing: bool = False
+
+
+class DataConfig(Settings):
+    train: str = Field(description="a .jsonl[.gz], .json or .parquet file, a data set's name, or builtin:quickstart")
+    eval: str | None = Field(None, description="held-out prompts, likewise; none: no before/after evaluation")
+    split: str = Field("train", description="split of a data set taken by name")
+    eval_split: str = "test"
+    subset: str | None = Field(None, description="configuration of a data set taken by name")
+    format: Literal["auto", "prompt", "completion", "preference", "hh"] = "auto"
+    prompt_column: str = "prompt"
+    system_prompt: str | None = Field(None, description="put before every conversation that has none")
+    max_prompt_tokens: int | None = Field(None, ge=1, description="longer prompts are left out and counted; none: an error")
+    shuffle: bool = True
+
+
+class RolloutConfig(Settings):
+    engine: Literal["hf", "vllm"] = "hf"
+    k: int = Field(4, ge=1, description="completions per prompt (the papers' K)")
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(0.9, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    rows: int = Field(256, ge=1, description="completions decoded side by side in one process")
+
+
+class TrainConfig(Settings):
+    """Counts are completions, as the papers count them."""
+
+    online_batches: int = Field(ge=0)
+    online_batch: int = Field(64, ge=1, description="completions sampled from one π_t (paper: 512)")
+    update_size: int = Field(32, ge=1, description="completions of one optimizer step (paper: 128)")
+    micro_batch_tokens: int = Field(4096, ge=16, description="tokens of one forward pass; only memory and speed depend on it")
+    prefix_sharing: bool = Field(True, description="compute a prompt once for its K completions")
+    optimizer: Literal["adafactor", "adamw"] = "adafactor"
+    lr: float = Field(1e-6, gt=0)
+    critic_lr: float | None = Field(None, gt=0, description="of the value model; default: lr")
+    warmup: int = Field(15, ge=0, description="updates of linear warm-up, then constant")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_absent: float = Field(0.2, ge=0, le=1, description="stop when a larger share of a batch has no label")
+
+
+class EvalConfig(Settings):
+    prompts: int = Field(64, ge=1, description="held-out prompts, at most")
+    k: int = Field(1, ge=1, description="completions per held-out prompt")
+    every: int = Field(0, ge=0, description="evaluate each so many online batches; 0: only before and after")
+    temperature: float | None = Field(None, ge=0, description="default: the rollouts'")
+
+
+class RunConfig(Settings):
+    dir: str = "runs/run"
+    seed: int = 0
+    checkpoints: int = Field(10, ge=1, description="how many over the run, at equal distances; the last batch always has one")
+    keep_last: int | None = Field(None, ge=1, description="how many checkpoints to keep; none: all")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    project: str = "dualign"
+
+
+class Sections(Settings):
+    """All but the algorithm (config.py adds it, and with it torch)."""
+
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: list[RewardConfig] = Field(default_factory=list)
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+    run: RunConfig = RunConfig()

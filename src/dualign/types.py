@@ -1,0 +1,78 @@
+"""The records that pass from stage to stage of an online batch. No torch here: annotators import it without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Message = dict[str, str]  # {"role": ..., "content": ...}
+Finish = Literal["eos", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: a conversation that ends where the assistant is to speak, or plain text to continue.
+
+    `columns` holds whatever else the data row had; reward functions receive it by keyword.
+    """
+
+    id: str
+    content: str | tuple[Message, ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def conversational(self) -> bool:
+        return not isinstance(self.content, str)
+
+    @property
+    def messages(self) -> list[Message]:
+        """The prompt as chat messages; plain text becomes one user turn."""
+        if isinstance(self.content, str):
+            return [{"role": "user", "content": self.content}]
+        return [dict(m) for m in self.content]
+
+    @property
+    def text(self) -> str:
+        """The prompt for people and logs: the plain text, or the last user turn of a conversation."""
+        return self.content if isinstance(self.content, str) else self.content[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a fixed data set: a prompt with one completion (demonstration) or two (chosen, rejected)."""
+
+    prompt: Prompt
+    completions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion sampled from the current policy π_t.
+
+    `completion_ids` ends with the EOS token exactly when `finish == "eos"`; a completion cut off at
+    max_new_tokens is never given one. `sampler_logp` are the sampler's own untempered log-probs, one per id.
+    """
+
+    index: int  # position in the online batch: group * K + k
+    group: int  # which prompt of the online batch
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    text: str
+    finish: Finish
+    sampler_logp: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Label:
+    """A completion's scalar reward, or the reason why there is none. Absent is never zero."""
+
+    value: float | None
+    reason: str | None = None  # why absent; None where there is a value
+    parts: Mapping[str, float | None] = field(default_factory=dict)  # each reward by its name, unweighted
+    note: str | None = None  # the judge's own words
+
+    @staticmethod
+    def absent(reason: str, **more: Any) -> Label:
+        return Label(None, reason, **more)
