@@ -1,19 +1,197 @@
-"""A run's whole configuration: YAML recipe + `key.sub=value` overrides -> one strict model; bad keys named."""
+"""A run's whole configuration: YAML recipe + `key.sub=value` overrides -> one strict model; bad keys are named."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from functools import reduce
+from importlib import resources
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import Field
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from dualign.algos import ALGORITHMS
+from dualign.algos import ALGORITHMS, Algorithm
 from dualign.errors import UserError
 from dualign.schema import Sections
 
 AlgorithmConfig = Annotated[reduce(or_, ALGORITHMS.values()), Field(discriminator="name")]
+
+
+class Config(Sections):
+    algo: AlgorithmConfig = ALGORITHMS["dar"](name="dar")  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _counts(self) -> Self:
+        algo: Algorithm = self.algo
+        k = self.rollout.k if algo.source == "online" else {"pairs": 2, "demonstrations": 1}[algo.source]
+        t = self.train
+        for key, count in {"train.online_batch": t.online_batch, "train.update_size": t.update_size}.items():
+            if count % k:
+                near = max(k, count // k * k)
+                raise ValueError(f"{key}: {count} completions are no whole number of prompts at {k} each; try {near}")
+        if t.update_size > t.online_batch:
+            raise ValueError(f"train.update_size: {t.update_size} is more than train.online_batch ({t.online_batch})")
+        algo.check(k)
+        if algo.source == "online" and not self.reward:
+            raise ValueError("reward: none given; name at least one (type: function, head, classifier, judge, ...)")
+        return self
+
+    @property
+    def group(self) -> int:
+        """Completions per prompt in the batches that the algorithm sees."""
+        return {"online": self.rollout.k, "pairs": 2, "demonstrations": 1}[self.algo.source]
+
+    @property
+    def prompts_per_batch(self) -> int:
+        return self.train.online_batch // self.group
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-6 as text; people who write learning rates mean the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not readable as YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that ship with the package, by name (`quickstart`, `small/grpo`, ...)."""
+    root = Path(str(resources.files("dualign") / "recipes"))
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+
+
+def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The configuration of a recipe (a YAML file, or the name of a shipped one) with overrides applied.
+
+    Raises UserError naming the file and key at fault.
+    """
+    path = Path(recipe)
+    if not path.is_file():
+        shipped = recipes()
+        if str(recipe) not in shipped:
+            near = difflib.get_close_matches(str(recipe), shipped, 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else "; `dualign recipes` lists those that ship"
+            raise UserError(f"{recipe}: no such file or recipe{hint}")
+        path = shipped[str(recipe)]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections (model, data, algo, ...), not {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return build(tree, str(path))
+
+
+def build(tree: dict[str, Any], where: str = "config") -> Config:
+    """A checked Config from a plain tree. Raises UserError with one line per fault."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(tree, item) for item in error.errors()]
+        raise UserError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise UserError(f"override {override!r}: expected key.sub=value, for example train.lr=1e-5")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for part in parents:
+        if isinstance(node, list):
+            node = node[_position(node, part, override)]
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        if not isinstance(node, dict | list):
+            raise UserError(f"override {override!r}: {part} is a value, not a section")
+    value = parse_yaml(text, f"override {override!r}")
+    if isinstance(node, list):
+        node[_position(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _position(items: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise UserError(f"override {override!r}: {part} is no position in a list of {len(items)}")
+    return int(part)
+
+
+def _explain(tree: Any, item: Any) -> str:
+    # pydantic puts the tag of a discriminated union into the path; people did not write it
+    path: list[str] = []
+    node = tree
+    for part in item["loc"]:
+        if isinstance(node, dict) and part in node:
+            node = node[part]
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+        elif isinstance(node, dict) and part in (node.get("name"), node.get("type")):
+            continue
+        path.append(str(part))
+    key = ".".join(path)
+    kind, message = item["type"], item["msg"]
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], _known(path[:-1], tree), 1, 0.6)
+        parent = ".".join(path[:-1] + near)
+        return f"{key}: no such key" + (f"; did you mean {parent}?" if near else "")
+    if kind == "missing":
+        return f"{key}: missing"
+    if kind == "union_tag_invalid":
+        field = "name" if key == "algo" else "type"
+        given = item["input"].get(field) if isinstance(item["input"], dict) else item["input"]
+        choices = [c.strip(" '") for c in item["ctx"]["expected_tags"].split(",")]
+        near = difflib.get_close_matches(str(given), choices, 1, 0.4)
+        return f"{key}.{field}: no {given!r}" + (f"; did you mean {near[0]}?" if near else "") + f" (one of {', '.join(choices)})"
+    if kind == "union_tag_not_found":
+        return f"{key}.{'name' if key == 'algo' else 'type'}: missing"
+    if kind == "value_error":
+        return (f"{key}: " if key else "") + message.removeprefix("Value error, ")
+    return f"{key}: {message[0].lower()}{message[1:]}, not {item['input']!r}"
+
+
+def _known(path: list[str], tree: Any) -> list[str]:
+    """The keys that the section at `path` knows."""
+    model: Any = Config
+    for part in path:
+        tree = tree[int(part)] if isinstance(tree, list) else tree.get(part, {})
+        annotation = model if part.isdigit() else model.model_fields[part].annotation
+        model = _model_of(annotation, tree)
+        if model is None:
+            return []
+    return list(model.model_fields) if isinstance(model, type) else []
+
+
+def _model_of(annotation: Any, tree: Any) -> Any:
+    """The pydantic model that an annotation stands for, choosing within unions by the tree's tag."""
+    if get_origin(annotation) is list:
+        return get_args(annotation)[0]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        tags = [f.annotation for f in annotation.model_fields.values() if get_origin(f.annotation) is Literal]
+        given = {tree.get("name"), tree.get("type")} if isinstance(tree, dict) else set()
+        return annotation if not tags or given & set(get_args(tags[0])) or not given - {None} else None
+    return next((found for option in get_args(annotation) if (found := _model_of(option, tree))), None)
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, every default spelled out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

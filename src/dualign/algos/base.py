@@ -81,6 +81,9 @@ class Algorithm(BaseModel):
         """Whether logp_ref_NT is needed (a system may not need π_0 at some of its settings)."""
         return True
 
+    def check(self, k: int) -> None:
+        """Raise ValueError (naming the key, and what to do) where `k` completions per prompt cannot serve."""
+
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         """Once per online batch, over all its rows, without gradient: advantages, weights, chosen pairs, and
         numbers worth logging. A bool column "keep" leaves rows out of forward and backward."""

@@ -38,6 +38,13 @@ class DAR(Algorithm):
         return cls(alpha=alpha / (alpha + beta), beta=alpha + beta, **more)  # type: ignore[arg-type]
 
 
+    def check(self, k: int) -> None:
+        if k == 1 and self.baseline == "group":
+            raise ValueError(
+                "algo.baseline: with rollout.k = 1 a group's mean is the reward itself, so every advantage would be 0; "
+                "use baseline: batch, or k of 2 or more"
+            )
+
     @property
     def needs_ref(self) -> bool:
         return self.alpha > 0

@@ -1,0 +1,1 @@
+"""The policy, its log-probs, and the value model."""
