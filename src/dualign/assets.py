@@ -157,7 +157,7 @@ def _convert_smollm2(gguf: Path, out: Path) -> None:
     _mend_tokenizer(tokenizer)
     read: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
     # a model read from GGUF refuses to be saved; a fresh one of the same shape does not
-    settings = {k: v for k, v in read.config.to_dict().items() if k not in {"quantization_config", "_name_or_path"}}
+    settings = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config" and k[0] != "_"}
     config = type(read.config)(**settings | {"pad_token_id": tokenizer.pad_token_id, "dtype": "bfloat16"})
     fresh: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     fresh.load_state_dict(read.state_dict())
