@@ -30,10 +30,47 @@ def group_mean(x_N: Tensor, group_N: Tensor) -> Tensor:
 
 
 def advantages(reward_N: Tensor, group_N: Tensor, baseline: Baseline) -> Tensor:
-    """A_i = r_i - baseline (ICLR Alg. 1): the group's mean, the batch's mean, or nothing. (N,)"""
-    if baseline == "group":
-        return reward_N - group_mean(reward_N, group_N)
-    return reward_N - reward_N.mean() if baseline == "batch" else reward_N.clone()
+    """A_i = r_i - baseline (ICLR Alg. 1): the group's mean, the batch's mean, or nothing. (N,)
+
+    A difference within the rounding of a mean is 0: four rewards of 0.1 are tied, though their mean in floating point
+    is not quite 0.1, and `normalise` would blow that up to a signal.
+    """
+    if baseline == "none":
+        return reward_N.clone()
+    mean_N = group_mean(reward_N, group_N) if baseline == "group" else reward_N.mean().expand_as(reward_N)
+    advantage_N = reward_N - mean_N
+    rounding_N = 8 * torch.finfo(reward_N.dtype).eps * mean_N.abs()
+    return advantage_N.masked_fill(advantage_N.abs() <= rounding_N, 0.0)
+
+
+def check_group_baseline(k: int, key: str = "algo.baseline") -> None:
+    """Refuse a group baseline for one completion per prompt. Raises ValueError."""
+    if k == 1:
+        raise ValueError(
+            f"{key}: with rollout.k = 1 a group's mean is the reward itself, so every advantage would be 0; "
+            + ("use baseline: batch, or k of 2 or more" if key == "algo.baseline" else "use k of 2 or more")
+        )
+
+
+def best_and_worst(reward_N: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The row of each group with the highest and with the lowest reward, the first of equals. Two bool (N,)."""
+
+    def first(hit_N: Tensor) -> Tensor:
+        position_N = torch.arange(len(hit_N), device=hit_N.device)
+        candidate_N = torch.where(hit_N, position_N, len(hit_N))
+        return position_N == group_extreme(candidate_N, group_N, "amin")
+
+    return (
+        first(reward_N == group_extreme(reward_N, group_N, "amax")),
+        first(reward_N == group_extreme(reward_N, group_N, "amin")),
+    )
+
+
+def group_extreme(x_N: Tensor, group_N: Tensor, reduce: Literal["amax", "amin"]) -> Tensor:
+    """Each row's largest or smallest `x_N` of its group. (N,)"""
+    group_P, index_N = torch.unique(group_N, return_inverse=True)
+    extreme_P = x_N.new_zeros(len(group_P)).scatter_reduce(0, index_N, x_N, reduce, include_self=False)
+    return extreme_P[index_N]
 
 
 def normalise(advantage_N: Tensor) -> tuple[Tensor, Tensor]:

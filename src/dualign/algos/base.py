@@ -40,25 +40,27 @@ class Batch:
 
     def select(self, rows: Tensor) -> Batch:
         """The same batch with only the rows of index tensor `rows`, in that order."""
-        picked = {
-            f.name: v[rows] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
-        }
+        picked = {f.name: v[rows] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
         return replace(self, **picked, columns={k: v[rows] for k, v in self.columns.items()})
 
     def having(self, columns: Mapping[str, Tensor]) -> Batch:
         return replace(self, columns={**self.columns, **columns})
 
+    def seq(self, logp_NT: Tensor) -> Tensor:
+        """log π(y|x), the sum over a completion's tokens. (N, T) -> (N,)"""
+        return (logp_NT * self.mask_NT).sum(-1)
+
     @property
     def seq_old_N(self) -> Tensor:
-        """log π_t(y|x): the sum over a completion's tokens."""
+        """log π_t(y|x)."""
         assert self.logp_old_NT is not None
-        return self.logp_old_NT.sum(-1)
+        return self.seq(self.logp_old_NT)
 
     @property
     def seq_ref_N(self) -> Tensor:
         """log π_0(y|x)."""
         assert self.logp_ref_NT is not None
-        return self.logp_ref_NT.sum(-1)
+        return self.seq(self.logp_ref_NT)
 
 
 class Algorithm(BaseModel):
@@ -70,7 +72,6 @@ class Algorithm(BaseModel):
     source: ClassVar[Literal["online", "pairs", "demonstrations"]] = "online"
     """Where rows come from: sampled and labelled, or a fixed set of (chosen, rejected) or of demonstrations.
     Rows of a pair come as one group with rewards 1 (chosen) and 0 (rejected)."""
-    needs_old: ClassVar[bool] = True  # logp_old_NT
     critic: ClassVar[bool] = False  # value_old_NT, and values in `refresh` and `loss`
     recompute: ClassVar[bool] = False  # call `refresh` with the current policy before every update
     epochs: int = Field(1, ge=1, description="passes over each online batch")
@@ -79,6 +80,11 @@ class Algorithm(BaseModel):
     @property
     def needs_ref(self) -> bool:
         """Whether logp_ref_NT is needed (a system may not need π_0 at some of its settings)."""
+        return True
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether logp_old_NT is needed: where not, π_t need not be scored again after sampling."""
         return True
 
     def check(self, k: int) -> None:

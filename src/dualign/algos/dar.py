@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dualign.algos.advantages import Baseline, advantages, group_size, group_sum, normalise
+from dualign.algos.advantages import Baseline, advantages, check_group_baseline, group_extreme, normalise
 from dualign.algos.base import Algorithm, Batch, Columns, Stats
 
 
@@ -27,7 +27,9 @@ class DAR(Algorithm):
     w_clip: float = Field(20.0, gt=0)
     baseline: Baseline = "group"
     skip_below: float = Field(
-        0.0, ge=0, lt=1,
+        0.0,
+        ge=0,
+        lt=1,
         description="leave out of forward and backward the rows that weigh less than this share of the batch's "
         "largest weight; 0 trains on every row",
     )
@@ -37,16 +39,16 @@ class DAR(Algorithm):
         """From the arXiv v1 pair (α₁, β₁): α = α₁/(α₁+β₁), β = α₁+β₁."""
         return cls(alpha=alpha / (alpha + beta), beta=alpha + beta, **more)  # type: ignore[arg-type]
 
-
     def check(self, k: int) -> None:
-        if k == 1 and self.baseline == "group":
-            raise ValueError(
-                "algo.baseline: with rollout.k = 1 a group's mean is the reward itself, so every advantage would be 0; "
-                "use baseline: batch, or k of 2 or more"
-            )
+        if self.baseline == "group":
+            check_group_baseline(k)
 
     @property
     def needs_ref(self) -> bool:
+        return self.alpha > 0
+
+    @property
+    def needs_old(self) -> bool:
         return self.alpha > 0
 
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
@@ -57,33 +59,43 @@ class DAR(Algorithm):
         # in log space: β = 0.05 and A_norm = 5 overflow exp in fp32
         log_reg_N = self.alpha * (batch.seq_ref_N - batch.seq_old_N) if self.alpha > 0 else torch.zeros_like(A_N)
         log_adv_N = A_norm_N / self.beta
-        log_w_N = (log_reg_N + log_adv_N).clamp(max=math.log(self.w_clip))
-        weight_N = log_w_N.exp()
-        clipped_N = log_reg_N + log_adv_N > math.log(self.w_clip)
+        log_w_N = log_reg_N + log_adv_N
+        clipped_N = log_w_N > math.log(self.w_clip)
+        weight_N = log_w_N.clamp(max=math.log(self.w_clip)).exp()
         keep_N = weight_N >= self.skip_below * weight_N.max() if self.skip_below else torch.ones_like(clipped_N)
-        dropped = weight_N[~keep_N].sum() / weight_N.sum()
-        columns = dict(
-            advantage=A_norm_N, log_w_reg=log_reg_N, log_w_adv=log_adv_N, weight=weight_N, clipped=clipped_N, keep=keep_N
-        )
-        return columns, weight_stats(batch, columns, sigma) | {"dropped_weight": float(dropped)}
+        dropped = share(weight_N[~keep_N].sum(), weight_N.sum())
+        stats = weight_stats(batch, weight_N, clipped_N, sigma) | {"dropped_weight": dropped}
+        return {
+            "advantage": A_norm_N,
+            "log_w_reg": log_reg_N,
+            "log_w_adv": log_adv_N,
+            "weight": weight_N,
+            "clipped": clipped_N,
+            "keep": keep_N,
+        }, stats
 
     def loss(self, logp_NT: Tensor, rows: Batch, value_NT: Tensor | None = None) -> tuple[Tensor, Columns]:
         # L(θ) = -(1/N) Σ w_i log π_θ(y_i|x)                                                     (Eq. 4)
-        return -(rows["weight"] * logp_NT.sum(-1)).sum(), {}
+        return -(rows["weight"] * rows.seq(logp_NT)).sum(), {}
 
 
-def weight_stats(batch: Batch, columns: Columns, sigma: Tensor) -> Stats:
-    """How the weights are spread: share clipped, effective sample size Σ²/Σ² as a share of N, share of rows in tied
-    groups (they train with w = (π_0/π_t)^α), σ_A."""
-    w = columns["weight"].double()
-    size_N = group_size(batch.group_N, batch.reward_N.dtype)
-    mean_N = group_sum(batch.reward_N, batch.group_N) / size_N
-    spread_N = group_sum((batch.reward_N - mean_N).abs(), batch.group_N)
-    tied_N = (spread_N <= 1e-6 * size_N * (mean_N.abs() + 1e-12)) & (size_N > 1)
+def weight_stats(batch: Batch, weight_N: Tensor, clipped_N: Tensor, sigma: Tensor) -> Stats:
+    """How the weights are spread: share clipped, effective sample size (Σw)²/Σw² as a share of N, share of rows in tied
+    groups (under DAR they train with w = (π_0/π_t)^α), σ_A."""
+    w = weight_N.double()
+    gap_N = group_extreme(batch.reward_N, batch.group_N, "amax") - group_extreme(batch.reward_N, batch.group_N, "amin")
+    # a row alone in its group is not tied: nothing stands beside it
+    _, index_N, size_P = torch.unique(batch.group_N, return_inverse=True, return_counts=True)
+    tied_N = (gap_N == 0) & (size_P[index_N] > 1)
     return {
         "sigma_advantage": float(sigma),
-        "clip_rate": float(columns["clipped"].float().mean()),
-        "ess": float(w.sum() ** 2 / (w**2).sum() / len(w)),
+        "clip_rate": float(clipped_N.float().mean()),
+        "ess": share(w.sum() ** 2, (w**2).sum() * len(w)),
         "tied": float(tied_N.float().mean()),
         "weight_mean": float(w.mean()),
     }
+
+
+def share(part: Tensor, whole: Tensor) -> float:
+    """part / whole, 0 where there is nothing (weights so small that all of them underflow)."""
+    return float(part / whole) if whole > 0 else 0.0
