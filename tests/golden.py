@@ -77,7 +77,7 @@ def compute(algo: Algorithm, case: Numbers, dtype: torch.dtype) -> Numbers:
     if "role" in batch.columns:
         found["chosen"] = torch.nonzero(batch["role"] > 0)[:, 0].tolist()
         found["rejected"] = torch.nonzero(batch["role"] < 0)[:, 0].tolist()
-    if "keep" in batch.columns:
+    elif "keep" in batch.columns:
         found["best"] = torch.nonzero(batch["keep"])[:, 0].tolist()
     return found | {k: batch[k].tolist() for k in ("advantage", "weight", "returns") if k in batch.columns}
 
@@ -116,7 +116,7 @@ def check(data: Numbers) -> Iterator[tuple[str, bool, str]]:
         for dtype, tolerance in TOLERANCE.items():
             found = compute(algo, data["case"], dtype)
             errors = dict(differences(found, expected, set(type(algo).model_fields), dtype))
-            worst[dtype] = max(errors.values())
+            worst[dtype] = max(errors.values(), default=float("inf"))
             kind = str(dtype).removeprefix("torch.")
             wrong += [f"{quantity} off by {e:.2g} in {kind}" for quantity, e in errors.items() if not e <= tolerance]
         said = f"max error {worst[torch.float64]:.1e} in float64, {worst[torch.float32]:.1e} in float32"

@@ -14,9 +14,8 @@ Baseline = Literal["group", "batch", "none"]
 
 def group_sum(x_N: Tensor, group_N: Tensor) -> Tensor:
     """Each row's sum of `x_N` over the rows of its group. (N,) -> (N,). Group numbers need not be contiguous."""
-    _, index_N = torch.unique(group_N, return_inverse=True)
-    total_P = torch.zeros(int(index_N.max()) + 1 if len(index_N) else 0, dtype=x_N.dtype, device=x_N.device)
-    return total_P.index_add(0, index_N, x_N)[index_N]
+    group_P, index_N = torch.unique(group_N, return_inverse=True)
+    return x_N.new_zeros(len(group_P)).index_add(0, index_N, x_N)[index_N]
 
 
 def group_size(group_N: Tensor, dtype: torch.dtype) -> Tensor:
@@ -41,15 +40,6 @@ def advantages(reward_N: Tensor, group_N: Tensor, baseline: Baseline) -> Tensor:
     advantage_N = reward_N - mean_N
     rounding_N = 8 * torch.finfo(reward_N.dtype).eps * mean_N.abs()
     return advantage_N.masked_fill(advantage_N.abs() <= rounding_N, 0.0)
-
-
-def check_group_baseline(k: int, key: str = "algo.baseline") -> None:
-    """Refuse a group baseline for one completion per prompt. Raises ValueError."""
-    if k == 1:
-        raise ValueError(
-            f"{key}: with rollout.k = 1 a group's mean is the reward itself, so every advantage would be 0; "
-            + ("use baseline: batch, or k of 2 or more" if key == "algo.baseline" else "use k of 2 or more")
-        )
 
 
 def best_and_worst(reward_N: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor]:

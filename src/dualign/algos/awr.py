@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dualign.algos.advantages import Baseline, advantages, check_group_baseline
+from dualign.algos.advantages import Baseline, advantages
 from dualign.algos.base import Algorithm, Batch, Columns, Stats
 from dualign.algos.dar import weight_stats
 from dualign.errors import UserError
@@ -53,9 +53,9 @@ class AWR(RWR):
     w_clip: float = Field(20.0, gt=0)
     baseline: Baseline = "group"
 
-    def check(self, k: int) -> None:
-        if self.baseline == "group":
-            check_group_baseline(k)
+    @property
+    def compares(self) -> bool:
+        return self.baseline == "group"
 
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         A_N = advantages(batch.reward_N, batch.group_N, self.baseline)

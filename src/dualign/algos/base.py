@@ -87,8 +87,19 @@ class Algorithm(BaseModel):
         """Whether logp_old_NT is needed: where not, π_t need not be scored again after sampling."""
         return True
 
+    @property
+    def compares(self) -> bool:
+        """Whether it learns from the difference between completions of one prompt, so that one alone says nothing."""
+        return False
+
     def check(self, k: int) -> None:
         """Raise ValueError (naming the key, and what to do) where `k` completions per prompt cannot serve."""
+        if k == 1 and self.compares:
+            other = " or algo.baseline: batch" if "baseline" in type(self).model_fields else ""
+            raise ValueError(
+                f"rollout.k: {self.name} learns from how a prompt's completions differ, and k = 1 gives it only one "
+                f"(an advantage of 0); use k of 2 or more{other}"
+            )
 
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         """Once per online batch, over all its rows, without gradient: advantages, weights, chosen pairs, and

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dualign.algos.advantages import Baseline, advantages, check_group_baseline, normalise
+from dualign.algos.advantages import Baseline, advantages, normalise
 from dualign.algos.base import Algorithm, Batch, Columns, Stats
 
 
@@ -21,9 +21,9 @@ class DAO(Algorithm):
     beta: float = Field(0.05, gt=0)
     baseline: Baseline = "group"
 
-    def check(self, k: int) -> None:
-        if self.baseline == "group":
-            check_group_baseline(k)
+    @property
+    def compares(self) -> bool:
+        return self.baseline == "group"
 
     @property
     def needs_ref(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dualign.algos.advantages import Baseline, advantages, check_group_baseline, group_extreme, normalise
+from dualign.algos.advantages import Baseline, advantages, group_extreme, group_size, normalise
 from dualign.algos.base import Algorithm, Batch, Columns, Stats
 
 
@@ -39,9 +39,9 @@ class DAR(Algorithm):
         """From the arXiv v1 pair (α₁, β₁): α = α₁/(α₁+β₁), β = α₁+β₁."""
         return cls(alpha=alpha / (alpha + beta), beta=alpha + beta, **more)  # type: ignore[arg-type]
 
-    def check(self, k: int) -> None:
-        if self.baseline == "group":
-            check_group_baseline(k)
+    @property
+    def compares(self) -> bool:
+        return self.baseline == "group"
 
     @property
     def needs_ref(self) -> bool:
@@ -84,9 +84,7 @@ def weight_stats(batch: Batch, weight_N: Tensor, clipped_N: Tensor, sigma: Tenso
     groups (under DAR they train with w = (π_0/π_t)^α), σ_A."""
     w = weight_N.double()
     gap_N = group_extreme(batch.reward_N, batch.group_N, "amax") - group_extreme(batch.reward_N, batch.group_N, "amin")
-    # a row alone in its group is not tied: nothing stands beside it
-    _, index_N, size_P = torch.unique(batch.group_N, return_inverse=True, return_counts=True)
-    tied_N = (gap_N == 0) & (size_P[index_N] > 1)
+    tied_N = (gap_N == 0) & (group_size(batch.group_N, gap_N.dtype) > 1)  # beside a row that is alone, nothing stands
     return {
         "sigma_advantage": float(sigma),
         "clip_rate": float(clipped_N.float().mean()),

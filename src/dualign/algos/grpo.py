@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dualign.algos.advantages import advantages, check_group_baseline, group_size, group_sum
+from dualign.algos.advantages import advantages, group_size, group_sum
 from dualign.algos.base import Algorithm, Batch, Columns, Stats
 
 STD_EPS = 1e-4
@@ -21,8 +21,9 @@ class GRPO(Algorithm):
     beta: float = Field(0.04, ge=0)
     clip: float = Field(0.2, gt=0)
 
-    def check(self, k: int) -> None:
-        check_group_baseline(k, "algo.name: grpo")
+    @property
+    def compares(self) -> bool:
+        return True
 
     @property
     def needs_ref(self) -> bool:

@@ -7,7 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from dualign.algos.advantages import best_and_worst, check_group_baseline, group_sum
+from dualign.algos.advantages import best_and_worst, group_sum
 from dualign.algos.base import Algorithm, Batch, Columns, Stats
 
 
@@ -22,8 +22,9 @@ class Pairs(Algorithm):
     def needs_old(self) -> bool:
         return False
 
-    def check(self, k: int) -> None:
-        check_group_baseline(k, f"algo.name: {self.name}")
+    @property
+    def compares(self) -> bool:
+        return True
 
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         best_N, worst_N = best_and_worst(batch.reward_N, batch.group_N)

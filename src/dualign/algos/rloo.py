@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dualign.algos.advantages import check_group_baseline, group_size, group_sum
+from dualign.algos.advantages import group_size, group_sum
 from dualign.algos.base import Algorithm, Batch, Columns, Stats
 
 
@@ -18,8 +18,9 @@ class RLOO(Algorithm):
     name: Literal["rloo"] = "rloo"
     beta: float = Field(0.03, ge=0)
 
-    def check(self, k: int) -> None:
-        check_group_baseline(k, "algo.name: rloo")
+    @property
+    def compares(self) -> bool:
+        return True
 
     @property
     def needs_ref(self) -> bool:

@@ -1,0 +1,218 @@
+"""Every system once more, in numpy and in loops, with gradients derived by hand: what the torch code is held against.
+
+Nothing here is shared with `dualign.algos`. A "case" and its expectations have the layout that `golden.py` reads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+Case = dict[str, Any]
+Expected = dict[str, Any]
+
+
+def make_case(seed: int = 0) -> Case:
+    """Groups of 4, 3, 1 and 4 rows (labels were absent), 1 to 7 tokens, one tied group, some rows cut off."""
+    rng = np.random.default_rng(seed)
+    group = [0] * 4 + [1] * 3 + [2] + [3] * 4
+    reward = [1.0, 2.5, 6.0, 9.0, 3.0, 4.0, 4.0, 7.0, 0.3, 0.3, 0.3, 0.3]
+    length = rng.integers(1, 8, len(group))
+    mask = (np.arange(7) < length[:, None]).astype(float)
+
+    def around(center: np.ndarray | float, spread: float) -> np.ndarray:
+        return (center + spread * rng.normal(size=mask.shape)) * mask
+
+    old = -np.abs(around(0.0, 1.2))
+    theta, ref = np.minimum(around(old, 0.25), -1e-3) * mask, np.minimum(around(old, 0.3), -1e-3) * mask
+    value_old = around(0.0, 1.0)
+    return {
+        "group": group,
+        "reward": reward,
+        "mask": mask.tolist(),
+        "logp_theta": theta.tolist(),
+        "logp_old": old.tolist(),
+        "logp_ref": ref.tolist(),
+        "value_old": value_old.tolist(),
+        "value": around(value_old, 0.3).tolist(),
+        "missing_eos": [bool(n == 7) for n in length],
+    }
+
+
+class Reference:
+    """One case as arrays; one method per system, each returning what it expects."""
+
+    def __init__(self, case: Case) -> None:
+        self.mask, self.theta, self.old, self.ref, self.value_old, self.value, self.r, self.group = (
+            np.array(case[k]) for k in ("mask", "logp_theta", "logp_old", "logp_ref", "value_old", "value", "reward", "group")
+        )  # fmt: skip
+        self.cut = np.array(case["missing_eos"])
+        self.N, self.T = self.mask.shape
+        self.length = self.mask.sum(1).astype(int)
+        self.members = [np.flatnonzero(self.group == g) for g in dict.fromkeys(case["group"])]
+        self.S, self.S_old, self.S_ref = self.theta.sum(1), self.old.sum(1), self.ref.sum(1)
+
+    def of_sequences(self, loss: float, per_row: np.ndarray) -> Expected:
+        """From dL/d log π_θ(y_i|x): the same for each of a row's tokens."""
+        return {"loss": float(loss), "grad_logp_theta": (per_row[:, None] * self.mask).tolist()}
+
+    def centred(self) -> np.ndarray:
+        A = np.zeros(self.N)
+        for rows in self.members:
+            A[rows] = self.r[rows] - self.r[rows].mean()
+            if np.ptp(self.r[rows]) == 0:
+                A[rows] = 0
+        return A
+
+    def normalised(self, A: np.ndarray) -> np.ndarray:
+        return (A - A.mean()) / (A.std(ddof=1) + 1e-8)
+
+    def regression(self, weight: np.ndarray) -> Expected:
+        loss = -sum(w * s for w, s in zip(weight, self.S, strict=True)) / self.N
+        return self.of_sequences(loss, -weight / self.N) | {"weight": weight.tolist()}
+
+    def dar(self, alpha: float = 0.1, beta: float = 0.05, baseline: str = "group") -> Expected:
+        A = self.normalised(self.centred() if baseline == "group" else self.r - self.r.mean())
+        log_w = [alpha * (self.S_ref[i] - self.S_old[i]) + A[i] / beta for i in range(self.N)]
+        weight = np.array([math.exp(lw) if lw < math.log(20) else 20.0 for lw in log_w])
+        return self.regression(weight) | {"advantage": A.tolist()}
+
+    def rwr(self) -> Expected:
+        return self.regression(np.exp(self.r))
+
+    def awr(self) -> Expected:
+        return self.regression(np.minimum(np.exp(self.centred()), 20.0))
+
+    def dao(self, ppo: bool, alpha: float = 0.1, beta: float = 0.05) -> Expected:
+        A = self.normalised(self.centred())
+        gain = A - beta * (self.S - alpha * self.S_ref - (1 - alpha) * self.S_old)
+        if not ppo:
+            return self.of_sequences(-(gain * self.S).mean(), -gain / self.N)
+        rho = np.exp(self.S - self.S_old)
+        return self.of_sequences(-(rho * gain).mean(), -rho * (gain - beta) / self.N)
+
+    def rloo(self, beta: float = 0.03) -> Expected:
+        R = self.r - beta * (self.S_old - self.S_ref)
+        A = np.zeros(self.N)
+        for rows in self.members:
+            for i in rows:
+                others = [R[j] for j in rows if j != i]
+                A[i] = R[i] - np.mean(others) if others else 0.0
+        return self.of_sequences(-(A * self.S).mean(), -A / self.N) | {"advantage": A.tolist()}
+
+    def grpo(self, beta: float = 0.04, clip: float = 0.2) -> Expected:
+        A, loss, grad = self.centred(), 0.0, np.zeros((self.N, self.T))
+        for rows in self.members:
+            A[rows] /= (self.r[rows].std(ddof=1) if len(rows) > 1 and np.ptp(self.r[rows]) > 0 else 0.0) + 1e-4
+        for i in range(self.N):
+            for k in range(self.length[i]):
+                rho = math.exp(self.theta[i, k] - self.old[i, k])
+                d = self.ref[i, k] - self.theta[i, k]
+                bounded = min(max(rho, 1 - clip), 1 + clip)
+                active = rho * A[i] <= bounded * A[i]
+                loss += (-min(rho * A[i], bounded * A[i]) + beta * (math.exp(d) - d - 1)) / self.length[i]
+                grad[i, k] = (-rho * A[i] * active + beta * (1 - math.exp(d))) / self.length[i]
+        return {"loss": loss / self.N, "grad_logp_theta": (grad / self.N).tolist(), "advantage": A.tolist()}
+
+    def ppo(self, penalty: np.ndarray, beta: float, clip: float | None) -> Expected:
+        """`penalty`: per token, what β multiplies."""
+        A, returns = np.zeros((self.N, self.T)), np.zeros((self.N, self.T))
+        for i in range(self.N):
+            L = self.length[i]
+            reward = -beta * penalty[i, :L]
+            reward[L - 1] += self.r[i] - (1.0 if self.cut[i] else 0.0)
+            V = np.append(self.value_old[i, :L], 0.0)
+            delta = reward + V[1:] - V[:-1]
+            for k in range(L):
+                A[i, k] = sum(0.95 ** (m - k) * delta[m] for m in range(k, L))
+                returns[i, k] = A[i, k] + V[k]
+        on = self.mask > 0
+        n = on.sum()
+        white = np.zeros_like(A)
+        white[on] = (A[on] - A[on].mean()) / np.sqrt(A[on].var(ddof=1) + 1e-8)
+        policy, value, grad, grad_value = 0.0, 0.0, np.zeros_like(A), np.zeros_like(A)
+        for i, k in zip(*np.nonzero(on), strict=True):
+            rho, a = math.exp(self.theta[i, k] - self.old[i, k]), white[i, k]
+            bounded = rho if clip is None else min(max(rho, 1 - clip), 1 + clip)
+            policy -= min(rho * a, bounded * a)
+            grad[i, k] = -rho * a if rho * a <= bounded * a else 0.0
+            v, v_old, R = self.value[i, k], self.value_old[i, k], returns[i, k]
+            near = v_old + min(max(v - v_old, -0.2), 0.2)
+            value += 0.5 * max((v - R) ** 2, (near - R) ** 2)
+            grad_value[i, k] = 10 * (v - R) if (v - R) ** 2 >= (near - R) ** 2 else 0.0
+        return {
+            "loss": (policy + 10 * value) / n,
+            "value_loss": value / n,
+            "grad_logp_theta": (grad / n).tolist(),
+            "grad_value": (grad_value / n).tolist(),
+            "advantage": white.tolist(),
+            "returns": returns.tolist(),
+        }
+
+    def dual(self, alpha: float, beta: float, clip: float | None = None, forward: bool = False) -> Expected:
+        to_old = self.theta - self.old
+        if forward:
+            to_old = np.exp(self.old - self.theta) * (self.old - self.theta)
+        return self.ppo(alpha * (self.theta - self.ref) + (1 - alpha) * to_old, beta, clip)
+
+    def iter_sft(self) -> Expected:
+        best = [int(rows[np.argmax(self.r[rows])]) for rows in self.members]
+        per_row = np.zeros(self.N)
+        per_row[best] = -1 / self.length[best].sum()
+        return self.of_sequences(-self.S[best].sum() / self.length[best].sum(), per_row) | {"best": best}
+
+    def sft(self) -> Expected:
+        return self.of_sequences(-self.S.sum() / self.length.sum(), np.full(self.N, -1 / self.length.sum()))
+
+    def pairs(self, kind: str, beta: float) -> Expected:
+        pairs = [
+            (int(rows[np.argmax(self.r[rows])]), int(rows[np.argmin(self.r[rows])]))
+            for rows in self.members
+            if np.ptp(self.r[rows]) > 0
+        ]
+        score = self.S / self.length if kind == "simpo" else self.S - self.S_ref
+        scale = 1 / self.length if kind == "simpo" else np.ones(self.N)
+        loss, per_row = 0.0, np.zeros(self.N)
+        for w, l in pairs:  # noqa: E741  (the papers' y_w, y_l)
+            h = score[w] - score[l]
+            if kind in ("dpo", "simpo"):
+                x = beta * h - (1.6 if kind == "simpo" else 0.0)
+                term, slope = math.log1p(math.exp(-x)), -beta / (1 + math.exp(x))
+            elif kind == "ipo":
+                term, slope = (h - 0.5 / beta) ** 2, 2 * (h - 0.5 / beta)
+            else:
+                term, slope = max(0.0, 1 - beta * h), -beta if beta * h < 1 else 0.0
+            loss += term / len(pairs)
+            per_row[w] += slope * scale[w] / len(pairs)
+            per_row[l] -= slope * scale[l] / len(pairs)
+        chosen, rejected = zip(*pairs, strict=True)
+        return self.of_sequences(loss, per_row) | {"chosen": list(chosen), "rejected": list(rejected)}
+
+
+def expectations(case: Case) -> dict[str, Expected]:
+    ref = Reference(case)
+    return {
+        "dar": ref.dar(),
+        "dar_rlhf": ref.dar(0.5, 0.5),
+        "dar_alpha0": ref.dar(0.0),
+        "dar_batch_baseline": ref.dar(baseline="batch"),
+        "dao_reinforce": ref.dao(ppo=False),
+        "dao_ppo": ref.dao(ppo=True),
+        "ppo": ref.ppo(ref.old - ref.ref, 0.03, 0.2),
+        "dual_ppo": ref.dual(0.3, 0.02),
+        "dual_ppo_clip": ref.dual(0.9, 0.01, clip=0.2),
+        "dual_mix_ppo": ref.dual(0.3, 0.02, forward=True),
+        "rloo": ref.rloo(),
+        "grpo": ref.grpo(),
+        "iter_sft": ref.iter_sft(),
+        "dpo": ref.pairs("dpo", 0.1),
+        "ipo": ref.pairs("ipo", 1.0),
+        "slic": ref.pairs("slic", 0.002),
+        "offline_dpo": ref.pairs("dpo", 0.1),
+        "simpo": ref.pairs("simpo", 2.0),
+        "sft": ref.sft(),
+        "rwr": ref.rwr(),
+        "awr": ref.awr(),
+    }
