@@ -45,9 +45,9 @@ class Reference:
     """One case as arrays; one method per system, each returning what it expects."""
 
     def __init__(self, case: Case) -> None:
-        self.mask, self.theta, self.old, self.ref, self.value_old, self.value, self.r, self.group = (
-            np.array(case[k]) for k in ("mask", "logp_theta", "logp_old", "logp_ref", "value_old", "value", "reward", "group")
-        )  # fmt: skip
+        self.mask, self.r, self.group = (np.array(case[k]) for k in ("mask", "reward", "group"))
+        self.theta, self.old, self.ref = (np.array(case[f"logp_{k}"]) for k in ("theta", "old", "ref"))
+        self.value, self.value_old = np.array(case["value"]), np.array(case["value_old"])
         self.cut = np.array(case["missing_eos"])
         self.N, self.T = self.mask.shape
         self.length = self.mask.sum(1).astype(int)

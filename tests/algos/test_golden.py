@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import json
 
-import golden
 import pytest
 import torch
-from algos import reference
-from shared import shared
 
+import golden
+from algos import reference
 from dualign.algos import ALGORITHMS
+from shared import shared
 
 
 @pytest.mark.parametrize("name", ["small.json", "medium.json"])

@@ -1,4 +1,4 @@
-"""Online SLiC: the hinge on the DPO margin (Zhao et al. 2023; Guo et al. 2024, Eq. 3)."""
+"""Online SLiC: the hinge on the DPO margin (Zhao et al. 2023; Guo et al. 2024)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,45 @@
+"""The documents name only what exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from dualign.algos import ALGORITHMS
+
+ROOT = Path(__file__).resolve().parents[1]
+EQUATIONS = ROOT / "docs" / "equations.md"
+REFERENCE = re.compile(r"`([\w/]+\.py)::([\w.]+)`")
+
+
+def definitions(path: Path) -> set[str]:
+    """Functions, classes and methods of a file: `f`, `C`, `C.f`."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{item.name}" for item in node.body if isinstance(item, ast.FunctionDef)}
+    return names
+
+
+def test_every_reference_exists() -> None:
+    references = set(REFERENCE.findall(EQUATIONS.read_text(encoding="utf-8")))
+    assert len(references) > 40
+    missing = []
+    for file, name in sorted(references):
+        path = ROOT / "tests" / file if "test_" in file else ROOT / "src" / "dualign" / "algos" / file
+        if not path.is_file() or name not in definitions(path):
+            missing.append(f"{file}::{name}")
+    assert missing == []
+
+
+@pytest.mark.parametrize("system", sorted(set(ALGORITHMS.values()), key=lambda s: s.__name__))
+def test_every_system_has_its_row(system: type) -> None:
+    """The class, or the function it defines, is named as the place of some equation, beside a test."""
+    rows = [line for line in EQUATIONS.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    named = [row for row in rows if re.search(rf"::{system.__name__}[.`]", row)]
+    assert named and all(any("test_" in file for file, _ in REFERENCE.findall(row)) for row in named)
