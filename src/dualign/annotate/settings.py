@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Settings(BaseModel):
@@ -79,6 +79,12 @@ class JudgeSampling(Endpoint):
     temperature: float = Field(0.0, ge=0)
     max_tokens: int = Field(256, ge=1)
     samples: int = Field(1, ge=1, description="replies per completion, averaged (needs temperature > 0 to differ)")
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> JudgeSampling:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("samples > 1 at temperature 0 would buy the same reply again: set temperature above 0")
+        return self
 
 
 class JudgeReward(JudgeSampling):

@@ -1,1 +1,47 @@
 """The command line: one short function per command, grouped by file. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+
+import typer
+
+GROUPS = ("train", "reward", "judge", "evaluate", "compare", "inspect")
+
+
+def application() -> typer.Typer:
+    app = typer.Typer(
+        name="dualign",
+        help="Align language models from online scalar rewards.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    for group in GROUPS:
+        if importlib.util.find_spec(f"dualign.cli.{group}"):
+            importlib.import_module(f"dualign.cli.{group}").register(app)
+    return app
+
+
+def main() -> None:
+    """Exit codes: 0 done; 2 bad input; 3 stopped cleanly and can be resumed; 130 interrupted."""
+    from dualign.errors import StopRun, UserError
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a busy neighbour must not make small operations crawl
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        application()()
+    except (UserError, StopRun) as error:
+        if first:
+            print(f"dualign: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        if first:
+            print("dualign: interrupted; what was done is kept", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,3 @@
+from dualign.cli import main
+
+main()

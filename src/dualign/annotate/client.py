@@ -1,0 +1,261 @@
+"""One client for every server that speaks OpenAI's HTTP: asks, waits, tries again, pays, remembers.
+
+Requests run on an event loop in a thread of their own, so `submit` returns at once and a trainer decodes while a judge
+answers. What went wrong is sorted into three: passing faults (429, 5xx, time-outs, cut connections, replies that are
+not what was asked for) are tried again with back-off; faults of one request (a prompt too long for the judge) make that
+label absent; lasting faults (a wrong key, an unknown model, a judge that is down, a spent budget) stop the run with
+every label so far kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dualign.annotate.budget import Hold, Ledger, Spent, prompt_bound
+from dualign.annotate.cache import Cache, default_path, key_of
+from dualign.annotate.faults import AttemptError, MalformedError, of_exception
+from dualign.annotate.settings import Endpoint
+from dualign.errors import StopRun, UserError
+from dualign.types import Label
+
+Payload = Mapping[str, Any]
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds of back-off
+LAST_GRACE = 10.0  # seconds that `close` waits for replies in flight
+PATIENCE = 900.0  # seconds that one request waits because a server said "Retry-After"
+GIVEN_UP_IN_A_ROW = 8  # requests that failed for good with no answer between them: the judge is not working
+
+
+@dataclass(frozen=True)
+class Request:
+    """One label to ask for. `rubric` and `sample` tell apart requests whose bodies are equal."""
+
+    path: str  # "chat/completions", or an absolute URL
+    body: Mapping[str, Any]  # without the model
+    rubric: str = ""
+    sample: int = 0
+
+    def bounds(self) -> tuple[int, int]:
+        """The most prompt and completion tokens that it can take."""
+        texts = [m["content"] for m in self.body.get("messages", [])] or [self.body.get("input", "")]
+        return prompt_bound(texts), int(self.body.get("max_tokens", 0))
+
+
+class Pace:
+    """At most `per_minute` of something, evenly spread; None: no limit."""
+
+    def __init__(self, per_minute: int | None) -> None:
+        self._seconds = 60 / per_minute if per_minute else 0.0
+        self._next = 0.0
+
+    async def take(self, amount: float = 1) -> None:
+        if not self._seconds:
+            return
+        now = asyncio.get_running_loop().time()
+        start = max(now, self._next)
+        self._next = start + amount * self._seconds
+        await asyncio.sleep(start - now)
+
+    def give_back(self, amount: float) -> None:
+        self._next -= amount * self._seconds
+
+
+class Client:
+    """`submit(request, read)` -> Future[Label], where `read` turns a payload into a Label and raises MalformedError for a
+    payload that is no answer. The future raises UserError or StopRun for what ends the run; one such ends all."""
+
+    def __init__(self, settings: Endpoint, *, ledger: Path | None = None) -> None:
+        if not re.match(r"https?://", settings.base_url):
+            raise UserError(f"base_url: {shown(settings.base_url)!r} is not a URL such as http://localhost:8000/v1")
+        self.settings = settings
+        self._key = os.environ.get(settings.api_key_env) or "none"
+        self._ledger = Ledger(ledger, settings)
+        self._cache = Cache(settings.cache or default_path())
+        self._requests, self._tokens = Pace(settings.requests_per_minute), Pace(settings.tokens_per_minute)
+        self._running: dict[str, asyncio.Task[Label]] = {}  # by content: what is being asked is not asked again
+        self._stopped: StopRun | UserError | None = None
+        self._answers = 0  # replies of any use so far
+        self._given_up = 0  # requests in a row that failed for good
+        self._paused_until = 0.0
+        self._holds = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="dualign-judge", daemon=True)
+        self._thread.start()
+        self._on_loop(self._start()).result()
+
+    def submit(self, request: Request, read: Callable[[Payload], Label]) -> Future[Label]:
+        return self._on_loop(self._share(request, read))
+
+    def spent(self) -> Spent:
+        return self._ledger.spent()
+
+    def close(self) -> None:
+        if self._loop.is_closed():
+            return
+        self._on_loop(self._stop()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._cache.close()
+        self._ledger.close()
+
+    def _on_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    async def _start(self) -> None:
+        from openai import AsyncOpenAI
+
+        self._openai = AsyncOpenAI(
+            base_url=self.settings.base_url, api_key=self._key, max_retries=0, timeout=self.settings.timeout
+        )
+        self._slots = asyncio.Semaphore(self.settings.concurrency)
+        self._settled = asyncio.Event()
+
+    async def _stop(self) -> None:
+        """Nothing new is sent; what is in flight is paid for, so it may still arrive and be kept."""
+        self._end(StopRun("the judge's client was closed"))
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        if others:
+            await asyncio.wait(others, timeout=min(LAST_GRACE, self.settings.timeout))
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._openai.close()
+
+    async def _share(self, request: Request, read: Callable[[Payload], Label]) -> Label:
+        """One task per content, however many ask for it."""
+        content = {"model": self.settings.model, "rubric": request.rubric, "sample": request.sample,
+                   "path": request.path.rsplit("/", 1)[-1], **request.body}  # fmt: skip
+        key = key_of(content)
+        if key not in self._running:
+            self._running[key] = asyncio.create_task(self._label(key, content, request, read))
+            self._running[key].add_done_callback(lambda _: self._running.pop(key, None))
+        return await asyncio.shield(self._running[key])
+
+    async def _label(self, key: str, content: Payload, request: Request, read: Callable[[Payload], Label]) -> Label:
+        kept = self._cache.get(key)
+        if kept is not None and (label := read(kept)).value is not None:
+            self._cache.count_hit(key)
+            return label
+        tries, waited, answers = 0, 0.0, self._answers
+        while True:
+            try:
+                async with self._slots:
+                    payload, label, tokens = await self._ask(request, read)
+            except AttemptError as fault:
+                waited += fault.wait or 0.0
+                tries += fault.wait is None
+                if not fault.passing or tries > self.settings.retries or waited > PATIENCE:
+                    return self._give_up(fault, tries, answers)
+                await asyncio.sleep(max(fault.wait or 0.0, backoff(tries)))
+                continue
+            self._answers, self._given_up = self._answers + 1, 0
+            if label.value is not None:
+                self._cache.put(key, content, payload, tokens, self._ledger.price(*tokens))
+            return label
+
+    async def _ask(
+        self, request: Request, read: Callable[[Payload], Label]
+    ) -> tuple[Payload, Label, tuple[int, int]]:
+        """One attempt, paid for: the payload, what was read from it, its prompt and completion tokens."""
+        prompt, completion = request.bounds()
+        await self._requests.take()
+        await self._tokens.take(prompt + completion)
+        await self._pause()
+        hold = await self._hold(prompt, completion)
+        billed = (prompt, completion)  # until the server says otherwise, the most that it can be
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                body = {"model": self.settings.model, **request.body}
+                payload = await self._openai.post(request.path, body=body, cast_to=object)
+            if not isinstance(payload, dict):
+                raise MalformedError("the reply is not a JSON object")
+            billed = usage(payload) or billed
+            return payload, read(payload), billed
+        except UserError as error:
+            raise self._end(error) from None
+        except Exception as error:
+            fault = of_exception(error, self._key, self.settings)
+            if fault is None:
+                raise
+            if fault.turned_away:
+                billed = (0, 0)
+            if fault.wait:
+                self._paused_until = max(self._paused_until, self._loop.time() + fault.wait)
+            raise fault from None  # the cause may hold the request, and with it the key
+        finally:
+            self._release(hold, billed)
+            self._tokens.give_back(prompt + completion - sum(billed))
+
+    async def _pause(self) -> None:
+        while not self._stopped and (wait := self._paused_until - self._loop.time()) > 0:
+            await asyncio.sleep(wait)
+        if self._stopped:
+            raise self._stopped
+
+    async def _hold(self, prompt: int, completion: int) -> Hold:
+        """Waits for what is in flight to settle before it finds a ceiling reached."""
+        while (hold := self._ledger.hold(prompt, completion)) is None:
+            if self._holds == 0:
+                raise self._end(
+                    StopRun(f"{self._ledger.reached()}. Raise it and run again: every label so far is kept")
+                )
+            self._settled.clear()
+            await self._settled.wait()
+            if self._stopped:
+                raise self._stopped
+        self._holds += 1
+        return hold
+
+    def _release(self, hold: Hold, billed: tuple[int, int]) -> None:
+        self._holds -= 1
+        self._ledger.settle(hold, *billed)
+        self._settled.set()
+
+    def _give_up(self, fault: AttemptError, tries: int, answers_before: int) -> Label:
+        """The label is absent; or, where it is not this request's doing, the run stops."""
+        if fault.lasting:
+            started = self._answers > 0
+            raise self._end(StopRun(f"{fault}; what was labelled is kept") if started else UserError(str(fault)))
+        if not fault.passing:
+            if fault.suspect and self._answers == 0:  # no request has ever been accepted: it is the settings
+                raise self._end(UserError(str(fault)))
+            return Label.absent(str(fault))
+        self._given_up += 1
+        silent = self._answers == answers_before
+        if silent and (fault.down or self._given_up >= GIVEN_UP_IN_A_ROW):
+            where = f"{self.settings.model} at {shown(self.settings.base_url)}"
+            message = f"the judge {where} does not work: {fault} ({tries} attempts, no answer in between)"
+            raise self._end(StopRun(f"{message}. Run again when it is back: every label so far is kept"))
+        return Label.absent(f"{fault} ({tries} attempts)" if tries else str(fault))
+
+    def _end(self, error: StopRun | UserError) -> StopRun | UserError:
+        self._stopped = self._stopped or error
+        self._settled.set()
+        self._paused_until = 0.0
+        return self._stopped
+
+
+def backoff(tries: int) -> float:
+    """Seconds before the next attempt: doubled each time, with jitter so that clients do not come back together."""
+    return min(LONGEST_WAIT, FIRST_WAIT * 2 ** max(0, tries - 1)) * random.uniform(0.5, 1.0)
+
+
+def usage(payload: Payload) -> tuple[int, int] | None:
+    counts = payload.get("usage")
+    if not isinstance(counts, dict) or not isinstance(counts.get("prompt_tokens"), int):
+        return None
+    return counts["prompt_tokens"], counts.get("completion_tokens") or 0
+
+
+def shown(base_url: str) -> str:
+    """A URL without the name and password that it may hold."""
+    return re.sub(r"//[^/@]*@", "//", base_url)

@@ -1,0 +1,140 @@
+"""AI preference: which of two completions an LLM judge finds better, asked in both orders.
+
+Where both orders name the same completion it is the winner; where they name the same *position* the judge follows
+position and not content, and the pair is a tie, kept as such. A rubric whose question asks for the loser (which is
+more harmful?) is turned round.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dualign.annotate import extract
+from dualign.annotate.base import Item
+from dualign.annotate.client import Client, Payload
+from dualign.annotate.judge import chat, read_reply
+from dualign.annotate.rubric import load
+from dualign.annotate.settings import PreferenceReward
+from dualign.types import Label, Prompt
+
+Side = Literal["a", "b"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What both orders said of a pair (a, b). `value` is a's: 1 won, 0 lost, 0.5 tie, None absent."""
+
+    ab: Side | None  # the better one when a was shown first
+    ba: Side | None  # the better one when b was shown first
+    reason: str | None = None
+    note: str | None = None
+
+    @property
+    def value(self) -> float | None:
+        if self.ab is None or self.ba is None:
+            return None
+        return {("a", "a"): 1.0, ("b", "b"): 0.0}.get((self.ab, self.ba), 0.5)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A pair that is being judged."""
+
+    ab: list[Future[Label]]
+    ba: list[Future[Label]]
+
+    def verdict(self) -> Verdict:
+        """Waits. With several samples, an order's answer is its majority's; a draw is no answer."""
+        ab, ba = [f.result() for f in self.ab], [f.result() for f in self.ba]
+        first, second = _majority(ab), _majority(ba)
+        reasons = [label.reason for label in (*ab, *ba) if label.reason]
+        note = "\n---\n".join(label.note for label in (*ab, *ba) if label.note) or None
+        reason = None if first and second else (reasons or ["the samples of one order are split"])[0]
+        swapped: dict[int | None, Side | None] = {1: "b", 2: "a", None: None}
+        straight: dict[int | None, Side | None] = {1: "a", 2: "b", None: None}
+        return Verdict(straight[first], swapped[second], reason, note)
+
+
+class PreferenceAnnotator:
+    def __init__(self, settings: PreferenceReward, *, ledger: Path | None = None) -> None:
+        self.rubric = load(settings.rubric)
+        self.name = settings.name or self.rubric.name
+        self.settings = settings
+        self.client = Client(settings, ledger=ledger)
+
+    def open(self) -> PreferenceSession:
+        return PreferenceSession(self)
+
+    def close(self) -> None:
+        self.client.close()
+
+    def compare(self, prompt: Prompt, a: str, b: str) -> Asked:
+        """Starts asking which of `a` and `b` is better, in both orders."""
+        return Asked(self._order(prompt, a, b), self._order(prompt, b, a))
+
+    def _order(self, prompt: Prompt, first: str, second: str) -> list[Future[Label]]:
+        messages = self.rubric.preference_messages(prompt, first, second)
+        asks = self.rubric.preference.answer
+
+        def read(payload: Payload) -> Label:
+            text, cut, _ = read_reply(payload)
+            found = extract.choice(text, asks=asks, cut=cut)
+            if found.value is None:
+                return Label.absent(found.reason or "no choice in the reply", note=text)
+            return Label(found.value if asks == "winner" else 3 - found.value, note=text)
+
+        return [
+            self.client.submit(chat(self.settings, messages, f"{self.rubric.name} (pairs)", sample), read)
+            for sample in range(self.settings.samples)
+        ]
+
+
+class PreferenceSession:
+    """Completions 2j and 2j+1 of one prompt meet, as soon as both are there; what is left of a group meets at the
+    end, and an odd one out is absent."""
+
+    def __init__(self, annotator: PreferenceAnnotator) -> None:
+        self._annotator = annotator
+        self._alone: dict[int, Item] = {}
+        self._asked: list[tuple[Item, Item, Asked]] = []
+
+    def add(self, item: Item) -> None:
+        other = self._alone.get(item.index ^ 1)
+        if other is None or other.group != item.group:
+            self._alone[item.index] = item
+            return
+        del self._alone[other.index]
+        self._meet(*sorted((item, other), key=lambda i: i.index))
+
+    def close(self) -> dict[int, Label]:
+        waiting: dict[int, Item] = {}  # by group
+        for item in sorted(self._alone.values(), key=lambda i: i.index):
+            other = waiting.pop(item.group, None)
+            if other is None:
+                waiting[item.group] = item
+            else:
+                self._meet(other, item)
+        labels = {
+            item.index: self._label(None, "no second completion to compare with", None) for item in waiting.values()
+        }
+        for a, b, asked in self._asked:
+            verdict = asked.verdict()
+            other_value = None if verdict.value is None else 1 - verdict.value
+            labels[a.index] = self._label(verdict.value, verdict.reason, verdict.note)
+            labels[b.index] = self._label(other_value, verdict.reason, verdict.note)
+        return labels
+
+    def _meet(self, a: Item, b: Item) -> None:
+        self._asked.append((a, b, self._annotator.compare(a.prompt, a.completion, b.completion)))
+
+    def _label(self, value: float | None, reason: str | None, note: str | None) -> Label:
+        return Label(value, None if value is not None else reason, {self._annotator.name: value}, note)
+
+
+def _majority(labels: list[Label]) -> int | None:
+    votes = [int(label.value) for label in labels if label.value is not None]
+    ones = votes.count(1)
+    return None if 2 * ones == len(votes) else 1 if 2 * ones > len(votes) else 2

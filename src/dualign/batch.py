@@ -1,0 +1,95 @@
+"""One online batch as data: rollouts and labels of every row, and the tensors of the rows that have a label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualign.algos import Algorithm, Batch, Stats
+from dualign.models.packing import Tokens
+from dualign.types import Label, Rollout
+
+
+@dataclass(frozen=True)
+class Row:
+    rollout: Rollout
+    label: Label
+
+
+@dataclass(frozen=True)
+class WeightedBatch:
+    """`rows`: everything sampled, in index order. `tokens` and `batch`: only the rows with a label, likewise ordered;
+    a row without one has left the batch, the baseline, μ and σ."""
+
+    step: int
+    rows: tuple[Row, ...]
+    tokens: Tokens
+    batch: Batch
+    stats: Stats = field(default_factory=dict)
+
+    @property
+    def absent(self) -> int:
+        return len(self.rows) - len(self.tokens)
+
+
+def labelled(step: int, rows: Sequence[Row]) -> WeightedBatch:
+    """The batch before its log-probs and weights are known."""
+    ordered = tuple(sorted(rows, key=lambda row: row.rollout.index))
+    present = [row for row in ordered if row.label.value is not None]
+    tokens = Tokens(
+        tuple(r.rollout.prompt_ids for r in present),
+        tuple(r.rollout.completion_ids for r in present),
+        tuple(r.rollout.group for r in present),
+    )
+    mask = torch.zeros(len(present), tokens.width)
+    for i, ids in enumerate(tokens.completion_ids):
+        mask[i, : len(ids)] = 1
+    batch = Batch(
+        group_N=torch.tensor(tokens.group, dtype=torch.long),
+        mask_NT=mask,
+        reward_N=torch.tensor([row.label.value for row in present], dtype=torch.float64),
+        missing_eos_N=torch.tensor([row.rollout.finish == "length" for row in present], dtype=torch.bool),
+    )
+    return WeightedBatch(step, ordered, tokens, batch)
+
+
+def weigh(
+    b: WeightedBatch, algo: Algorithm, logp_old_NT: Tensor | None, logp_ref_NT: Tensor | None, value_NT: Tensor | None
+) -> WeightedBatch:
+    """Adds what is constant while the batch is used: log π_t, log π_0, values, and what the algorithm makes of them,
+    computed once in double precision and kept in single."""
+    whole = replace(b.batch, logp_old_NT=logp_old_NT, logp_ref_NT=logp_ref_NT, value_old_NT=value_NT)
+    precise = replace(
+        whole,
+        mask_NT=whole.mask_NT.double(),
+        **{
+            name: value.double()
+            for name in ("logp_old_NT", "logp_ref_NT", "value_old_NT")
+            if (value := getattr(whole, name)) is not None
+        },
+    )
+    columns, stats = algo.prepare(precise) if len(b.tokens) else ({}, {})
+    single = {k: v.float() if v.is_floating_point() else v for k, v in columns.items()}
+    return replace(b, batch=replace(whole, reward_N=whole.reward_N.float(), columns=single), stats=stats)
+
+
+def updates(
+    b: WeightedBatch, algo: Algorithm, update_size: int, seed: int
+) -> Iterator[tuple[Tokens, Batch]]:
+    """The rows of each optimizer step: whole prompts, shuffled anew in every epoch by the run's seed and the batch's
+    number alone. The last update takes the remainder where it is no more than half an update."""
+    groups = sorted(set(b.tokens.group))
+    members = {g: [] for g in groups}  # type: dict[int, list[int]]
+    for row, g in enumerate(b.tokens.group):
+        members[g].append(row)
+    count = algo.updates_per_batch or max(1, round(len(b.rows) / update_size))
+    for epoch in range(algo.epochs):
+        order = np.random.default_rng([seed, b.step, epoch]).permutation(len(groups))
+        for part in np.array_split(order, min(count, len(groups)) or 1):
+            rows = [row for i in sorted(part.tolist()) for row in members[groups[i]]]
+            if rows:
+                yield b.tokens.select(rows), b.batch.select(torch.tensor(rows))

@@ -1,0 +1,91 @@
+"""train, resume, sample, recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, for example train.lr=1e-5")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(train)
+    app.command()(resume)
+    app.command()(sample)
+    app.command()(recipes)
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped recipe")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
+) -> None:
+    """Align a model by a recipe."""
+    from dualign import config as configs
+
+    config = configs.load(recipe, overrides or ())
+    if dry_run:
+        from dualign.plan import print_plan
+
+        print_plan(config)
+        return
+    _quiet()
+    from dualign.trainer import train as fit
+
+    fit(config)
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="the run's folder")],
+    overrides: Overrides = None,
+) -> None:
+    """Go on with a run that was stopped or killed, to the same weights that it would have reached."""
+    from dualign.resume import resumed_config
+
+    config = resumed_config(run, overrides or ())
+    _quiet()
+    from dualign.trainer import train as fit
+
+    fit(config, resume=True)
+
+
+def sample(
+    model: Annotated[str, typer.Argument(help="a checkpoint folder, an embedded default or a hub name")],
+    prompts: Annotated[str, typer.Argument(help="a prompts file, builtin:quickstart, or the prompt itself")],
+    out: Annotated[Path | None, typer.Option(help="write JSON Lines here instead of printing")] = None,
+    k: Annotated[int, typer.Option(help="completions per prompt")] = 1,
+    max_new_tokens: Annotated[int, typer.Option()] = 128,
+    temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    limit: Annotated[int | None, typer.Option(help="at most so many prompts")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Sample completions from a model."""
+    _quiet()
+    from dualign.sampling import sample_to
+
+    sample_to(model, prompts, out, k, max_new_tokens, temperature, top_p, limit, seed)
+
+
+def recipes() -> None:
+    """List the recipes that ship with the package."""
+    from dualign import config as configs
+
+    for name, path in configs.recipes().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        print(f"{name:36} {first.removeprefix('#').strip() if first.startswith('#') else ''}")
+
+
+def _quiet() -> None:
+    """Libraries' progress bars and advice do not belong in our view."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as hf
+
+    hf.set_verbosity_error()
+    hf.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")

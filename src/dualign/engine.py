@@ -1,0 +1,280 @@
+"""Processes, devices, precision, gradient steps: the only file that knows accelerate.
+
+Every process holds the whole online batch (it is small: ids and numbers); only the compute is dealt out. So baselines,
+μ, σ and denominators are global without a word about processes anywhere else, and one process or several do the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dualign.algos import Algorithm, Batch
+from dualign.config import Config
+from dualign.errors import StopRun
+from dualign.models.packing import Strip, Tokens, pack, plan
+from dualign.models.policy import Policy, load_model
+from dualign.rollout.base import Sampler
+from dualign.state import load_state, save_state
+
+log = logging.getLogger(__name__)
+X = TypeVar("X")
+
+
+class Engine:
+    """Holds π_θ, π_0, the sampler's π_t, the critic and the optimizer."""
+
+    def __init__(self, config: Config) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
+
+        self.config, self.train = config, config.train
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), log_with=list(config.run.trackers) or None, project_dir=config.run.dir
+        )
+        set_seed(config.run.seed)
+        model, self.tokenizer = load_model(config.model)
+        if config.model.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.to(self.accelerator.device)
+        policy = Policy(model, config.model.precision, self.train.prefix_sharing)
+        algo: Algorithm = config.algo
+        self.lora = config.model.lora is not None
+        # for held-out KL, too
+        needs_ref = algo.needs_ref or config.data.eval is not None
+        self.reference = policy.frozen_copy() if needs_ref and not self.lora else None
+        if self.lora:
+            policy.model = _with_lora(policy.model, config)
+        policy.train()
+        self.policy = policy
+        # π_t: the weights that sample, taken over from π_θ after each online batch; fp32 samples from π_θ itself
+        self.behaviour = policy.frozen_copy() if policy.precision == "bf16" else policy
+        self.critic = self._critic(policy) if algo.critic else None
+        self.modules: list[nn.Module] = [m for m in (policy, self.critic) if m is not None]
+        self.optimizer = self._optimizer()
+        self._wrap()
+
+    # --- processes ---
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def world(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    def mine(self, items: Sequence[X]) -> Sequence[X]:
+        """The share of `items` that this process works on."""
+        return items[self.rank :: self.world]
+
+    def gather(self, items: list[X]) -> list[X]:
+        """The items of all processes, on all of them."""
+        if self.world == 1:
+            return items
+        parts: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    # --- scoring and training ---
+
+    def score(self, model: Policy, tokens: Tokens) -> Tensor:
+        """(N, T) fp32 on the CPU: log-probs (or values) of every row, without gradient."""
+        out_NT = torch.zeros(len(tokens), tokens.width)
+        with torch.inference_mode():
+            for strips in self.mine(self._plan(model, tokens, range(len(tokens)))):
+                micro = pack(tokens, strips, tokens.width, self.tokenizer.pad_id).to(self.device)
+                out_NT[micro.rows] = model(micro).float().cpu()
+        if self.world > 1:
+            torch.distributed.all_reduce(moved := out_NT.to(self.device))
+            out_NT = moved.cpu()
+        return out_NT
+
+    def score_reference(self, tokens: Tokens) -> Tensor:
+        """(N, T) log π_0."""
+        if self.reference is not None:
+            return self.score(self.reference, tokens)
+        with self.policy.model.disable_adapter():
+            return self.score(self.policy, tokens)
+
+    def update(self, algo: Algorithm, tokens: Tokens, batch: Batch) -> dict[str, float]:
+        """One optimizer step on the rows given. Raises StopRun, before stepping, if a loss or gradient is not finite."""
+        if algo.recompute:
+            logp_NT = self.score(self.policy, tokens)
+            value_NT = self.score(self.critic, tokens) if self.critic else None
+            batch = batch.having(algo.refresh(batch, logp_NT, value_NT))
+        denominator = float(algo.denominator(batch))
+        keep = batch.columns.get("keep")
+        rows = [i for i in range(len(tokens)) if keep is None or keep[i]]
+        if denominator == 0 or not rows:
+            return {"loss": 0.0, "grad_norm": 0.0, "skipped": 1.0}
+        batches = self._plan(self.policy, tokens, rows)
+        sums: dict[str, float] = {"loss": 0.0}
+        # every process makes the same number of passes: gradients are exchanged during the last one
+        for turn in range(math.ceil(len(batches) / self.world)):
+            at = turn * self.world + self.rank
+            idle = at >= len(batches)
+            last = (turn + 1) * self.world >= len(batches)
+            with nullcontext() if last else self._no_sync():
+                stats = self._backward(algo, tokens, batch, batches[0 if idle else at], 0.0 if idle else 1 / denominator)
+            for name, value in stats.items():
+                sums[name] = sums.get(name, 0.0) + (0.0 if idle else value)
+        sums = self._sum(sums)
+        loss = sums.pop("loss") / denominator
+        norm = self._step(loss)
+        return {"loss": loss, "grad_norm": norm} | {k: v / len(rows) for k, v in sums.items()}
+
+    def _backward(
+        self, algo: Algorithm, tokens: Tokens, batch: Batch, strips: list[Strip], scale: float
+    ) -> dict[str, float]:
+        """Forward and backward of one micro-batch; returns sums over its rows."""
+        micro = pack(tokens, strips, tokens.width, self.tokenizer.pad_id)
+        rows = _to(batch.select(micro.rows), self.device)
+        micro = micro.to(self.device)
+        logp_NT = self.wrapped[0](micro)
+        value_NT = self.wrapped[1](micro) if self.critic else None
+        loss, stats = algo.loss(logp_NT, rows, value_NT)
+        # DDP averages over processes; ours is a sum over them
+        (loss * (scale * self.world)).backward()
+        return {"loss": float(loss.detach())} | {k: float(v.detach().double().sum()) for k, v in stats.items()}
+
+    def _step(self, loss: float) -> float:
+        parameters = [p for m in self.modules for p in m.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.train.max_grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise StopRun(f"the loss ({loss}) or its gradient (norm {norm}) is not finite; no step was taken")
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def sync_sampler(self) -> None:
+        """π_t := π_θ."""
+        if self.behaviour is not self.policy:
+            self.behaviour.copy_weights(self.policy)
+
+    # --- state ---
+
+    def save(self, folder: Path, progress: dict[str, Any]) -> None:
+        """The policy as Hugging Face opens it (in bf16 where it computes in bf16), and all that training needs to go
+        on, in safetensors and JSON."""
+        model, dtype = self.policy.model, self.policy.dtype
+        rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        kept, model.config.dtype = model.config.dtype, dtype
+        model.save_pretrained(folder, state_dict=rounded)
+        model.config.dtype = kept
+        self.tokenizer.hf.save_pretrained(folder)
+        save_state(folder, self.modules, self.optimizer, self.scheduler, progress)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        progress = load_state(folder, self.modules, self.optimizer, self.scheduler)
+        self.sync_sampler()
+        return progress
+
+    def sampler(self) -> Sampler:
+        """What draws completions from π_t."""
+        from dualign.rollout.hf import HFSampler
+
+        return HFSampler(self.behaviour, self.tokenizer, self.config.rollout.rows)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can see."""
+        return int(getattr(self.policy.model.config, "max_position_embeddings", None) or 1 << 30)
+
+    def track(self, record: dict[str, Any]) -> None:
+        """Numbers of one online batch to the trackers that run.trackers names."""
+        if self.config.run.trackers:
+            flat = {k: v for k, v in record.items() if isinstance(v, int | float)}
+            flat |= {f"seconds/{phase}": spent for phase, spent in record["seconds"].items()}
+            self.accelerator.log(flat, step=record["step"])
+
+    # --- construction ---
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.accelerator.device)
+
+    def _critic(self, policy: Policy) -> Any:
+        from dualign.models.critic import Critic
+
+        return Critic(policy).to(self.device)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        t = self.train
+        rates = [t.lr, t.critic_lr or t.lr]
+        groups = [
+            {"params": [p for p in m.parameters() if p.requires_grad], "lr": lr}
+            for m, lr in zip(self.modules, rates, strict=False)
+        ]
+        if t.optimizer == "adamw":
+            optimizer: Any = torch.optim.AdamW(groups, lr=t.lr, weight_decay=t.weight_decay, fused=True)
+        else:
+            from transformers.optimization import Adafactor
+
+            # the papers' setting: no adaptive learning rate
+            optimizer = Adafactor(groups, lr=t.lr, weight_decay=t.weight_decay, scale_parameter=False, relative_step=False)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: min(1.0, (u + 1) / max(1, t.warmup)))
+        return optimizer  # type: ignore[no-any-return]
+
+    def _wrap(self) -> None:
+        self.wrapped = [self.accelerator.prepare_model(m) if self.world > 1 else m for m in self.modules]
+
+    def _no_sync(self) -> AbstractContextManager:
+        from contextlib import ExitStack
+
+        stack = ExitStack()
+        for module in self.wrapped:
+            stack.enter_context(self.accelerator.no_sync(module))
+        return stack
+
+    def _plan(self, model: Policy, tokens: Tokens, rows: Sequence[int]) -> list[list[Strip]]:
+        return plan(tokens, rows, self.train.micro_batch_tokens, model.share)
+
+    def _sum(self, sums: dict[str, float]) -> dict[str, float]:
+        if self.world == 1:
+            return sums
+        total: dict[str, float] = {}
+        for part in self.gather([sums]):
+            for name, value in part.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    """The batch's tensors on `device`."""
+    if device.type == "cpu":
+        return batch
+    from dataclasses import fields, replace
+
+    moved = {f.name: v.to(device) for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
+    return replace(batch, **moved, columns={k: v.to(device) for k, v in batch.columns.items()})
+
+
+def _with_lora(model: Any, config: Config) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        from dualign.errors import UserError
+
+        raise UserError("model.lora needs the package peft: pip install 'dualign[lora]'") from None
+    c = config.model.lora
+    assert c is not None
+    return get_peft_model(
+        model, LoraConfig(r=c.r, lora_alpha=c.alpha, lora_dropout=c.dropout, target_modules=c.target_modules, task_type="CAUSAL_LM")
+    )

@@ -1,0 +1,35 @@
+"""PPO's value model: its own transformer, initialised from the policy, with a scalar head."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualign.models.packing import MicroBatch
+from dualign.models.policy import Policy
+
+
+class Critic(Policy):
+    """`forward(micro_batch)` gives V(x, y_<k), the value before each completion token, (n, T), 0 beyond the end.
+
+    The head starts at zero, so that the first values are 0 and the first advantages are the rewards to go.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        nn.Module.__init__(self)
+        self.precision, self.share = policy.precision, policy.share
+        decoder: Any = copy.deepcopy(policy.base)
+        self.model = self.base = decoder.requires_grad_(True)
+        width = policy.model.config.get_text_config().hidden_size
+        self.value = nn.Linear(width, 1)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+
+    def forward(self, micro: MicroBatch) -> Tensor:
+        with self.autocast():
+            hidden_MH = self.hidden(micro)
+        with torch.autocast(hidden_MH.device.type, enabled=False):
+            return micro.scatter(self.value(hidden_MH.float())[:, 0])

@@ -1,0 +1,86 @@
+"""`--dry-run`: what a recipe would do, need and cost, without loading a weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dualign import assets, data
+from dualign.config import Config
+from dualign.errors import UserError
+
+
+def parameters_of(config: Config) -> tuple[int, Any]:
+    """Parameter count and model configuration, from the model's config alone (on the meta device)."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = assets.resolve(config.model.name)
+    try:
+        hf = AutoConfig.from_pretrained(name, revision=config.model.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name: {config.model.name} cannot be found: {str(error).splitlines()[0]}") from None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf)
+    return sum(p.numel() for p in model.parameters()), hf
+
+
+def memory_estimate(config: Config, count: int, hf: Any) -> dict[str, float]:
+    """GB by part, for one process with full fine-tuning; activations are an upper estimate."""
+    text = hf.get_text_config()
+    half = 2 if config.model.precision == "bf16" else 4
+    copies = {"policy (fp32) and gradients": 8 * count, "rounded copy that samples": half * count if half == 2 else 0}
+    if config.algo.needs_ref or config.data.eval:
+        copies["π_0"] = half * count
+    if config.train.optimizer == "adamw":
+        copies["AdamW moments"] = 8 * count
+    if config.algo.critic:
+        copies["value model, gradients"] = 8 * count
+    per_token = text.num_hidden_layers * (18 * text.hidden_size + 4 * text.intermediate_size) * half
+    copies["activations of a micro-batch"] = config.train.micro_batch_tokens * per_token
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    rows = min(config.rollout.rows, config.train.online_batch)
+    cache = rows * (config.rollout.max_new_tokens + 256) * heads * size * 2 * half * text.num_hidden_layers
+    copies["key-value cache"] = cache if config.algo.source == "online" else 0
+    return {name: size / 1e9 for name, size in copies.items() if size}
+
+
+def print_plan(config: Config) -> None:
+    t, c = config.train, config
+    per = (c.algo.updates_per_batch or max(1, round(t.online_batch / t.update_size))) * c.algo.epochs
+    print(f"{c.algo.name}: {c.algo.model_dump(exclude={'name'})}")
+    try:
+        count, hf = parameters_of(config)
+    except UserError as error:
+        print(f"model: {c.model.name} (not at hand here, sizes unknown: {error})")
+    else:
+        print(f"model: {c.model.name}, {count / 1e6:.0f}M parameters, {c.model.precision}")
+        estimate = memory_estimate(config, count, hf)
+        print(f"memory, about: {sum(estimate.values()):.1f} GB = " + " + ".join(f"{v:.2f} {k}" for k, v in estimate.items()))
+    try:
+        if c.algo.source == "online":
+            rows = len(data.load_prompts(c.data.train, c.data, c.data.split))
+        else:
+            rows = len(data.load_examples(c.data.train, c.data, c.data.split))
+        epochs = t.online_batches * c.prompts_per_batch / rows
+        print(f"data: {rows} rows of {c.data.train}; {epochs:.2f} epochs")
+    except UserError as error:
+        print(f"data: {c.data.train} (not at hand here: {error})")
+    print(
+        f"{t.online_batches} online batches of {t.online_batch} completions = {c.prompts_per_batch} prompts × {c.group}; "
+        f"{per} updates each; {t.online_batches * per} updates in all"
+    )
+    labels = t.online_batches * t.online_batch if c.algo.source == "online" else 0
+    print(f"labels needed: {labels} to train, {2 * c.eval.prompts * c.eval.k if c.data.eval else 0} to evaluate")
+    for i, reward in enumerate(c.reward):
+        print(f"reward.{i}: {reward.type}, weight {reward.weight}" + _price(reward, labels))
+
+
+def _price(reward: Any, labels: int) -> str:
+    """Dollars, from prices per million tokens and an assumed 600 prompt tokens per call; replies at their ceiling."""
+    if not getattr(reward, "price_prompt", 0) and not getattr(reward, "price_completion", 0):
+        return ""
+    calls = labels * getattr(reward, "samples", 1)
+    replies = getattr(reward, "max_tokens", 0)
+    dollars = calls * (600 * reward.price_prompt + replies * reward.price_completion) / 1e6
+    return f", at most about {dollars:.2f} dollars for {calls} calls (assuming 600 prompt tokens each)"

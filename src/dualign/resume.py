@@ -1,0 +1,47 @@
+"""What may change between a run and its resumption."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from dualign import config as configs
+from dualign.config import Config
+from dualign.errors import UserError
+from dualign.runs import Run
+
+ALLOWED = (  # none of these changes a number that is already in the folder
+    "train.online_batches",
+    "train.micro_batch_tokens",
+    "train.max_absent",
+    "rollout.rows",
+    "eval.every",
+    "run.checkpoints",
+    "run.keep_last",
+    "run.trackers",
+    "run.project",
+    "reward.*.concurrency",
+    "reward.*.requests_per_minute",
+    "reward.*.tokens_per_minute",
+    "reward.*.timeout",
+    "reward.*.retries",
+    "reward.*.api_key_env",
+    "reward.*.max_dollars",
+    "reward.*.max_tokens_total",
+    "reward.*.max_calls",
+    "reward.*.base_url",
+)
+
+
+def resumed_config(folder: Path, overrides: Iterable[str]) -> Config:
+    """The run's own configuration with overrides. Raises UserError for a key that may not change any more."""
+    run = Run.open(folder)
+    overrides = list(overrides)
+    for override in overrides:
+        key = override.partition("=")[0]
+        generic = ".".join("*" if part.isdigit() else part for part in key.split("."))
+        if generic not in ALLOWED:
+            raise UserError(
+                f"{key} cannot change on resume: what is stored was made with its old value. These can: {', '.join(ALLOWED)}"
+            )
+    return configs.load(run.folder / "config.yaml", [*overrides, f"run.dir={folder}"])

@@ -1,0 +1,45 @@
+"""What every sampler is, and how its randomness is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dualign.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Sampling:
+    k: int
+    max_new_tokens: int
+    temperature: float  # 0: greedy
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to be answered K times. `group` is its place in the online batch."""
+
+    group: int
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+
+
+class Sampler(Protocol):
+    """Samples from π_t. `done` is called once per completion as it finishes, while others are still being decoded."""
+
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, seed: tuple[int, int], done: Callable[[Rollout], None]
+    ) -> None: ...
+
+
+def uniforms(seed: tuple[int, int], row: int, count: int) -> NDArray[np.float64]:
+    """`count` uniforms of one completion, from a counter-based generator: they depend on the run's seed, the online
+    batch and the row alone, so that the number of processes, the order of decoding and a resume change nothing."""
+    run, batch = seed
+    key = np.array([(run * 0x9E3779B97F4A7C15 + 0xD1) & (2**64 - 1), ((batch & 0xFFFFFFFF) << 32) | row], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).random(count)

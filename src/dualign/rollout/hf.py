@@ -1,0 +1,226 @@
+"""A lean decode loop on transformers: each prompt is computed once for its K branches, finished rows are dropped, and
+one pass over the logits gives the token and its log-prob."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from dualign.models.policy import Policy, Tokenizer
+from dualign.rollout.base import Request, Sampling, uniforms
+from dualign.types import Rollout
+
+BLOCK = 256  # two-level inverse CDF: a sum per block of the vocabulary, then a scan inside one block
+COMPACT = 0.875  # drop finished rows from the cache once fewer than this share is alive
+
+
+class HFSampler:
+    """Samples from a Policy's model with its own key-value cache."""
+
+    def __init__(self, policy: Policy, tokenizer: Tokenizer, rows: int) -> None:
+        self.policy, self.tokenizer, self.rows = policy, tokenizer, rows
+
+    @torch.inference_mode()
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, seed: tuple[int, int], done: Callable[[Rollout], None]
+    ) -> None:
+        """Calls `done` once per completion, as it finishes. Prompts of similar length are decoded together."""
+        by_length = sorted(requests, key=lambda r: -len(r.prompt_ids))
+        step = max(1, self.rows // sampling.k)
+        was_training = self.policy.training
+        self.policy.eval()
+        for at in range(0, len(by_length), step):
+            self._decode(by_length[at : at + step], sampling, seed, done)
+        self.policy.train(was_training)
+
+    def _decode(
+        self, requests: Sequence[Request], s: Sampling, seed: tuple[int, int], done: Callable[[Rollout], None]
+    ) -> None:
+        device = next(self.policy.parameters()).device
+        eos = torch.tensor(sorted(self.tokenizer.eos_ids), device=device)
+        cache = BranchCache(s.max_new_tokens)
+        logits_NV, visible_NL, position_N = self._prefill(requests, s.k, cache)
+        rows = [(r, r.group * s.k + k) for r in requests for k in range(s.k)]
+        draw_NT = torch.from_numpy(np.stack([uniforms(seed, i, s.max_new_tokens) for _, i in rows])).to(device)
+        n = len(rows)
+        token_NT = torch.zeros(n, s.max_new_tokens, dtype=torch.long, device=device)
+        logp_NT = torch.zeros(n, s.max_new_tokens, device=device)
+        alive = torch.arange(n, device=device)  # rows of the tensors above that the cache still holds
+        open_N = torch.ones(n, dtype=torch.bool, device=device)  # of those, the ones not yet finished
+        for t in range(s.max_new_tokens):
+            token_N, step_logp_N = choose(logits_NV, s, draw_NT[alive, t])
+            token_NT[alive, t], logp_NT[alive, t] = token_N, step_logp_N
+            ended_N = open_N & torch.isin(token_N, eos)
+            last = t + 1 == s.max_new_tokens
+            for i in (alive[open_N] if last else alive[ended_N]).tolist():
+                ids = token_NT[i, : t + 1].tolist()
+                self._finish(rows[i], ids, logp_NT[i, : t + 1].tolist(), done)
+            open_N = open_N & ~ended_N
+            count = int(open_N.sum())
+            if last or count == 0:
+                return
+            if count < COMPACT * len(alive):
+                keep = open_N.nonzero()[:, 0]
+                cache.select(keep)
+                alive, visible_NL, position_N, token_N = alive[keep], visible_NL[keep], position_N[keep], token_N[keep]
+                open_N = open_N[keep]
+            visible_NL = torch.cat([visible_NL, visible_NL.new_ones(len(alive), 1)], 1)
+            with self.policy.autocast():
+                out = self.policy.model(
+                    input_ids=token_N[:, None],
+                    position_ids=(position_N + t)[:, None],
+                    attention_mask=self._mask(visible_NL),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            logits_NV = out.logits[:, -1]
+
+    def _mask(self, visible_NL: Tensor) -> Tensor:
+        """One query per row. SDPA takes the mask as it is; other kinds build theirs from the 2-D form."""
+        return visible_NL[:, None, None] if self.policy.model.config._attn_implementation == "sdpa" else visible_NL.long()
+
+    def _prefill(self, requests: Sequence[Request], k: int, cache: BranchCache) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes each prompt once, then branches the cache K times. Returns the first token's logits (N, V), the
+        visible positions (N, L) and each row's next position (N,)."""
+        device = next(self.policy.parameters()).device
+        length = max(len(r.prompt_ids) for r in requests)
+        ids = torch.full((len(requests), length), self.tokenizer.pad_id)
+        visible = torch.zeros(len(requests), length, dtype=torch.bool)
+        for i, r in enumerate(requests):  # left-padded, so that all prompts end together
+            ids[i, length - len(r.prompt_ids) :] = torch.tensor(r.prompt_ids)
+            visible[i, length - len(r.prompt_ids) :] = True
+        ids, visible = ids.to(device), visible.to(device)
+        position = (visible.long().cumsum(1) - 1).clamp(min=0)
+        with self.policy.autocast():
+            out = self.policy.model(
+                input_ids=ids,
+                position_ids=position,
+                attention_mask=visible.long(),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        cache.branch(k)
+
+        def repeat(x: Tensor) -> Tensor:
+            return x.repeat_interleave(k, 0)
+
+        return repeat(out.logits[:, -1]), repeat(visible), repeat(position[:, -1] + 1)
+
+    def _finish(
+        self, row: tuple[Request, int], ids: list[int], logp: list[float], done: Callable[[Rollout], None]
+    ) -> None:
+        request, index = row
+        ended = ids[-1] in self.tokenizer.eos_ids
+        done(
+            Rollout(
+                index=index,
+                group=request.group,
+                prompt=request.prompt,
+                prompt_ids=request.prompt_ids,
+                completion_ids=tuple(ids),
+                text=self.tokenizer.text(ids[:-1] if ended else ids),
+                finish="eos" if ended else "length",
+                sampler_logp=tuple(logp),
+            )
+        )
+
+
+def choose(logits_NV: Tensor, s: Sampling, draw_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The next token (N,) at temperature and top-p by inverse CDF from one uniform each, and its log-prob under the
+    untempered model (N,)."""
+    logits_NV = logits_NV.float()
+    if s.temperature == 0:
+        token_N = logits_NV.argmax(-1)
+    else:
+        weight_NV = torch.softmax(logits_NV / s.temperature, -1)
+        if s.top_p < 1:
+            weight_NV = nucleus(weight_NV, s.top_p)
+        token_N = inverse_cdf(weight_NV, draw_N)
+    norm_N = torch.logsumexp(logits_NV, -1)
+    return token_N, logits_NV.gather(1, token_N[:, None])[:, 0] - norm_N
+
+
+def nucleus(weight_NV: Tensor, top_p: float) -> Tensor:
+    """Zero all but the smallest set of most likely tokens that holds `top_p` of the mass."""
+    ordered, order = weight_NV.sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    return torch.zeros_like(weight_NV).scatter(1, order, ordered.masked_fill(before >= top_p, 0))
+
+
+def inverse_cdf(weight_NV: Tensor, draw_N: Tensor) -> Tensor:
+    """The token whose share of the (unnormalised) mass contains the uniform. Two levels, so that no scan runs over the
+    whole vocabulary."""
+    n, v = weight_NV.shape
+    padded = torch.nn.functional.pad(weight_NV, (0, -v % BLOCK)).view(n, -1, BLOCK)
+    upto_NB = padded.sum(-1, dtype=torch.float64).cumsum(-1)
+    point_N = draw_N.to(torch.float64) * upto_NB[:, -1]
+    block_N = torch.searchsorted(upto_NB, point_N[:, None], right=True).clamp(max=upto_NB.shape[1] - 1)
+    before_N = torch.where(block_N > 0, upto_NB.gather(1, (block_N - 1).clamp(min=0)), 0.0)
+    inside = padded.gather(1, block_N[:, :, None].expand(n, 1, BLOCK))[:, 0].double()
+    rank_N = torch.searchsorted(inside.cumsum(-1), point_N[:, None] - before_N, right=True)
+    # rounding may point past the block's last token with mass: take that one
+    last_N = (inside > 0).int().mul(torch.arange(1, BLOCK + 1, device=inside.device)).argmax(-1, keepdim=True)
+    return (block_N * BLOCK + torch.minimum(rank_N, last_N))[:, 0]
+
+
+class BranchCache(Cache):
+    """A key-value cache with room for the prompt and all new tokens from the start: a step writes one column instead
+    of copying the cache."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__(layer_class_to_replicate=lambda: _BranchLayer(room))
+
+    def branch(self, k: int) -> None:
+        """One row per prompt -> K rows per prompt."""
+        for layer in self.layers:
+            layer.branch(k)
+
+    def select(self, rows: Tensor) -> None:
+        for layer in self.layers:
+            layer.select(rows)
+
+
+class _BranchLayer(CacheLayerMixin):  # type: ignore[misc]
+    """keys, values: (N, heads, capacity, head size), of which the first `length` positions are filled."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room, self.length = room, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        n, heads, length, _ = key_states.shape
+        self.keys = key_states.new_empty(n, heads, length + self.room, key_states.shape[-1])
+        self.values = value_states.new_empty(n, heads, length + self.room, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        end = self.length + key_states.shape[2]
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def branch(self, k: int) -> None:
+        self.keys, self.values = (x.repeat_interleave(k, 0) for x in (self.keys, self.values))
+
+    def select(self, rows: Tensor) -> None:
+        self.keys, self.values = (x.index_select(0, rows) for x in (self.keys, self.values))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1

@@ -1,0 +1,65 @@
+"""Completions of a model outside training: `dualign sample`, and the outputs that evaluation judges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from dualign import data
+from dualign.models.policy import Policy, load_model
+from dualign.rollout.base import Sampling
+from dualign.rollout.hf import HFSampler
+from dualign.runs import write_text
+from dualign.schema import DataConfig, ModelConfig
+from dualign.source import requests_of
+from dualign.types import Prompt, Rollout
+
+
+def sample_from(model: str, prompts: Sequence[Prompt], sampling: Sampling, seed: int, precision: str = "bf16") -> list[Rollout]:
+    """K rollouts of each prompt, in order. `model`: as model.name in a recipe."""
+    import torch
+
+    hf, tokenizer = load_model(ModelConfig(name=model))
+    hf.to("cuda" if torch.cuda.is_available() else "cpu")
+    policy = Policy(hf, precision).frozen_copy()
+    context = int(getattr(hf.config, "max_position_embeddings", None) or 1 << 30)
+    requests = requests_of(prompts, tokenizer, context, sampling.max_new_tokens, None, print)
+    rollouts: list[Rollout] = []
+    HFSampler(policy, tokenizer, 256).sample(requests, sampling, (seed, 0), rollouts.append)
+    return sorted(rollouts, key=lambda r: r.index)
+
+
+def sample_to(
+    model: str, source: str, out: Path | None, k: int, max_new_tokens: int, temperature: float, top_p: float, limit: int | None, seed: int
+) -> None:
+    from dualign.view import clean
+
+    known = Path(source).exists() or source.startswith("builtin:") or ("/" in source and " " not in source)
+    prompts = (
+        data.load_prompts(source, DataConfig(train=source), "test")
+        if known
+        else [Prompt("prompt", ({"role": "user", "content": source},))]
+    )
+    sampling = Sampling(k, max_new_tokens, temperature, top_p)
+    rollouts = sample_from(model, prompts[:limit], sampling, seed)
+    if out is None:
+        for r in rollouts:
+            print(f"[{clean(r.prompt.id)}] {clean(r.prompt.text)}\n  -> {clean(r.text)}{'' if r.finish == 'eos' else ' …'}\n")
+        return
+    lines = [
+        json.dumps(
+            {
+                "id": r.prompt.id,
+                "prompt": r.prompt.messages if r.prompt.conversational else r.prompt.content,
+                "completion": [{"role": "assistant", "content": r.text}] if r.prompt.conversational else r.text,
+                "finish": r.finish,
+                "tokens": len(r.completion_ids),
+                "model": model,
+            },
+            ensure_ascii=False,
+        )
+        for r in rollouts
+    ]
+    write_text(out, "\n".join(lines) + "\n")
+    print(f"{len(lines)} completions in {out}")

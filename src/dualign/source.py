@@ -1,0 +1,159 @@
+"""Where the rows of an online batch come from: sampled and labelled, or read from a fixed data set."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+
+from dualign import data
+from dualign.annotate.base import Annotator, Item
+from dualign.batch import Row
+from dualign.config import Config
+from dualign.engine import Engine
+from dualign.errors import UserError
+from dualign.models.policy import Tokenizer
+from dualign.rollout.base import Request, Sampler, Sampling
+from dualign.types import Example, Label, Prompt, Rollout
+
+X = TypeVar("X")
+
+
+class Clock:
+    """Seconds spent by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+class Stream(Generic[X]):
+    """An endless pass over `items`, reshuffled in every epoch; what batch t gets is a function of seed and t alone."""
+
+    def __init__(self, items: Sequence[X], per_batch: int, seed: int, shuffle: bool) -> None:
+        self.items, self.per_batch, self.seed, self.shuffle = items, per_batch, seed, shuffle
+
+    def at(self, step: int) -> list[X]:
+        return [self._item(step * self.per_batch + i) for i in range(self.per_batch)]
+
+    def _item(self, position: int) -> X:
+        epoch, at = divmod(position, len(self.items))
+        if not self.shuffle:
+            return self.items[at]
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
+        return self.items[int(order[at])]
+
+
+class Source(Protocol):
+    def collect(self, step: int, clock: Clock) -> list[Row]:
+        """The rows of online batch `step` that this process makes."""
+        ...
+
+
+class OnlineSource:
+    """Samples K completions per prompt from π_t; each is sent to be labelled the moment it is finished."""
+
+    def __init__(
+        self, config: Config, engine: Engine, sampler: Sampler, annotator: Annotator, requests: Sequence[Request]
+    ) -> None:
+        self.engine, self.sampler, self.annotator = engine, sampler, annotator
+        r = config.rollout
+        self.sampling = Sampling(r.k, r.max_new_tokens, r.temperature, r.top_p)
+        self.seed = config.run.seed
+        self.stream = Stream(requests, config.prompts_per_batch, self.seed, config.data.shuffle)
+
+    def collect(self, step: int, clock: Clock) -> list[Row]:
+        requests = [Request(g, r.prompt, r.prompt_ids) for g, r in enumerate(self.stream.at(step))]
+        return sample_and_label(
+            self.sampler, self.annotator, self.engine.mine(requests), self.sampling, (self.seed, step), clock
+        )
+
+
+def sample_and_label(
+    sampler: Sampler,
+    annotator: Annotator,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    seed: tuple[int, int],
+    clock: Clock,
+) -> list[Row]:
+    """K labelled completions of each request."""
+    rollouts: dict[int, Rollout] = {}
+    session = annotator.open()
+
+    def done(rollout: Rollout) -> None:
+        rollouts[rollout.index] = rollout
+        session.add(Item(rollout.index, rollout.group, rollout.prompt, rollout.text, rollout.completion_ids))
+
+    with clock("sample"):
+        sampler.sample(requests, sampling, seed, done)
+    with clock("label"):
+        labels = session.close()
+    return [Row(rollout, labels[index]) for index, rollout in sorted(rollouts.items())]
+
+
+class DatasetSource:
+    """A fixed set in the same form: a pair is a group with rewards 1 (chosen) and 0 (rejected), a demonstration a
+    group of one."""
+
+    def __init__(self, config: Config, engine: Engine, examples: Sequence[Example], tokenizer: Tokenizer) -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+        self.stream = Stream(examples, config.prompts_per_batch, config.run.seed, config.data.shuffle)
+        self.size = config.group
+
+    def collect(self, step: int, clock: Clock) -> list[Row]:
+        with clock("read"):
+            numbered = list(enumerate(self.stream.at(step)))
+            return [row for g, example in self.engine.mine(numbered) for row in self._rows(g, example)]
+
+    def _rows(self, group: int, example: Example) -> Iterator[Row]:
+        prompt_ids = self.tokenizer.prompt(example.prompt)
+        for i, text in enumerate(example.completions[: self.size]):
+            ids = self.tokenizer.completion(text)
+            index = group * self.size + i
+            rollout = Rollout(index, group, example.prompt, prompt_ids, ids, text, "eos", ())
+            yield Row(rollout, Label(1.0 - i))
+
+
+def requests_of(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, context: int, new_tokens: int, limit: int | None, say: Callable[[str], None]
+) -> list[Request]:
+    """Tokenized prompts that fit. Raises UserError, naming the prompt, where one is longer than the context; prompts
+    beyond `limit` tokens (data.max_prompt_tokens) are left out and counted."""
+    requests = [Request(i, p, tokenizer.prompt(p)) for i, p in enumerate(prompts)]
+    if limit is not None:
+        kept = [r for r in requests if len(r.prompt_ids) <= limit]
+        if len(kept) < len(requests):
+            say(f"left out {len(requests) - len(kept)} of {len(requests)} prompts longer than {limit} tokens")
+        requests = kept
+    for r in requests:
+        if len(r.prompt_ids) + new_tokens > context:
+            raise UserError(
+                f"prompt {r.prompt.id}: its {len(r.prompt_ids)} tokens and {new_tokens} new ones exceed the model's "
+                f"context of {context}; set data.max_prompt_tokens={context - new_tokens} to leave such prompts out"
+            )
+    if not requests:
+        raise UserError("data: no prompts are left")
+    return requests
+
+
+def load_stream(config: Config, engine: Engine, say: Callable[[str], None]) -> list[Request] | list[Example]:
+    """The training data that the algorithm asks for."""
+    d, context = config.data, engine.context
+    if config.algo.source == "online":
+        prompts = data.load_prompts(d.train, d, d.split)
+        return requests_of(prompts, engine.tokenizer, context, config.rollout.max_new_tokens, d.max_prompt_tokens, say)
+    examples = data.load_examples(d.train, d, d.split)
+    if len(examples[0].completions) < config.group:
+        raise UserError(f"data.train: {config.algo.name} needs preference pairs (chosen, rejected); {d.train} has none")
+    return examples

@@ -1,0 +1,55 @@
+"""Training state in safetensors and JSON: what a resume needs beyond the weights. Nothing here is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def save_state(
+    folder: Path, modules: Sequence[nn.Module], optimizer: Any, scheduler: Any, progress: dict[str, Any]
+) -> None:
+    """Trained parameters in full precision as `train.safetensors`, optimizer tensors as `optimizer.safetensors`,
+    and the plain numbers as `state.json` (last: where it is, all is)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(_parameters(modules), folder / "train.safetensors")
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, entry in optimizer.state_dict()["state"].items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value.contiguous()
+            else:
+                numbers.setdefault(str(index), {})[key] = value
+    save_file(tensors, folder / "optimizer.safetensors")
+    schedule = {k: v for k, v in scheduler.state_dict().items() if isinstance(v, int | float | list) and k != "lr_lambdas"}
+    (folder / "state.json").write_text(json.dumps({"progress": progress, "optimizer": numbers, "scheduler": schedule}))
+
+
+def load_state(folder: Path, modules: Sequence[nn.Module], optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    """The inverse of save_state, bit for bit; returns `progress`."""
+    stored = load_file(folder / "train.safetensors")
+    with torch.no_grad():
+        for name, parameter in _parameters(modules).items():
+            parameter.copy_(stored[name])
+    plain = json.loads((folder / "state.json").read_text())
+    state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in plain["optimizer"].items()}
+    for key, value in load_file(folder / "optimizer.safetensors").items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    scheduler.load_state_dict(scheduler.state_dict() | plain["scheduler"])
+    for group, lr in zip(optimizer.param_groups, plain["scheduler"]["_last_lr"], strict=True):
+        group["lr"] = lr
+    return plain["progress"]  # type: ignore[no-any-return]
+
+
+def _parameters(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
+    return {f"{i}.{name}": p for i, m in enumerate(modules) for name, p in m.named_parameters() if p.requires_grad}

@@ -1,0 +1,273 @@
+"""Algorithm 1, top to bottom: prompts -> rollouts -> labels -> weighted batch -> updates -> new sampler weights.
+
+Everything random is a function of the run's seed and the online batch's number, and the weighted batch is a file before
+the first update that uses it: a killed run goes on by replaying files, with the same numbers to the last bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dualign import annotate, data
+from dualign.annotate.base import Annotator
+from dualign.batch import Row, WeightedBatch, labelled, updates, weigh
+from dualign.config import Config, build, dump
+from dualign.engine import Engine
+from dualign.errors import StopRun, UserError
+from dualign.heldout import HeldOut, evaluate, gain
+from dualign.interrupt import Interrupts
+from dualign.rollout.base import Request, Sampler
+from dualign.runs import Run, write_text
+from dualign.source import Clock, DatasetSource, OnlineSource, Source, load_stream, requests_of
+from dualign.view import View, plan_lines, warnings_of
+
+RewardFunction = Callable[..., Any]
+
+
+def train(
+    config: Config | dict[str, Any], reward: RewardFunction | Sequence[RewardFunction] = (), resume: bool = False, quiet: bool = False
+) -> Run:
+    """Trains by `config` and returns the run's folder.
+
+    `reward`: Python functions (TRL's convention) beside those that the configuration names. Raises UserError for what
+    the user must mend (before any work is lost), StopRun for a clean stop that `resume` goes on from.
+    """
+    if callable(reward):
+        reward = [reward]
+    if isinstance(config, dict):
+        config = build({"reward": [], **config})
+    engine = Engine(config)
+    view = View(config, quiet=quiet or not engine.main)
+    run = Run(Path(config.run.dir))
+    if engine.main:
+        _open(run, config, resume)
+    engine.barrier()
+    annotator = annotate.build(config.reward, functions=reward, run_dir=run.folder) if config.algo.source == "online" or config.reward or reward else None
+    try:
+        with Interrupts() as interrupts, view:
+            Trainer(config, engine, run, annotator, view, interrupts).fit()
+    finally:
+        if annotator is not None:
+            annotator.close()
+        run.unlock()
+    return run
+
+
+def _open(run: Run, config: Config, resume: bool) -> None:
+    if resume:
+        Run.open(run.folder)
+        run.lock()
+        write_text(run.folder / "config.yaml", dump(config))
+    else:
+        created = Run.create(run.folder, dump(config))
+        run._lock = created._lock
+
+
+class Trainer:
+    """The loop and what it holds."""
+
+    def __init__(
+        self, config: Config, engine: Engine, run: Run, annotator: Annotator | None, view: View, interrupts: Interrupts
+    ) -> None:
+        self.config, self.engine, self.run, self.view, self.interrupts = config, engine, run, view, interrupts
+        self.annotator, self.algo = annotator, config.algo
+        self.sampler: Sampler = engine.sampler()
+        stream = load_stream(config, engine, view.say)
+        self.source: Source
+        if self.algo.source == "online":
+            assert annotator is not None
+            self.source = OnlineSource(config, engine, self.sampler, annotator, stream)  # type: ignore[arg-type]
+        else:
+            self.source = DatasetSource(config, engine, stream, engine.tokenizer)  # type: ignore[arg-type]
+        self.heldout = self._heldout()
+        self.labels = 0
+        view.plan(plan_lines(config, engine, len(stream), len(self.heldout)))
+
+    def fit(self) -> None:
+        start, skip, losses = self._restore()
+        if start == skip == 0:
+            self._evaluate(0)
+        for step in range(start, self.config.train.online_batches):
+            clock = Clock()
+            b = self.run.read_batch(step)
+            if b is None:
+                b = self._collect(step, clock)
+                if self.engine.main:
+                    with clock("write"):
+                        self.run.write_batch(b)
+                self.engine.barrier()
+            self._update(b, skip, losses, clock)
+            with clock("sync"):
+                self.engine.sync_sampler()
+            self._finish_batch(b, losses, clock)
+            skip, losses = 0, []
+        self._summarise()
+
+    # --- one online batch ---
+
+    def _collect(self, step: int, clock: Clock) -> WeightedBatch:
+        """Rows from all processes, then what is constant while they are used: log π_t, log π_0, weights."""
+        self.view.phase(step, "sampling and labelling")
+        b = labelled(step, self._everyones(step, clock))
+        if b.rows and b.absent / len(b.rows) > self.config.train.max_absent:
+            reasons = sorted({row.label.reason or "" for row in b.rows if row.label.value is None})
+            raise StopRun(
+                f"online batch {step}: {b.absent} of {len(b.rows)} completions have no label, more than "
+                f"train.max_absent={self.config.train.max_absent} allows. Reasons: {'; '.join(reasons[:5])}"
+            )
+        self.view.phase(step, "scoring")
+        engine, algo = self.engine, self.algo
+        with clock("score"):
+            old_NT = engine.score(engine.policy, b.tokens) if algo.needs_old else None
+            ref_NT = engine.score_reference(b.tokens) if algo.needs_ref else None
+            value_NT = engine.score(engine.critic, b.tokens) if engine.critic else None
+            return weigh(b, algo, old_NT, ref_NT, value_NT)
+
+    def _everyones(self, step: int, clock: Clock) -> list[Row]:
+        """This process's rows and the others'. An error in one process is raised in all."""
+        mine: list[Row | BaseException]
+        try:
+            mine = list(self.source.collect(step, clock))
+        except (UserError, StopRun) as error:
+            if self.engine.world == 1:
+                raise
+            mine = [error]
+        rows = self.engine.gather(mine)
+        for item in rows:
+            if isinstance(item, BaseException):
+                raise item
+        return [row for row in rows if isinstance(row, Row)]
+
+    def _update(self, b: WeightedBatch, skip: int, losses: list[dict[str, float]], clock: Clock) -> None:
+        """One optimizer step per update, past the first `skip`, which a checkpoint already holds; adds to `losses`."""
+        c = self.config
+        for u, (tokens, rows) in enumerate(updates(b, self.algo, c.train.update_size, c.run.seed)):
+            if u < skip:
+                continue
+            self._stop_if_asked(b.step, u, losses)
+            self.view.phase(b.step, f"update {u + 1}")
+            with clock("update"):
+                losses.append(self._one_update(b, tokens, rows))
+
+    def _one_update(self, b: WeightedBatch, tokens: Any, rows: Any) -> dict[str, float]:
+        try:
+            return self.engine.update(self.algo, tokens, rows)
+        except StopRun as stop:
+            raise StopRun(f"online batch {b.step} ({self.run.batch_path(b.step)}, kept): {stop}") from None
+
+    def _finish_batch(self, b: WeightedBatch, losses: list[dict[str, float]], clock: Clock) -> None:
+        done = b.step + 1
+        self.labels += len(b.tokens)
+        record = batch_record(b, losses) | {"labels": self.labels, "seconds": clock.seconds}
+        if self.engine.main:
+            self.run.log(record)
+        self.engine.track(record)
+        self.view.batch(record, warnings_of(record, self.algo))
+        every = self.config.eval.every
+        if every and done % every == 0 and done < self.config.train.online_batches:
+            self._evaluate(done)
+        if done in self._checkpoint_steps():
+            self._checkpoint(done, 0, [])
+
+    # --- evaluation ---
+
+    def _heldout(self) -> list[Request]:
+        d, c = self.config.data, self.config
+        if d.eval is None or self.annotator is None:
+            return []
+        prompts = data.load_prompts(d.eval, d, d.eval_split)
+        if len(prompts) > c.eval.prompts:  # a fixed draw, not the file's first rows
+            chosen = np.random.default_rng(0).permutation(len(prompts))[: c.eval.prompts]
+            prompts = [prompts[i] for i in sorted(chosen.tolist())]
+        say = self.view.say
+        return requests_of(
+            prompts, self.engine.tokenizer, self.engine.context, c.rollout.max_new_tokens, d.max_prompt_tokens, say
+        )
+
+    def _evaluate(self, done: int) -> HeldOut | None:
+        if not self.heldout or self.annotator is None:
+            return None
+        self.view.phase(done, "evaluating on held-out prompts")
+        result, rows = evaluate(self.config, self.engine, self.sampler, self.annotator, self.heldout, done)
+        if self.engine.main:
+            self.run.write_evaluation(done, rows, result.record())
+        self.view.evaluation(result)
+        return result
+
+    def _summarise(self) -> None:
+        total = self.config.train.online_batches
+        after = self._evaluate(total)
+        if not self.engine.main:
+            return
+        summary: dict[str, Any] = {"online_batches": total, "labels": self.labels, "algo": self.algo.name}
+        if after is not None:
+            first_rows, first = self.run.read_evaluation(0)
+            last_rows, last = self.run.read_evaluation(total)
+            summary |= {"before": first, "after": last} | gain(first_rows, last_rows)
+        seconds: dict[str, float] = {}
+        for record in self.run.metrics():
+            for phase, spent in record["seconds"].items():
+                seconds[phase] = seconds.get(phase, 0.0) + spent
+        summary["seconds"] = seconds
+        write_text(self.run.folder / "summary.json", json.dumps(summary, indent=1))
+        self.view.finish(summary, self.run)
+
+    # --- stopping and going on ---
+
+    def _checkpoint_steps(self) -> set[int]:
+        total, count = self.config.train.online_batches, self.config.run.checkpoints
+        return {round(total * (i + 1) / count) for i in range(count)} | {total}
+
+    def _checkpoint(self, step: int, update: int, losses: list[dict[str, float]]) -> None:
+        self.view.phase(step, "saving a checkpoint")
+        progress = {"step": step, "update": update, "labels": self.labels, "losses": losses}
+        if self.engine.main:
+            keep = self.config.run.keep_last
+            self.run.save_checkpoint(step, update, lambda folder: self.engine.save(folder, progress), keep)
+        self.engine.barrier()
+
+    def _restore(self) -> tuple[int, int, list[dict[str, float]]]:
+        """The batch to go on with, how many of its updates are done, and their losses."""
+        found = self.run.resumable()
+        progress = self.engine.load(found) if found else {"step": 0, "update": 0, "labels": 0, "losses": []}
+        if found:
+            self.view.say(f"going on from {found}: {progress['step']} online batches done")
+        self.labels = progress["labels"]
+        if self.engine.main:
+            self.run.forget_metrics_from(progress["step"])
+        self.engine.barrier()
+        return progress["step"], progress["update"], progress["losses"]
+
+    def _stop_if_asked(self, step: int, update: int, losses: list[dict[str, float]]) -> None:
+        asked = [why for why in self.engine.gather([self.interrupts.requested]) if why]
+        if asked:
+            self._checkpoint(step, update, losses)
+            raise StopRun(f"stopped by {asked[0]} in online batch {step}, after {update} of its updates; all of it is kept")
+
+
+def batch_record(b: WeightedBatch, losses: list[dict[str, float]]) -> dict[str, Any]:
+    """One line of metrics.jsonl: what was sampled, how it was rewarded and weighted, and how the updates went."""
+    batch = b.batch
+    lengths = [len(row.rollout.completion_ids) for row in b.rows]
+    record: dict[str, Any] = {
+        "step": b.step,
+        "reward": float(batch.reward_N.mean()) if len(batch) else None,
+        "reward_std": float(batch.reward_N.std()) if len(batch) > 1 else 0.0,
+        "length": float(np.mean(lengths)),
+        "missing_eos": float(np.mean([row.rollout.finish == "length" for row in b.rows])),
+        "absent": b.absent,
+        **b.stats,
+    }
+    if batch.logp_old_NT is not None and batch.logp_ref_NT is not None:
+        record["kl"] = float((batch.seq_old_N - batch.seq_ref_N).mean())
+    sampled = [sum(row.rollout.sampler_logp) for row in b.rows if row.label.value is not None]
+    if batch.logp_old_NT is not None and any(row.rollout.sampler_logp for row in b.rows):
+        record["sampler_gap"] = float(np.abs(batch.seq_old_N.numpy() - np.array(sampled)).mean())
+    for name in {name for loss in losses for name in loss}:
+        record[name] = float(np.mean([loss.get(name, 0.0) for loss in losses]))
+    return record

@@ -1,0 +1,211 @@
+"""What a person sees: a live table on a terminal, plain lines elsewhere, warnings in words, answers before and after."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from dualign.algos import Algorithm
+from dualign.config import Config
+
+if TYPE_CHECKING:
+    from dualign.engine import Engine
+    from dualign.heldout import HeldOut
+    from dualign.runs import Run
+
+SHOWN = 12  # latest batches in the live table
+COLUMNS = {  # column: (key, format); shown when the key is there
+    "batch": ("step", "{:d}"),
+    "reward": ("reward", "{:+.3f}"),
+    "KL(π_t‖π_0)": ("kl", "{:.2f}"),
+    "clipped": ("clip_rate", "{:.0%}"),
+    "ess": ("ess", "{:.0%}"),
+    "tied": ("tied", "{:.0%}"),
+    "length": ("length", "{:.1f}"),
+    "no EOS": ("missing_eos", "{:.0%}"),
+    "absent": ("absent", "{:d}"),
+    "loss": ("loss", "{:.3g}"),
+    "grad": ("grad_norm", "{:.2g}"),
+}
+
+
+def clean(text: str) -> str:
+    """Text from outside, made inert: no terminal control codes."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text)
+
+
+class View:
+    """Everything that a run says. Quiet in all processes but the first."""
+
+    def __init__(self, config: Config, quiet: bool = False) -> None:
+        self.config = config
+        self.console = Console(quiet=quiet, highlight=False, markup=False, emoji=False)
+        self.rows: list[dict[str, Any]] = []
+        self.said: set[str] = set()
+        self.doing = ""
+        self.began = time.perf_counter()
+        self.live: Live | None = None
+
+    def __enter__(self) -> View:
+        if self.console.is_terminal and not self.console.quiet:
+            self.live = Live(console=self.console, refresh_per_second=4, get_renderable=self._render)
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.live is not None:
+            self.doing = ""
+            self.live.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(Text(clean(text)))
+
+    def plan(self, lines: list[str]) -> None:
+        for line in lines:
+            self.say(line)
+
+    def phase(self, step: int, doing: str) -> None:
+        self.doing = f"online batch {step}: {doing}"
+
+    def batch(self, record: dict[str, Any], warnings: list[str]) -> None:
+        self.rows.append(record)
+        if self.live is None:
+            cells = [f"{name} {text}" for name, text in _cells(record).items()]
+            self.say(f"{'  '.join(cells)}  | {_seconds(record)}  {self._eta()}")
+        for warning in warnings:
+            if warning not in self.said:
+                self.said.add(warning)
+                self.say(f"note (batch {record['step']}): {warning}")
+
+    def evaluation(self, result: HeldOut) -> None:
+        self.say(
+            f"held-out after {result.batches} batches: reward {result.reward:+.3f} ± {result.reward_ci:.3f}, "
+            f"KL to π_0 {result.kl:.2f} ± {result.kl_ci:.2f} nats, length {result.length:.1f}, "
+            f"no EOS {result.missing_eos:.0%} ({result.prompts} prompts, {result.seconds:.1f} s)"
+        )
+
+    def finish(self, summary: dict[str, Any], run: Run) -> None:
+        """The before/after table and where everything is."""
+        if self.live is not None:
+            self.doing = ""
+            self.live.stop()
+            self.live = None
+        if "after" in summary:
+            self.console.print(_answers(run, summary["online_batches"]))
+            for line in verdict(summary):
+                self.say(line)
+        spent = summary["seconds"]
+        self.say("seconds by phase: " + ", ".join(f"{k} {v:.1f}" for k, v in spent.items()))
+        self.say(f"run folder: {run.folder}")
+
+    def _eta(self) -> str:
+        done = len(self.rows)
+        left = self.config.train.online_batches - self.rows[-1]["step"] - 1
+        return f"ETA {_clock((time.perf_counter() - self.began) / done * left)}" if left else ""
+
+    def _render(self) -> Group:
+        shown = self.rows[-SHOWN:]
+        names = [name for name, (key, _) in COLUMNS.items() if any(r.get(key) is not None for r in shown)]
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in names:
+            table.add_column(name, justify="right")
+        table.add_column("seconds")
+        for record in shown:
+            cells = _cells(record)
+            table.add_row(*(cells.get(name, "") for name in names), _seconds(record))
+        progress = f"{len(self.rows)} batches  {self._eta()}" if self.rows else ""
+        return Group(table, Text(f"{self.doing}  {progress}".strip(), style="dim"))
+
+
+def _cells(record: dict[str, Any]) -> dict[str, str]:
+    return {
+        name: form.format(record[key]) for name, (key, form) in COLUMNS.items() if record.get(key) is not None
+    }
+
+
+def _seconds(record: dict[str, Any]) -> str:
+    return " ".join(f"{phase} {spent:.1f}" for phase, spent in record["seconds"].items() if spent >= 0.05)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def plan_lines(config: Config, engine: Engine, prompts: int, heldout: int) -> list[str]:
+    """What the counts come to, in words."""
+    t, c = config.train, config
+    count = c.algo.updates_per_batch or max(1, round(t.online_batch / t.update_size))
+    per = count * c.algo.epochs
+    size = sum(p.numel() for p in engine.policy.parameters()) / 1e6
+    sharing = "prompts shared" if engine.policy.share else "prompts not shared"
+    return [
+        f"{c.algo.name} on {c.model.name} ({size:.0f}M parameters, {c.model.precision}, {sharing}), "
+        f"{engine.world} process{'es' if engine.world > 1 else ''}, {engine.device}",
+        f"{t.online_batches} online batches of {t.online_batch} completions = {c.prompts_per_batch} prompts × {c.group}; "
+        f"{per} update{'s' if per > 1 else ''} each on {t.update_size} completions; "
+        f"{t.online_batches * per} updates and {t.online_batches * t.online_batch} labels in all",
+        f"{prompts} training prompts ({t.online_batches * c.prompts_per_batch / prompts:.1f} epochs), {heldout} held out",
+    ]
+
+
+def warnings_of(record: dict[str, Any], algo: Algorithm) -> list[str]:
+    """What a person should know about this batch, in words."""
+    found = []
+    if record.get("clip_rate", 0) > 0.6:
+        found.append(f"{record['clip_rate']:.0%} of weights are clipped: they no longer tell completions apart; raise algo.beta")
+    if record["reward_std"] == 0 and algo.source == "online":
+        found.append("all rewards are equal: there is nothing to learn from; check the reward")
+    if record.get("tied", 0) > 0.8:
+        found.append(f"{record['tied']:.0%} of completions are in groups with equal rewards; a finer reward or more completions would help")
+    if record["missing_eos"] >= 1:
+        found.append("no completion ended with EOS: all were cut off; raise rollout.max_new_tokens")
+    if record.get("ess") is not None and record["ess"] < 0.05:
+        found.append(f"the effective sample size is {record['ess']:.1%} of the batch: very few completions carry the update")
+    if record["absent"]:
+        found.append("some completions could not be labelled; they left the batch (reasons in its Parquet file)")
+    return found
+
+
+def verdict(summary: dict[str, Any]) -> list[str]:
+    """Did it get better, by how much, and at what price, in words."""
+    before, after, gain, ci = summary["before"], summary["after"], summary["gain_sd"], summary["gain_sd_ci"]
+    clear = "better" if gain - ci > 0 else "worse" if gain + ci < 0 else "no clear change"
+    lines = [
+        f"held-out reward {before['reward']:+.3f} -> {after['reward']:+.3f}: {gain:+.2f} ± {ci:.2f} standard deviations "
+        f"(95 % interval over {after['prompts']} prompts): {clear}",
+        f"KL to π_0 {after['kl']:.2f} ± {after['kl_ci']:.2f} nats; length {before['length']:.1f} -> {after['length']:.1f}; "
+        f"no EOS {before['missing_eos']:.0%} -> {after['missing_eos']:.0%}",
+    ]
+    return lines
+
+
+def _answers(run: Run, done: int, count: int = 6) -> Table:
+    """The same held-out prompts answered before and after, chosen evenly through the set, not by reward."""
+    before, after = run.read_evaluation(0)[0], run.read_evaluation(done)[0]
+    last = {row.rollout.index: row for row in after}
+    table = Table(title="Held-out answers before and after", show_lines=True, expand=True)
+    for name, ratio in (("prompt", 2), ("before (π_0)", 3), ("after", 3)):
+        table.add_column(name, ratio=ratio, overflow="fold")
+    step = max(1, len(before) // count)
+    for row in before[::step][:count]:
+        other = last[row.rollout.index]
+        table.add_row(Text(clean(row.rollout.prompt.text)), _answer(row), _answer(other))
+    return table
+
+
+def _answer(row: Any) -> Text:
+    value = "absent" if row.label.value is None else f"{row.label.value:+.2f}"
+    cut = "" if row.rollout.finish == "eos" else " …"
+    return Text.assemble((f"[{value}] ", "dim"), clean(row.rollout.text.strip()) + cut)
+
+
+def stderr(text: str) -> None:
+    print(clean(text), file=sys.stderr)
