@@ -20,6 +20,7 @@ from dualign.algos.ipo import IPO
 from dualign.algos.iter_sft import IterSFT
 from dualign.algos.ppo import PPO
 from dualign.algos.rloo import RLOO
+from dualign.algos.slic import SLiC
 from dualign.errors import UserError
 
 KEYS = sorted(golden.SYSTEMS)
@@ -181,6 +182,16 @@ def test_ipo_is_at_rest_where_h_is_its_target() -> None:
     loss, _ = algo.loss(logp, batch)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-20) and logp.grad.abs().max() < 1e-9
+
+
+def test_slic_stops_at_the_hinge() -> None:
+    algo = SLiC(beta=0.5)
+    batch = batch_of([1, 0, 1, 0], [0, 0, 1, 1])
+    batch = batch.having(algo.prepare(batch)[0])
+    logp = torch.tensor([[2.0], [-1.0], [1.0], [0.0]], dtype=torch.float64, requires_grad=True)  # h = 3 and 1; 1/β = 2
+    loss, _ = algo.loss(logp, batch)
+    loss.backward()
+    assert loss == 0.5 and logp.grad.flatten().tolist() == [0, 0, -0.5, 0.5]
 
 
 def test_alone_in_its_group_a_row_has_no_advantage() -> None:
