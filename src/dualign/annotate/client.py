@@ -69,7 +69,7 @@ class Pace:
 
 
 class Client:
-    """`submit(request, read)` -> Future[Label], where `read` turns a payload into a Label and raises MalformedError for a
+    """`submit(request, read)` -> Future[Label], where `read` turns a payload into a Label, raising MalformedError for a
     payload that is no answer. The future raises UserError or StopRun for what ends the run; one such ends all."""
 
     def __init__(self, settings: Endpoint, *, ledger: Path | None = None) -> None:
@@ -162,9 +162,7 @@ class Client:
                 self._cache.put(key, content, payload, tokens, self._ledger.price(*tokens))
             return label
 
-    async def _ask(
-        self, request: Request, read: Callable[[Payload], Label]
-    ) -> tuple[Payload, Label, tuple[int, int]]:
+    async def _ask(self, request: Request, read: Callable[[Payload], Label]) -> tuple[Payload, Label, tuple[int, int]]:
         """One attempt, paid for: the payload, what was read from it, its prompt and completion tokens."""
         prompt, completion = request.bounds()
         await self._requests.take()

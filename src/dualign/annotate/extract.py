@@ -158,15 +158,13 @@ def _without_scale(text: str, high: float) -> str:
     return re.sub(rf"(?i)(?:\b(?:on|from|between|using|a|the|scale|of|range)\s+)+{scale}\s*(?:scale)?,?", " ", text)
 
 
-def _tails(pattern: str, flags: str = "i") -> re.Pattern[str]:
-    return re.compile(rf"(?{flags}){pattern}(?P<tail>{NUMBER}.*)")
+def _statements(pattern: str) -> Callable[[str], Iterator[str]]:
+    """All tails (a number and what follows on its line) that `pattern` finds; one line may hold several."""
+    compiled = re.compile(rf"(?i){pattern}")
 
-
-def _statements(pattern: re.Pattern[str]) -> Callable[[str], Iterator[str]]:
     def find(text: str) -> Iterator[str]:
-        # A match ends before the tail's rest, so that one line may hold several statements.
         start = 0
-        while match := pattern.search(text, start):
+        while match := compiled.search(text, start):
             yield match["tail"]
             start = match.start("tail") + 1
 
@@ -196,15 +194,16 @@ def _whole(text: str) -> Iterator[str]:
         yield text[re.search(rf"(?i){NUMBER}", text).start() :]  # type: ignore[union-attr]
 
 
+OUT_OF = r"(?:\s*(?:/|out of|von|sur|de|su|из)\s*(?:\d+|ten)|\s*(?:分|点|점))"
 SCORE_RULES = (
-    ("overall", _statements(_tails(rf"\b(?:overall|final|total)\s*(?:{LABEL}|answer|verdict){LINK}"))),
+    ("overall", _statements(rf"\b(?:overall|final|total)\s*(?:{LABEL}|answer|verdict){LINK}(?P<tail>{NUMBER}.*)")),
     ("last line", _last_line),
-    ("label", _statements(_tails(rf"(?<![a-z]){LABEL}{LINK}"))),
-    ("out of ten", _statements(re.compile(rf"(?i)(?<![0-9A-Za-z./])(?P<tail>{NUMBER}\s*(?:(?:/|out of|von|sur|de|su|из)\s*(?:\d+|ten)|分|点|점).*)"))),
+    ("label", _statements(rf"(?<![a-z]){LABEL}{LINK}(?P<tail>{NUMBER}.*)")),
+    ("out of ten", _statements(rf"(?<![0-9A-Za-z./])(?P<tail>{NUMBER}{OUT_OF}.*)")),
     ("whole", _whole),
-    ("verb", _statements(re.compile(rf"(?i){VERB}[^.\n\d]{{0,40}}?\b(?:an?\s+|as\s+)?(?P<tail>{NUMBER}(?={AFTER}).*)"))),
+    ("verb", _statements(rf"{VERB}[^.\n\d]{{0,40}}?\b(?:an?\s+|as\s+)?(?P<tail>{NUMBER}(?={AFTER}).*)")),
     ("leading", _leading),
-)  # fmt: skip
+)
 
 THING = r"\b(?:response|summary|answer|option|assistant|reply|completion|antwort|respuesta|réponse|ответ|回答)"
 BETTER = r"\b(?:better|best|preferred|preferable|superior|stronger|(?:more|most) (?:helpful|honest|accurate|useful))\b"
@@ -212,16 +211,18 @@ WORSE = r"\b(?:worse|worst|(?:more|most) harmful|more dangerous|more offensive)\
 
 
 def _choice_rules(good: str) -> list[tuple[str, re.Pattern[str]]]:
-    end = r"(?P<n>[12])(?![\d.]*\d)(?!\s*(?:or|and|/|&)\s*[12])"
-    word = r"(?:preferred|better|best|chosen|selected|(?:more|most) \w+|final|my)"
+    n = r"(?P<n>[12])(?![\d.]*\d)(?!\s*(?:or|and|/|&)\s*[12])"
+    named = rf"(?:preferred|better|best|chosen|selected|(?:more|most) \w+|final|my)\s+{THING}"
+    kind = rf"(?:{named}|\b(?:choice|verdict|winner|pick))\s*(?:is|:|=)+|(?:{THING}|选择|答案)\s*[:=]+"
+    very = r"(?:(?:clearly|much|slightly|the|by far|far|a bit)\s+)*"
     rules = {
-        "label": rf"(?:{word}\s+)?(?:{THING}|\b(?:choice|verdict|winner|pick|antwort|选择|答案))\s*(?:is|:|=|：)+\s*\W*(?:{THING}\s*)?{end}",
+        "label": rf"(?:{kind})\s*\W*(?:{THING}\s*)?{n}(?={AFTER})",
         "brackets": r"\[\[(?P<n>[12])\]\]",
-        "whole": rf"\A\W*(?:the\s+)?(?:{THING}\s*)?{end}(?:\s*{THING})?\W*\Z",
-        "leading": rf"\A\W*{end}\s*(?:\n|[-–—:.,;(]\s)(?![\s\S]*\n\W*[12][.):])",
-        "leading words": rf"\A\W*{THING}\s*{end}\.?(?:\s*\n|,?\s+(?:because|since|as)\b)",
-        "comparison": rf"(?:{THING}\s*|\bthe\s+){end}\s*(?:{THING})?\s+(?:is|was|seems|appears)\s+(?:clearly|much|slightly|the|by far|far|a bit|\s)*{good}",
-        "verb": rf"\b(?:prefer|choose|pick|select|go with|vote for)\s+(?:the\s+)?(?:{THING}\s*)?{end}",
+        "whole": rf"\A\W*(?:the\s+)?(?:{THING}\s*)?{n}(?:\s*{THING})?\W*\Z",
+        "leading": rf"\A\W*{n}\s*(?:\n|[-–—:.,;(]\s)(?![\s\S]*\n\W*[12][.):])",
+        "leading words": rf"\A\W*{THING}\s*{n}\.?(?:\s*\n|,?\s+(?:because|since|as)\b)",
+        "comparison": rf"(?:{THING}\s*|\bthe\s+){n}\s*(?:{THING})?\s+(?:is|was|seems|appears)\s+{very}{good}",
+        "verb": rf"\b(?:prefer|choose|pick|select|go with|vote for)\s+(?:the\s+)?(?:{THING}\s*)?{n}",
     }
     return [(name, re.compile(rf"(?i){pattern}")) for name, pattern in rules.items()]
 

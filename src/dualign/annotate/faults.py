@@ -57,14 +57,18 @@ def _of_status(error: Any, key: str, settings: Endpoint) -> AttemptError:
     status, said = error.status_code, _clean(str(error.message), key)
     where = f"{settings.model} at {re.sub(r'//[^/@]*@', '//', settings.base_url)}"
     if status == 402 or (status == 429 and NO_CREDIT.search(str(error.body))):
-        return AttemptError(f"{where}: the account has no credit left ({status}: {said})", lasting=True, turned_away=True)
+        return AttemptError(
+            f"{where}: the account has no credit left ({status}: {said})", lasting=True, turned_away=True
+        )
     if status in (408, 409, 425, 429) or status >= 500:
         down = status in (429, 502, 503, 504)
         wait = retry_after(error.response.headers.get("retry-after"))
         return AttemptError(f"HTTP {status}: {said}", passing=True, down=down, turned_away=True, wait=wait)
     if status in (401, 403):
         advice = f"put a valid key in the environment variable {settings.api_key_env}"
-        return AttemptError(f"{where}: the server refuses the key (HTTP {status}); {advice}", lasting=True, turned_away=True)
+        return AttemptError(
+            f"{where}: the server refuses the key (HTTP {status}); {advice}", lasting=True, turned_away=True
+        )
     if status == 404:
         advice = "check `model` and `base_url` (most servers want it to end in /v1)"
         return AttemptError(f"{where}: not found (HTTP 404: {said}); {advice}", lasting=True, turned_away=True)
@@ -72,7 +76,9 @@ def _of_status(error: Any, key: str, settings: Endpoint) -> AttemptError:
         return AttemptError("the prompt is too long for the judge", turned_away=True)
     if FILTERED.search(str(error.body)):
         return AttemptError("refused by the provider's content filter", turned_away=True)
-    return AttemptError(f"{where}: the server rejects the request (HTTP {status}: {said})", suspect=True, turned_away=True)
+    return AttemptError(
+        f"{where}: the server rejects the request (HTTP {status}: {said})", suspect=True, turned_away=True
+    )
 
 
 def retry_after(header: str | None) -> float | None:

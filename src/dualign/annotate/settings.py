@@ -17,8 +17,9 @@ class RewardSettings(Settings):
     name: str | None = Field(None, description="its name in logs and Parquet; default: from the function or model")
     weight: float = Field(1.0, description="its factor in the sum of rewards")
     optional: bool = Field(
-        False, description="None means 'does not apply to this row': the other rewards decide. Otherwise a row that one "
-        "reward could not label is absent"
+        False,
+        description="None means 'does not apply to this row': the other rewards decide. Otherwise a row that one "
+        "reward could not label is absent",
     )
 
 
@@ -54,7 +55,9 @@ class Endpoint(RewardSettings):
 
     base_url: str
     model: str
-    api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key; may be unset for local servers")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="environment variable that holds the key; may be unset for local servers"
+    )
     concurrency: int = Field(64, ge=1)
     requests_per_minute: int | None = Field(None, ge=1)
     tokens_per_minute: int | None = Field(None, ge=1)
