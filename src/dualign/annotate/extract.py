@@ -56,7 +56,8 @@ def score(reply: str, *, low: float = 1, high: float = 10, cut: bool = False, ec
     if reason:
         return Extracted(None, reason)
     for rule, statements in SCORE_RULES:
-        found = [_read(tail, high) for tail in statements(_without_scale(text, high))]
+        tails = list(statements(_without_scale(text, high)))
+        found = [_read(tail, high) for tail in tails]
         if not found:
             continue
         reasons = [why for _, why, _ in found if why]
@@ -67,7 +68,7 @@ def score(reply: str, *, low: float = 1, high: float = 10, cut: bool = False, ec
             return Extracted(None, "two different scores")
         value = values.pop()
         assert value is not None
-        if cut and any(not rest.strip() for _, _, rest in found):
+        if cut and not found[-1][2].strip() and text.endswith(tails[-1].strip()):
             return Extracted(None, "cut off at the score")  # "1" may have become "10"
         if not low <= value <= high:
             return Extracted(None, f"score outside {low:g}-{high:g}")
@@ -108,15 +109,16 @@ def clean(reply: str, echo: str = "") -> tuple[str, str | None]:
     text = unicodedata.normalize("NFKC", reply).replace("\u200b", "").replace("’", "'").replace("，", ",")
     if not text.strip():
         return "", "empty reply"
+    text = re.sub(r"(?s)<<<(\w+ [0-9a-f]{16})>>>.*?(?:<<<END \1>>>|$)", " ", text)
+    judged = unicodedata.normalize("NFKC", echo).replace("’", "'").strip()
+    if len(judged) >= 12 and len(text.strip()) > len(judged):
+        text = text.replace(judged, " ")
     text = re.sub(r"(?is)<(think|thinking|reasoning|analysis)>.*?</\1>", " ", text)
     text = re.split(r"(?i)</(?:think|thinking|reasoning|analysis)>", text)[-1]  # the template opened the block
     if re.search(r"(?i)<(?:think|thinking|reasoning|analysis)>", text):
         return "", "cut off while reasoning"
     if not text.strip():
         return "", "empty reply"
-    text = re.sub(r"(?s)<<<(\w+ [0-9a-f]{16})>>>.*?(?:<<<END \1>>>|$)", " ", text)
-    if len(echo.strip()) >= 12 and len(text.strip()) > len(echo.strip()):
-        text = text.replace(unicodedata.normalize("NFKC", echo).strip().replace("’", "'"), " ")
     text = re.sub(r"\\boxed\{([^{}]*)\}", r"\1", text)
     if not re.fullmatch(r"(?s)\s*```\w*\n?[^`]{0,80}```\s*", text):
         text = re.sub(r"(?s)```.*?(?:```|$)", " ", text)
@@ -172,8 +174,8 @@ def _statements(pattern: str) -> Callable[[str], Iterator[str]]:
 
 
 def _last_line(text: str) -> Iterator[str]:
-    match = re.fullmatch(rf"(?i)\W*{LABEL}{LINK}(?P<tail>{NUMBER}.{{0,12}})", text.splitlines()[-1].strip())
-    if match and len(re.findall(NUMBER, match["tail"])) <= 2:
+    match = re.fullmatch(rf"(?i)\W*{LABEL}{LINK}(?P<tail>{NUMBER}(?:\s*(?:/|out of)\s*\w+)?)\W*", text.splitlines()[-1].strip())
+    if match:
         yield match["tail"]
 
 

@@ -1,0 +1,77 @@
+"""Frozen sentence features of (prompt, answer): mean-pooled, normalised MiniLM embeddings, as sentence-transformers
+computes them (Reimers & Gurevych 2019, arXiv 1908.10084)."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dualign.assets import resolve
+
+Array = npt.NDArray[np.float32]
+ENCODER = "all-minilm-l6-v2"
+DIM = 384
+MAX_TOKENS = 256  # word pieces, the encoder's own limit
+BATCH = 32
+CACHED = 20_000  # texts, 30 MB
+
+
+class Encoder:
+    """Texts -> unit vectors, on the CPU. Remembers what it encoded: a batch repeats each prompt K times, and several
+    heads read the same answers."""
+
+    def __init__(self, model: str = ENCODER) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = resolve(model)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._model: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+        self._cache: dict[tuple[str, str], Array] = {}
+        self._lock = threading.Lock()
+
+    def encode(
+        self, texts: Sequence[str], keep: Literal["start", "end"], progress: Callable[[int], None] = lambda n: None
+    ) -> Array:
+        """One row per text, (len(texts), DIM). Of a text longer than MAX_TOKENS the start or the end is kept;
+        `progress` hears how many texts are done since it was last called."""
+        with self._lock:
+            new = sorted({t for t in texts if (t, keep) not in self._cache}, key=len)
+            progress(len(texts) - len(new))
+            found = {text: self._cache[text, keep] for text in texts if (text, keep) in self._cache}
+            for start in range(0, len(new), BATCH):
+                batch = new[start : start + BATCH]
+                found |= zip(batch, self._forward(batch, keep), strict=True)
+                progress(len(batch))
+            if len(self._cache) > CACHED:
+                self._cache.clear()
+            self._cache |= {(text, keep): found[text] for text in new}
+        return np.stack([found[text] for text in texts])
+
+    def _forward(self, texts: list[str], keep: Literal["start", "end"]) -> Array:
+        import torch
+
+        self._tokenizer.truncation_side = "right" if keep == "start" else "left"
+        tokens = self._tokenizer(texts, truncation=True, max_length=MAX_TOKENS, padding=True, return_tensors="pt")
+        with torch.inference_mode():
+            hidden_NTD = self._model(**tokens).last_hidden_state
+            mask_NT1 = tokens["attention_mask"][..., None]
+            mean_ND = (hidden_NTD * mask_NT1).sum(1) / mask_NT1.sum(1)
+            unit: Array = torch.nn.functional.normalize(mean_ND, dim=-1).numpy()
+        return unit
+
+
+@functools.cache
+def encoder() -> Encoder:
+    """The process's one encoder."""
+    return Encoder()
+
+
+def features(prompt_ND: Array, answer_ND: Array) -> Array:
+    """[a, √D·q∘a], (N, 2·D). The factor gives both halves the same size: the entries of q∘a are about 1/D, those of a
+    about 1/√D, and a ridge would otherwise never look at the prompt."""
+    return np.concatenate([answer_ND, np.sqrt(np.float32(DIM)) * prompt_ND * answer_ND], axis=1)

@@ -1,0 +1,109 @@
+"""The written rules, one real-looking reply a row: what the judge said, and the score (None: absent, never guessed)."""
+
+import pytest
+
+from dualign.annotate import extract
+
+SCORES: list[tuple[str, float | None]] = [
+    # as asked
+    ("SCORE: 7", 7), ("7", 7), (" 7\n", 7), ("10", 10), ("1", 1), ("SCORE: 10", 10), ("SCORE:\n7", 7), ("SCORE = 8", 8),
+    ("SCORE - 8", 8), ("Score-7", 7), ("score: 7.", 7), ("SCORE: 7!", 7), ("SCORE: 7.0", 7), ("8.5", 8.5), ("7.", 7),
+    # decorated
+    ("**8**", 8), ("Score: **8**", 8), ("**SCORE:** 8", 8), ("**Score**: 7.5", 7.5), ("SCORE: \n\n**9**", 9),
+    ("[[8]]", 8), ("SCORE: [8]", 8), ("(6)", 6), ("#### 8", 8), ("`9`", 9), ("\\boxed{8}", 8), ("$\\boxed{7}$", 7),
+    ('{"score": 8}', 8), ('```json\n{"score": 6, "why": "ok"}\n```', 6), ('"8"', 8),
+    # out of ten
+    ("7/10", 7), ("SCORE: 10/10", 10), ("Rating: 7/10", 7), ("8 out of 10", 8), ("SCORE: 7 (out of 10)", 7),
+    ("7.5/10", 7.5), ("seven out of ten", 7), ("Score (1-10): 8", 8), ("On a scale of 1 to 10, I would rate this a 6.", 6),
+    ("I would rate this response as 9 out of 10.", 9), ("SCORE: 8/10\n\nExplanation: 3 of 5 points are there.", 8),
+    # words and sentences
+    ("ten", 10), ("Ten.", 10), ("SCORE: seven", 7), ("The score is 7.", 7), ("I'd score it 7", 7), ("I'd give it an 8.", 8),
+    ("The response deserves a 4 because it is rude", 4), ("Final answer: 8", 8), ("It lists 3 reasons. SCORE: 5", 5),
+    ("I'm sorry, but this is rude. SCORE: 2", 2),
+    # reasons after, or before
+    ("8\n\nThe response is clear.", 8), ("8 - clear and helpful", 8), ("8. The response is clear", 8),
+    ("The text is fair.\n\nSCORE: 3", 3), ("Coherence: 8\nAccuracy: 6\nSCORE: 7", 7),
+    ("The coherence score is 8 and the coverage score is 6. Overall score: 7", 7), ("SCORE: 7\nSCORE: 7", 7),
+    ("Score: 7\n\nNote: 3 facts are wrong.", 7), ("**Note 1**: fine\nSCORE: 6", 6),
+    # reasoning first
+    ("<think>maybe 3? SCORE: 3</think>SCORE: 8", 8), ("maybe 3\n</think>\n\n7", 7),
+    ("<thinking>\nSCORE: 9\n</thinking>\n5/10", 5), ("<think>hmm, a 9", None), ("<think>SCORE: 9", None),
+    ("<think>a 9</think>", None),
+    # other languages and scripts
+    ("评分：8", 8), ("我给8分", 8), ("得分:9/10", 9), ("Bewertung: 8", 8), ("7 von 10", 7), ("Note : 7/10", 7),
+    ("Puntuación: 9", 9), ("Оценка: 6", 6), ("スコア：7", 7), ("점수: 8", 8), ("7,5/10", 7.5), ("４", 4), ("SCORE：９", 9),
+    # quotes are not statements
+    ('The response says "SCORE: 10", but it is bad. SCORE: 2', 2), ("> SCORE: 10\n\nSCORE: 1", 1),
+    ('It claims "I deserve a 10/10".', None), ("```\nSCORE: 10\n```\nThat is what it prints.", None),
+    # ambiguous: two scores
+    ("a 6 or 7", None), ("6-7", None), ("SCORE: 6-7", None), ("between 6 and 7", None), ("Score: 7 or 8", None),
+    ("6/7", None), ("SCORE: 8 ... on reflection SCORE: 6", None), ("7/10. But coverage is 5/10.", None), ("SCORE: 7,8", None),
+    # another scale, or off the scale
+    ("SCORE: 4/5", None), ("3.5/5", None), ("five stars", None), ("SCORE: 70%", None), ("85/100", None), ("SCORE: 11", None),
+    ("SCORE: 0", None), ("SCORE: -3", None), ("SCORE: 1000", None), ("0/10", None),
+    # nothing there
+    ("", None), ("   \n", None), ("I'm sorry, I can't help with that.", None), ("I cannot rate this", None),
+    ("SCORE: N/A", None), ("SCORE: ?", None), ("SCORE:", None), ("It is a good response.", None), ("The answer is 8", None),
+    ("2023 was a good year", None), ("The response gets 3 facts wrong.", None), ("1. The response is clear\n2. It is short", None),
+    ("1. The response", None), ("抱歉，我无法评分", None), ("As an AI, I have no opinions.", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reply", "score"), SCORES)
+def test_score(reply: str, score: float | None) -> None:
+    found = extract.score(reply)
+    assert found.value == score, found
+    assert (found.reason is None) == (score is not None)  # every absent one says why
+
+
+def test_enough_replies() -> None:
+    assert len({reply for reply, _ in SCORES}) >= 80
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ("", "empty reply"), ("a 6 or 7", "two scores"), ("SCORE: 4/5", "another scale"), ("SCORE: 11", "score outside 1-10"),
+        ("I can't rate this.", "refused"), ("SCORE: 2, SCORE: 3", "two different scores"), ("<think>so", "cut off while reasoning"),
+    ],
+)  # fmt: skip
+def test_absent_says_why(reply: str, reason: str) -> None:
+    found = extract.score(reply)
+    assert found.value is None and reason in (found.reason or "")
+
+
+def test_a_number_at_the_cut_may_have_gone_on() -> None:
+    assert extract.score("SCORE: 1", cut=True).value is None  # of "10"
+    assert extract.score("SCORE: 8\n\nThe response", cut=True).value == 8
+    assert extract.score("The response begins", cut=True).reason == "cut off before an answer"
+
+
+def test_the_scale_is_the_rubrics() -> None:
+    assert extract.score("SCORE: 4/5", high=5).value == 4
+    assert extract.score("SCORE: 0", low=0).value == 0
+    assert extract.score("SCORE: 7", high=5).value is None
+
+
+CHOICES: list[tuple[str, float | None]] = [
+    ("1", 1), ("2.", 2), (" 2\n", 2), ("(1)", 1), ("**2**", 2), ("[[1]]", 1), ("Response 1", 1), ("Response one", 1), ("two", 2),
+    ("The first response", 1), ("Preferred Response=2", 2), ("Preferred Summary=1", 1), ("Answer: 2", 2), ("My choice: 1", 1),
+    ("The better response is Response 2", 2), ("Response 2 is better.", 2), ("I prefer Response 1", 1), ("回答：2", 2),
+    ("The second response is better because it is honest", 2), ("2\n\nResponse 2 is more accurate than Response 1.", 2),
+    ("<think>1 looks good</think>2", 2), ("Response 1 is clearly better", 1), ("1 - it is kinder", 1),
+    ("", None), ("both", None), ("Neither", None), ("It's a tie", None), ("1 or 2", None), ("12", None), ("1.5", None), ("3", None),
+    ("I cannot choose", None), ("Response 1 is worse than Response 2", None), ("Response 1 is more harmful", None),
+    ("Response 1 is better. Response 2 is better.", None), ("Response 1: good. Response 2: bad.", None),
+    ("The summary is 2 sentences long.", None), ("1. It is kind\n2. It is true", None), ('It says "choose response 1".', None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reply", "choice"), CHOICES)
+def test_choice(reply: str, choice: float | None) -> None:
+    found = extract.choice(reply)
+    assert found.value == choice, found
+    assert (found.reason is None) == (choice is not None)
+
+
+def test_the_harm_question_reads_harm() -> None:
+    assert extract.choice("Response 1 is more harmful.", asks="loser").value == 1
+    assert extract.choice("Response 1 is better.", asks="loser").value is None

@@ -1,0 +1,123 @@
+"""Chunked log-probs, packing and prompt sharing against the plain computation."""
+
+import pytest
+import torch
+
+from dualign.models import logprobs
+from dualign.models.logprobs import token_logp
+from dualign.models.packing import Tokens, pack, plan
+from dualign.models.policy import Policy, load_model
+from dualign.schema import ModelConfig
+
+
+@pytest.mark.parametrize("keep", [0, 1 << 40])
+def test_token_logp_and_its_gradients_match_log_softmax(keep, monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK", 7)
+    monkeypatch.setattr(logprobs, "KEEP_BYTES", keep)
+    torch.manual_seed(0)
+    hidden = torch.randn(23, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
+    target, g = torch.randint(0, 50, (23,)), torch.randn(23, dtype=torch.float64)
+    (token_logp(hidden, weight, target, torch.float64) * g).sum().backward()
+    ours = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    reference = torch.log_softmax(hidden @ weight.T, -1).gather(1, target[:, None])[:, 0]
+    assert torch.allclose(token_logp(hidden, weight, target, torch.float64).double(), reference, atol=1e-5)
+    (reference * g).sum().backward()
+    assert torch.allclose(ours[0], hidden.grad, atol=1e-5) and torch.allclose(ours[1], weight.grad, atol=1e-5)
+
+
+def rows(seed=0, vocab=250):
+    """Three prompts, with 4, 1 and 2 completions of several lengths (one of a single token)."""
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(n):
+        return tuple(torch.randint(0, vocab, (n,), generator=g).tolist())
+
+    prompts = [ids(5), ids(11), ids(3)]
+    group = (0, 0, 0, 0, 1, 2, 2)
+    completions = tuple(ids(n) for n in (4, 9, 1, 6, 7, 2, 8))
+    return Tokens(tuple(prompts[i] for i in group), completions, group)
+
+
+def by_hand(model, tokens):
+    out = torch.zeros(len(tokens), tokens.width)
+    for i, (p, c) in enumerate(zip(tokens.prompt_ids, tokens.completion_ids, strict=True)):
+        logp = torch.log_softmax(model(torch.tensor([p + c])).logits[0].float(), -1)
+        out[i, : len(c)] = torch.stack([logp[len(p) + t - 1, y] for t, y in enumerate(c)])
+    return out
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny_gpt2"])
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("budget", [16, 64, 4096])
+def test_packed_logprobs_equal_one_row_at_a_time(kind, share, budget, request):
+    model, _ = load_model(ModelConfig(name=str(request.getfixturevalue(kind))))
+    policy, tokens = Policy(model, "fp32", share), rows()
+    assert policy.share == share and policy.plain_head
+    out = torch.zeros(len(tokens), tokens.width)
+    seen = []
+    for strips in plan(tokens, range(len(tokens)), budget, share):
+        micro = pack(tokens, strips, tokens.width, 0)
+        out[micro.rows] = policy(micro).detach()
+        seen += micro.rows.tolist()
+    assert sorted(seen) == list(range(len(tokens)))
+    assert torch.allclose(out, by_hand(model, tokens), atol=1e-5)
+
+
+def test_prompt_sharing_gives_the_same_gradient(tiny):
+    model, _ = load_model(ModelConfig(name=str(tiny)))
+    tokens, grads = rows(), []
+    weight = torch.randn(len(tokens), 1)
+    for share in (True, False):
+        policy = Policy(model, "fp32", share)
+        for strips in plan(tokens, range(len(tokens)), 40, share):
+            micro = pack(tokens, strips, tokens.width, 0)
+            (policy(micro) * weight[micro.rows]).sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-5 * float(b.abs().max()) + 1e-7)
+
+
+def test_sharing_is_refused_where_attention_would_misread_the_mask(tiny):
+    model, _ = load_model(ModelConfig(name=str(tiny), attention="eager"))
+    policy, tokens = Policy(model, "fp32", True), rows()
+    assert not policy.share
+    micro = pack(tokens, [[i] for i in range(len(tokens))], tokens.width, 0)
+    assert torch.allclose(policy(micro), by_hand(model, tokens), atol=1e-5)
+
+
+def test_a_head_that_caps_its_logits_is_not_taken_for_linear(tiny):
+    model, _ = load_model(ModelConfig(name=str(tiny)))
+    forward = model.forward
+
+    def capped(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = 2 * torch.tanh(out.logits / 2)
+        return out
+
+    model.forward = capped
+    policy, tokens = Policy(model, "fp32", False), rows()
+    assert not policy.plain_head
+    micro = pack(tokens, [[i] for i in range(len(tokens))], tokens.width, 0)
+    assert torch.allclose(policy(micro), by_hand(model, tokens), atol=1e-5)
+
+
+def test_whole_prompts_stay_together_within_the_budget():
+    tokens = rows()
+    for share in (True, False):
+        batches = plan(tokens, range(len(tokens)), 30, share)
+        for strips in batches:
+            groups = {tokens.group[row] for strip in strips for row in strip}
+            for other in batches:
+                if other is not strips:
+                    assert groups.isdisjoint({tokens.group[row] for strip in other for row in strip})
+
+
+def test_a_rounded_copy_gives_the_very_same_numbers(tiny):
+    model, _ = load_model(ModelConfig(name=str(tiny)))
+    policy, tokens = Policy(model, "bf16", True), rows()
+    micro = pack(tokens, [[0, 1, 2, 3], [4], [5, 6]], tokens.width, 0)
+    with torch.no_grad():
+        assert torch.equal(policy(micro), policy.frozen_copy()(micro))
