@@ -36,8 +36,6 @@ class Config(Sections):
         if t.update_size > t.online_batch:
             raise ValueError(f"train.update_size: {t.update_size} is more than train.online_batch ({t.online_batch})")
         algo.check(k)
-        if algo.source == "online" and not self.reward:
-            raise ValueError("reward: none given; name at least one (type: function, head, classifier, judge, ...)")
         return self
 
     @property

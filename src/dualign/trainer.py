@@ -40,14 +40,16 @@ def train(
     if callable(reward):
         reward = [reward]
     if isinstance(config, dict):
-        config = build({"reward": [], **config})
+        config = build(config)
+    if config.algo.source == "online" and not config.reward and not reward:
+        raise UserError("reward: none given; name at least one (type: function, head, classifier, judge, ...)")
     engine = Engine(config)
     view = View(config, quiet=quiet or not engine.main)
     run = Run(Path(config.run.dir))
     if engine.main:
         _open(run, config, resume)
     engine.barrier()
-    annotator = annotate.build(config.reward, functions=reward, run_dir=run.folder) if config.algo.source == "online" or config.reward or reward else None
+    annotator = annotate.build(config.reward, reward, run.folder) if config.reward or reward else None
     try:
         with Interrupts() as interrupts, view:
             Trainer(config, engine, run, annotator, view, interrupts).fit()

@@ -43,7 +43,7 @@ def build(
 
 def _one(settings: RewardConfig, run_dir: Path | None) -> Annotator:
     """The annotator of one reward. Imports only what this one needs: an API judge does without torch."""
-    ledger = run_dir / "labels.jsonl" if run_dir else None
+    ledger = run_dir / "spent.sqlite" if run_dir else None
     match settings:
         case FunctionReward():
             from dualign.annotate.function import FunctionAnnotator, load_function

@@ -174,7 +174,9 @@ def _statements(pattern: str) -> Callable[[str], Iterator[str]]:
 
 
 def _last_line(text: str) -> Iterator[str]:
-    match = re.fullmatch(rf"(?i)\W*{LABEL}{LINK}(?P<tail>{NUMBER}(?:\s*(?:/|out of)\s*\w+)?)\W*", text.splitlines()[-1].strip())
+    match = re.fullmatch(
+        rf"(?i)\W*{LABEL}{LINK}(?P<tail>{NUMBER}(?:\s*(?:/|out of)\s*\w+)?)\W*", text.splitlines()[-1].strip()
+    )
     if match:
         yield match["tail"]
 

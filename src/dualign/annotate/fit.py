@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from dualign.annotate.features import ENCODER, Array, encoder, features
+from dualign.annotate.features import DIM, ENCODER, Array, encoder, features
 from dualign.annotate.head import Head
 from dualign.errors import UserError
 from dualign.types import Example
 
 GRID = (0.003, 0.01, 0.03, 0.1, 0.3)  # inverse ridge strengths tried
+GATE_C = 3.0
 FOLDS = 5
 BOOTSTRAPS = 2000
 
@@ -71,12 +72,12 @@ def encode_pairs(examples: Sequence[Example], progress: Callable[[int], None] = 
     )
 
 
-def fit_head(sets: Sequence[Pairs], c: float | None = None) -> Head:
-    """One head over all sets. `c` is the inverse ridge strength; None chooses it for each set by cross-validation."""
+def fit_head(sets: Sequence[Pairs], c: float | None = None, gate_prompts: Sequence[Array] = ()) -> Head:
+    """One head over all sets. `c` is the inverse ridge strength; None chooses it for each set by cross-validation.
+    `gate_prompts`: encoded prompts without answers, one array per set, that the gate learns from as well."""
     fitted = [_fit_one(pairs, c) for pairs in sets]
-    prompt_ND = np.concatenate([pairs.prompt_ND for pairs in sets])
-    source_N = np.repeat(np.arange(len(sets)), [len(pairs) for pairs in sets])
-    gate_weight, gate_bias = _fit_gate(prompt_ND, source_N, len(sets))
+    origins = [(source, pairs.prompt_ND) for source, pairs in enumerate(sets)] + list(enumerate(gate_prompts))
+    gate_weight, gate_bias = _fit_gate(origins, len(sets))
     return Head(
         weight=np.stack([weight for weight, *_ in fitted]),
         mean=np.array([mean for _, mean, *_ in fitted], np.float32),
@@ -151,14 +152,18 @@ def _one_standard_error(tried: dict[float, np.ndarray]) -> float:
     return min(c for c, value in share.items() if value >= best - error)
 
 
-def _fit_gate(prompt_ND: Array, source_N: np.ndarray, sets: int) -> tuple[Array, Array]:
-    """Weight (S, D) and bias (S,) of log p(source | prompt), each source counted alike."""
+def _fit_gate(origins: Sequence[tuple[int, Array]], sets: int) -> tuple[Array, Array]:
+    """Weight (S, D) and bias (S,) of log p(set | prompt). Every origin of prompts counts alike, however many it has."""
     if sets == 1:
-        return np.zeros((1, prompt_ND.shape[1]), np.float32), np.zeros(1, np.float32)
+        return np.zeros((1, DIM), np.float32), np.zeros(1, np.float32)
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000).fit(prompt_ND, source_N)
+    prompt_ND = np.concatenate([prompts for _, prompts in origins])
+    size = [len(prompts) for _, prompts in origins]
+    source_N = np.repeat([source for source, _ in origins], size)
+    share_N = np.repeat([len(prompt_ND) / len(origins) / n for n in size], size)
+    model = LogisticRegression(C=GATE_C, max_iter=1000).fit(prompt_ND, source_N, share_N)
     weight, bias = model.coef_, model.intercept_
-    if sets == 2:  # one row of log-odds: the first source's logit is zero
+    if sets == 2:  # one row of log-odds: the first set's logit is zero
         weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
     return np.asarray(weight, np.float32), np.asarray(bias, np.float32)

@@ -28,7 +28,7 @@ class Head:
         r(q, a) = Σ_s g_s(q) · (w_s·f(q, a) − mean_s) / std_s,    g = softmax over s of (v_s·q + b_s)
 
     so that 1.0 is one standard deviation over the fit's answers. S = 1 is the plain ridge Bradley-Terry head.
-    A mixture of experts (Jordan & Jacobs 1994) whose gate is fitted on which file a prompt came from: what people
+    A mixture of experts (Jordan & Jacobs 1994) whose gate is fitted on which set a prompt came from: what people
     prefer on harmful prompts and on everyday ones are different, partly opposite, things.
     """
 

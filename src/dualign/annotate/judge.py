@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dualign.annotate import extract
 from dualign.annotate.base import Item
@@ -17,6 +17,8 @@ from dualign.annotate.faults import MalformedError
 from dualign.annotate.rubric import Rubric, load
 from dualign.annotate.settings import JudgeReward, JudgeSampling
 from dualign.types import Label, Message
+
+Row, Asked = TypeVar("Row"), TypeVar("Asked")
 
 
 class JudgeAnnotator:
@@ -57,17 +59,6 @@ class JudgeAnnotator:
         value = math.fsum(values) / len(values)
         return Label(value, parts={self.name: value}, note=note)
 
-    def stream(self, items: Iterable[Item]) -> Iterator[tuple[Item, Label]]:
-        """Labels in the order of `items`, with no more than a few times `concurrency` of them in memory."""
-        waiting: deque[tuple[Item, list[Future[Label]]]] = deque()
-        for item in items:
-            waiting.append((item, self.ask(item)))
-            if len(waiting) > 4 * self.settings.concurrency:
-                first, asked = waiting.popleft()
-                yield first, self.combine(asked)
-        for first, asked in waiting:
-            yield first, self.combine(asked)
-
 
 class JudgeSession:
     def __init__(self, annotator: JudgeAnnotator) -> None:
@@ -79,6 +70,17 @@ class JudgeSession:
 
     def close(self) -> dict[int, Label]:
         return {index: self._annotator.combine(asked) for index, asked in self._asked.items()}
+
+
+def windowed(rows: Iterable[Row], ask: Callable[[Row], Asked], window: int) -> Iterator[tuple[Row, Asked]]:
+    """Each row with what was asked for it, in order, with at most `window` rows asked ahead of the one that is
+    yielded: however long the file, memory stays flat."""
+    ahead: deque[tuple[Row, Asked]] = deque()
+    for row in rows:
+        ahead.append((row, ask(row)))
+        if len(ahead) > window:
+            yield ahead.popleft()
+    yield from ahead
 
 
 def chat(

@@ -1,0 +1,235 @@
+"""judge, labels, agreement, granularity: labels bought from a judge, kept, and held against people's."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+Rubric = Annotated[str, typer.Option(help="summarization, helpfulness, harmlessness, or a YAML file")]
+BaseUrl = Annotated[str, typer.Option(help="an OpenAI-compatible server, for example http://localhost:8000/v1")]
+Model = Annotated[str, typer.Option(help="the model's name at that server")]
+More = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="any other setting of the judge: --set max_dollars=5 --set concurrency=16"),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="so many rows, drawn at random, always the same ones")]
+Json = Annotated[Path | None, typer.Option("--json", help="write the numbers to this file")]
+T = TypeVar("T")
+
+
+def register(app: typer.Typer) -> None:
+    for command in (judge, labels, agreement, granularity):
+        app.command()(command)
+
+
+def judge(
+    file: Annotated[
+        str, typer.Argument(help="rows with a prompt and completion, chosen/rejected or response_a/response_b")
+    ],
+    rubric: Rubric,
+    base_url: BaseUrl,
+    model: Model,
+    out: Annotated[Path, typer.Option(help="a .jsonl or .parquet file")],
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="AI preferences: which of a row's two responses is better")
+    ] = False,
+    limit: Limit = None,
+    more: More = None,
+) -> None:
+    """Label a file with an LLM judge. Run it again to go on: what was bought is in the cache."""
+    from dualign.cli.labelled import load_responses, write_rows
+
+    rows = load_responses(file, limit)
+    settings = {"rubric": rubric, "base_url": base_url, "model": model, **_settings(more)}
+    counts: Counter[str] = Counter()
+    label = _compared(rows, settings, file) if pairs else _rewarded(rows, settings)
+    total = len(rows) if pairs else sum(len(row.texts) for row in rows)
+    write_rows(out, _count(_progress(label, total, "labels"), counts))
+    typer.echo(f"{counts.pop('', 0)} of {total} labelled, in {out}")
+    for reason, count in counts.most_common():
+        typer.echo(f"  {count} absent: {reason}")
+
+
+def _rewarded(rows: Sequence[Any], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row per response, in order. Raises StopRun where the judge or the budget ends it."""
+    from dualign.annotate.base import Item
+    from dualign.annotate.judge import JudgeAnnotator, windowed
+
+    judge = JudgeAnnotator(_validated("judge", settings))
+    responses = [(row, name) for row in rows for name in row.texts]
+    items = (Item(i, i, row.prompt, row.texts[name]) for i, (row, name) in enumerate(responses))
+    try:
+        for item, asked in windowed(items, judge.ask, 4 * judge.settings.concurrency):
+            (row, name), label = responses[item.index], judge.combine(asked)
+            yield {"id": row.id, "response": name, "prompt": row.prompt.messages, "completion": item.completion,
+                   "reward": label.value, "reason": label.reason, "note": label.note}  # fmt: skip
+    finally:
+        judge.close()
+
+
+def _compared(rows: Sequence[Any], settings: dict[str, Any], file: str) -> Iterator[dict[str, Any]]:
+    """A row per pair: value 1 where the first response won, 0 where it lost, 0.5 for a tie."""
+    from dualign.annotate.judge import windowed
+    from dualign.annotate.preference import PreferenceAnnotator
+    from dualign.errors import UserError
+
+    if any(len(row.texts) != 2 for row in rows):
+        raise UserError(f"{file}: --pairs needs two responses in every row (chosen/rejected or response_a/response_b)")
+    judge = PreferenceAnnotator(_validated("preference", settings))
+    asked = windowed(rows, lambda row: judge.compare(row.prompt, *row.texts.values()), 2 * judge.settings.concurrency)
+    try:
+        for row, pair in asked:
+            verdict, names = pair.verdict(), dict(zip("ab", row.texts, strict=True))
+            better = {1.0: names["a"], 0.0: names["b"], 0.5: "tie", None: None}[verdict.value]
+            yield {"id": row.id, "prompt": row.prompt.messages, **row.texts, "value": verdict.value, "better": better,
+                   "first_order": verdict.ab and names[verdict.ab], "second_order": verdict.ba and names[verdict.ba],
+                   "reason": verdict.reason, "note": verdict.note}  # fmt: skip
+    finally:
+        judge.close()
+
+
+def labels(
+    cache: Annotated[Path | None, typer.Option(help="the cache's file; default: the one in your cache folder")] = None,
+    export: Annotated[Path | None, typer.Option(help="write every reply with its request to this .jsonl file")] = None,
+) -> None:
+    """What is in the cache of labels, and what it saved."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dualign.annotate.cache import Cache, default_path
+    from dualign.cli.labelled import write_rows
+    from dualign.errors import UserError
+
+    path = cache or default_path()
+    if not path.is_file():
+        raise UserError(f"{path}: no cache there; labels are kept from the first one that is bought")
+    kept = Cache(path)
+    table = Table("model", "rubric", "labels", "calls saved", "tokens saved", "dollars saved", title=str(path))
+    for row in kept.summary():
+        table.add_row(row["model"], row["rubric"], f"{row['labels']:,}", f"{row['saved_calls']:,}",
+                      f"{row['saved_tokens']:,}", f"{row['saved_dollars']:.4f}")  # fmt: skip
+    Console().print(table)
+    if export:
+        if export.suffix != ".jsonl":
+            raise UserError(f"{export}: labels are exported as .jsonl")
+        write_rows(export, kept.rows())
+
+
+def agreement(
+    files: Annotated[
+        list[str], typer.Argument(help="pairs that people labelled: chosen/rejected, or response_a/_b and label")
+    ],
+    rubric: Annotated[str | None, typer.Option(help="of the judge")] = None,
+    base_url: Annotated[str | None, typer.Option(help="of the judge")] = None,
+    model: Annotated[str | None, typer.Option(help="of the judge")] = None,
+    head: Annotated[
+        list[str] | None, typer.Option(help="a reward head: builtin:NAME or a file; may be repeated")
+    ] = None,
+    limit: Limit = None,
+    more: More = None,
+    json_out: Json = None,
+    plot: Annotated[Path | None, typer.Option(help="draw the shares to this .png file")] = None,
+) -> None:
+    """How often AI rewards, AI preferences and reward heads agree with people, beside the longer answer and people."""
+    from dualign.cli.agreement_report import measure_file, print_report, write_plot
+    from dualign.errors import UserError
+
+    given = {"rubric": rubric, "base_url": base_url, "model": model}
+    if any(given.values()) and not all(given.values()):
+        raise UserError(
+            f"a judge needs all of --rubric, --base-url and --model; missing: {[k for k, v in given.items() if not v]}"
+        )
+    settings = {**given, **_settings(more)} if model else None
+    reports = [
+        measure_file(
+            file, limit, head or [],
+            settings and _validated("judge", settings), settings and _validated("preference", settings),
+        )
+        for file in files
+    ]  # fmt: skip
+    print_report(reports)
+    if json_out:
+        _write_json(json_out, reports)
+    if plot:
+        write_plot(reports, plot)
+
+
+def granularity(
+    a: Annotated[Path, typer.Argument(help="rewards that `dualign judge` wrote; its ties are looked at")],
+    b: Annotated[Path, typer.Argument(help="rewards of another judge for the same rows")],
+    json_out: Json = None,
+) -> None:
+    """Pearson's r between two judges' rewards: over all rows, and over the pairs that the first one ties."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dualign.annotate.agreement import granularity as correlate
+    from dualign.cli.labelled import read_rewards
+    from dualign.errors import UserError
+
+    found = correlate(read_rewards(a), read_rewards(b))
+    if found.rows < 2:
+        raise UserError(f"{a} and {b} have {found.rows} labelled rows in common; they must be labels of the same file")
+    table = Table("", "rows", "r")
+    table.add_row("all", f"{found.rows:,}", f"{found.r:.4f}")
+    table.add_row(f"tied by {a.stem}", f"{found.tied_rows:,}", f"{found.r_tied:.4f}")
+    Console().print(table)
+    if json_out:
+        _write_json(json_out, vars(found))
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _settings(more: list[str] | None) -> dict[str, Any]:
+    """`key=value` settings, values read as YAML reads them."""
+    import yaml
+
+    from dualign.errors import UserError
+
+    settings = {}
+    for text in more or []:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text}: expected key=value")
+        settings[key.strip()] = yaml.safe_load(value)
+    return settings
+
+
+def _validated(kind: str, settings: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    from dualign.annotate.settings import JudgeReward, PreferenceReward
+    from dualign.errors import UserError
+
+    model: Any = {"judge": JudgeReward, "preference": PreferenceReward}[kind]
+    try:
+        return model(**{k: v for k, v in settings.items() if kind == "judge" or k != "expected_score"})
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"the judge's settings: {problems}") from None
+
+
+def _progress(rows: Iterable[T], total: int, what: str) -> Iterator[T]:
+    from rich.console import Console
+    from rich.progress import track
+
+    return iter(track(rows, what, total, console=Console(stderr=True), transient=True))
+
+
+def _count(rows: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Passes rows on, counting the reasons of absent ones; "" counts the labelled."""
+    for row in rows:
+        counts[row["reason"] or ""] += 1
+        yield row
+
+
+def _write_json(path: Path, value: Any) -> None:
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    aside.replace(path)

@@ -1,0 +1,161 @@
+"""`dualign reward fit` and `dualign reward score`: make a reward from preferences, and apply one."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dualign.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from dualign.annotate.features import Array
+    from dualign.annotate.fit import Pairs
+    from dualign.types import Example
+
+app = typer.Typer(no_args_is_help=True, help="Rewards from human preferences: make a head, score with it.")
+
+
+def register(parent: typer.Typer) -> None:
+    parent.add_typer(app, name="reward")
+
+
+@app.command()
+def fit(
+    preferences: Annotated[list[str], typer.Argument(help="preference files or data set names; one sub-head for each")],
+    out: Annotated[Path, typer.Option(help="where the head goes (.safetensors)")],
+    holdout: Annotated[list[str] | None, typer.Option(help="a preference file to measure on; may be repeated")] = None,
+    c: Annotated[float | None, typer.Option(min=1e-6, help="inverse ridge strength; default: cross-validated")] = None,
+    gate: Annotated[str | None, typer.Option(help="prompts whose column `kind` says which sub-head they need")] = None,
+    gate_kinds: Annotated[str, typer.Option(help="that column's value for each preference file, in order")] = "",
+) -> None:
+    """Fit a ridge Bradley-Terry head on frozen MiniLM features, and say how often it agrees with people."""
+    from dualign.annotate.fit import fit_head, head_agreement
+
+    kinds = [kind.strip() for kind in gate_kinds.split(",") if kind.strip()]
+    if gate and (len(kinds) != len(preferences) or len(kinds) < 2):
+        raise UserError("--gate needs two preference files or more, and --gate-kinds with one value for each of them")
+    examples = {source: _preferences(source) for source in [*preferences, *(holdout or [])]}
+    with _progress() as progress:
+        pairs = {source: _encode(progress, source, rows) for source, rows in examples.items()}
+        gate_prompts = _gate_prompts(progress, gate, kinds) if gate else []
+        progress.add_task("fitting", total=None)
+        head = fit_head([pairs[source] for source in preferences], c, gate_prompts)
+    held_out = {source: head_agreement(head, pairs[source]) for source in holdout or []}
+    sources = [*preferences, *(holdout or []), *([gate] if gate else [])]
+    head.about.update(
+        command=shlex.join(["dualign", *sys.argv[1:]]),
+        versions={name: version(name) for name in ("dualign", "scikit-learn", "transformers", "torch")},
+        files={Path(source).name: {"sha256": _sha256(source)} for source in sources},
+        held_out={Path(source).name: asdict(figures) for source, figures in held_out.items()},
+    )
+    head.save(out)
+    for source, about in zip(preferences, head.about["fits"], strict=True):
+        share = about["cross_validated"]
+        print(f"{source}: {about['pairs']} pairs, C = {about['c']}; cross-validated agreement {share['share']:.1%}")
+    for source, figures in held_out.items():
+        print(f"held out, {source}: {figures}")
+    print(f"wrote {out}")
+
+
+@app.command()
+def score(
+    file: Annotated[str, typer.Argument(help="prompts with completions, or preferences")],
+    out: Annotated[Path, typer.Option(help="where the rewards go (.jsonl)")],
+    head: Annotated[str, typer.Option(help="a head file, or builtin:NAME")] = "builtin:harmless",
+) -> None:
+    """Score every completion of a file: one JSON line per row, {"id", "reward"} or {"id", "chosen", "rejected"}."""
+    import numpy as np
+
+    from dualign.annotate.head import load_head
+    from dualign.data import load_examples
+
+    loaded, rows = load_head(head), load_examples(file)
+    names = ("chosen", "rejected") if len(rows[0].completions) == 2 else ("reward",)
+    texts = [text for row in rows for text in row.completions]
+    reward_NC = loaded.score_texts([row.prompt.text for row in rows for _ in names], texts).reshape(-1, len(names))
+    lines = [
+        json.dumps({"id": row.prompt.id, **dict(zip(names, map(float, rewards), strict=True))})
+        for row, rewards in zip(rows, reward_NC, strict=True)
+    ]
+    _write(out, "\n".join(lines) + "\n")
+    print(
+        f"{reward_NC.size} completions: mean reward {reward_NC.mean():+.3f}, standard deviation {reward_NC.std():.3f}"
+    )
+    if len(names) == 2:
+        print(f"chosen scores higher in {np.mean(reward_NC[:, 0] > reward_NC[:, 1]):.1%} of {len(rows)} pairs")
+    print(f"wrote {out}")
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(console=Console(stderr=True))
+
+
+def _preferences(source: str) -> list[Example]:
+    from dualign.data import load_examples
+
+    rows = load_examples(source)
+    if len(rows[0].completions) != 2:
+        raise UserError(f"{source}: has completions but no preferences; needs columns chosen and rejected")
+    return rows
+
+
+def _encode(progress: Progress, source: str, rows: Sequence[Example]) -> Pairs:
+    from dualign.annotate.fit import encode_pairs
+
+    task = progress.add_task(f"encoding {Path(source).name}", total=3 * len(rows))
+    return encode_pairs(rows, functools.partial(progress.advance, task))
+
+
+def _gate_prompts(progress: Progress, source: str, kinds: Sequence[str]) -> list[Array]:
+    """Encoded prompts of each kind. Raises UserError for a kind that no prompt has."""
+    from dualign.annotate.features import encoder
+    from dualign.data import load_prompts
+
+    prompts = load_prompts(source)
+    texts = {kind: [p.text for p in prompts if p.columns.get("kind") == kind] for kind in kinds}
+    for kind, found in texts.items():
+        if not found:
+            have = ", ".join(sorted({str(p.columns.get("kind")) for p in prompts})[:9])
+            raise UserError(f"{source}: no prompt with kind {kind!r}; there are {have}")
+    task = progress.add_task(f"encoding {Path(source).name}", total=sum(map(len, texts.values())))
+    return [encoder().encode(found, "end", functools.partial(progress.advance, task)) for found in texts.values()]
+
+
+def _sha256(source: str) -> str | None:
+    """Of a local file; None for a data set taken by name."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        return None
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _write(out: Path, text: str) -> None:
+    """Write aside, then rename: never half a file."""
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w", encoding="utf-8") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(aside, out)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error

@@ -1,0 +1,125 @@
+"""Whole small runs: every system trains, what it leaves behind is complete, and it goes where it should."""
+
+import json
+import math
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from runs_common import launch, metrics, reward_file, tree, vowels, weights, write_demonstrations, write_pairs, write_prompts
+from transformers import AutoModelForCausalLM
+
+import dualign
+from dualign.algos import ALGORITHMS
+from dualign.errors import StopRun, UserError
+
+
+def fit(tiny, folder, algo, reward=vowels, **train):
+    source = ALGORITHMS[algo["name"]].source
+    data = {"online": write_prompts, "pairs": write_pairs, "demonstrations": write_demonstrations}[source](folder)
+    return dualign.train(tree(tiny, data, folder / "run", algo, **train), reward=reward, quiet=True)
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_every_system_trains(name, tiny, tmp_path):
+    run = fit(tiny, tmp_path, {"name": name})
+    records = metrics(run.folder)
+    assert [r["step"] for r in records] == [0, 1, 2]
+    assert all(math.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in records)
+    before = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(run.saved()[-1]).state_dict()
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert {"before", "after", "gain_sd", "gain_sd_ci", "seconds"} <= set(summary)
+
+
+def test_dar_learns(tiny, tmp_path):
+    run = fit(tiny, tmp_path, {"name": "dar", "alpha": 0.1, "beta": 0.3}, online_batches=25, lr=3e-3)
+    rewards = [r["reward"] for r in metrics(run.folder)]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
+    assert json.loads((run.folder / "summary.json").read_text())["after"]["kl"] > 0.1
+
+
+def test_the_batch_file_holds_the_whole_story(tiny, tmp_path):
+    run = fit(tiny, tmp_path, {"name": "dar"})
+    table = pq.read_table(run.batch_path(0))
+    rows = table.to_pylist()
+    assert len(rows) == 16 and [r["index"] for r in rows] == list(range(16))
+    for r in rows:
+        assert len(r["completion_ids"]) == len(r["logp_old"]) == len(r["logp_ref"]) == len(r["sampler_logp"])
+        expected = min(math.exp(min(r["algo.log_w_reg"] + r["algo.log_w_adv"], 50)), 20)
+        assert r["algo.weight"] == pytest.approx(expected, rel=1e-5)
+        assert r["algo.clipped"] == (r["algo.log_w_reg"] + r["algo.log_w_adv"] > math.log(20))
+        # at the first batch π_0 = π_t
+        assert r["logp_old"] == pytest.approx(r["logp_ref"], abs=1e-5)
+        assert (r["completion_ids"][-1] == 256) == (r["finish"] == "eos") or r["finish"] == "length"
+    assert all(r["reward"] == pytest.approx(vowels([r["completion"]])[0]) for r in rows)
+
+
+def test_absent_labels_leave_the_batch_and_are_counted(tiny, tmp_path):
+    def sometimes(completions, **columns):
+        return [None if i == 5 else v for i, v in enumerate(vowels(completions))]
+
+    run = fit(tiny, tmp_path, {"name": "dar"}, reward=sometimes)
+    assert all(r["absent"] == 1 for r in metrics(run.folder))
+    rows = pq.read_table(run.batch_path(0)).to_pylist()
+    assert rows[5]["reward"] is None and rows[5]["absent"] and rows[5]["algo.weight"] is None
+    # the group's baseline is the mean of the three that have a label
+    group = [r for r in rows if r["group"] == rows[5]["group"] and r["reward"] is not None]
+    raw = [r["reward"] - sum(g["reward"] for g in group) / 3 for r in group]
+    assert raw[0] - raw[1] == pytest.approx((group[0]["algo.advantage"] - group[1]["algo.advantage"]) * sigma(rows), rel=1e-4)
+
+
+def sigma(rows):
+    groups = {}
+    for r in rows:
+        if r["reward"] is not None:
+            groups.setdefault(r["group"], []).append(r["reward"])
+    advantages = [v - sum(g) / len(g) for g in groups.values() for v in g]
+    return torch.tensor(advantages, dtype=torch.float64).std().item()
+
+
+def test_too_many_absent_stop_the_run_with_the_reason(tiny, tmp_path):
+    def never(completions, **columns):
+        return [None] * len(completions)
+
+    with pytest.raises(StopRun, match="16 of 16 completions have no label"):
+        fit(tiny, tmp_path, {"name": "dar"}, reward=never)
+
+
+def test_a_run_is_never_written_over(tiny, tmp_path):
+    run = fit(tiny, tmp_path, {"name": "dar"})
+    before = sorted((p, p.stat().st_mtime_ns) for p in run.folder.rglob("*"))
+    with pytest.raises(UserError, match="already holds a run"):
+        fit(tiny, tmp_path, {"name": "dar"})
+    assert sorted((p, p.stat().st_mtime_ns) for p in run.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["dar", "grpo", "ppo", "dpo"])
+def test_two_processes_give_the_same_weights_and_losses(name, tiny, tmp_path):
+    data, found = write_prompts(tmp_path), []
+    for processes in (1, 2):
+        run = tmp_path / f"run{processes}"
+        recipe = tmp_path / f"recipe{processes}.yaml"
+        recipe.write_text(yaml.safe_dump(tree(tiny, data, run, {"name": name}) | {"reward": [reward_file()]}))
+        done = launch(recipe, processes=processes)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append((weights(run), metrics(run)))
+    (one, first), (two, second) = found
+    for key in one:
+        assert torch.allclose(one[key], two[key], atol=1e-5), key
+    for a, b in zip(first, second, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+def test_same_seed_same_bits_other_seed_other_run(tiny, tmp_path):
+    runs = []
+    for i, seed in enumerate((0, 0, 1)):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        config = tree(tiny, write_prompts(folder), folder / "run", {"name": "dar"})
+        config["run"]["seed"] = seed
+        runs.append(dualign.train(config, reward=vowels, quiet=True).folder)
+    assert metrics(runs[0]) == metrics(runs[1]) != metrics(runs[2])
+    assert all(torch.equal(v, weights(runs[1])[k]) for k, v in weights(runs[0]).items())
