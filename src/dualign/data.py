@@ -72,21 +72,28 @@ def _read(source: str, config: DataConfig, split: str | None) -> tuple[list[Row]
     return rows, _layout(rows[0].values, config) if config.format == "auto" else config.format
 
 
-def _rows(source: str, config: DataConfig, split: str) -> Iterator[Row]:
+def local_file(source: str, split: str = "train") -> Path | None:
+    """The file that `source` names, there or not; None for a folder and for a data set's name. Raises UserError for
+    builtin data that the package does not have."""
     if source.startswith("builtin:"):
         name, _, part = source.removeprefix("builtin:").partition("/")
         path = Path(str(files("dualign"))) / "prompts" / f"{name}_{part or split}.jsonl"
         if not path.is_file():
             have = ", ".join(f"builtin:{p.stem.replace('_', '/')}" for p in sorted(path.parent.glob("*.jsonl")))
             raise UserError(f"{source}: no such data in the package; it has {have or 'none'}")
+        return path
+    path = Path(source).expanduser()
+    looks_local = source.endswith(FILE_SUFFIXES) or source.startswith((".", "/", "~"))
+    return path if path.is_file() or (looks_local and not path.is_dir()) else None
+
+
+def _rows(source: str, config: DataConfig, split: str) -> Iterator[Row]:
+    file = local_file(source, split)
+    if file:
+        yield from _file_rows(file)
     else:
-        path = Path(source).expanduser()
-    if path.is_file() or source.endswith(FILE_SUFFIXES):
-        yield from _file_rows(path)
-    elif source.startswith((".", "/", "~")) and not path.is_dir():
-        raise UserError(f"{source}: no such file or folder")
-    else:
-        yield from _dataset_rows(str(path) if path.is_dir() else source, config.subset, split)
+        folder = Path(source).expanduser()
+        yield from _dataset_rows(str(folder) if folder.is_dir() else source, config.subset, split)
 
 
 def _file_rows(path: Path) -> Iterator[Row]:

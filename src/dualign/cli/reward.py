@@ -58,8 +58,8 @@ def fit(
     head.about.update(
         command=shlex.join(["dualign", *sys.argv[1:]]),
         versions={name: version(name) for name in ("dualign", "scikit-learn", "transformers", "torch")},
-        files={Path(source).name: {"sha256": _sha256(source)} for source in sources},
-        held_out={Path(source).name: asdict(figures) for source, figures in held_out.items()},
+        files={_name(source): {"sha256": _sha256(source)} for source in sources},
+        held_out={_name(source): asdict(figures) for source, figures in held_out.items()},
     )
     head.save(out)
     for source, about in zip(preferences, head.about["fits"], strict=True):
@@ -137,10 +137,17 @@ def _gate_prompts(progress: Progress, source: str, kinds: Sequence[str]) -> list
     return [encoder().encode(found, "end", functools.partial(progress.advance, task)) for found in texts.values()]
 
 
+def _name(source: str) -> str:
+    """A source's name without the folder it happens to lie in here."""
+    return source if source.startswith("builtin:") else Path(source).name
+
+
 def _sha256(source: str) -> str | None:
     """Of a local file; None for a data set taken by name."""
-    path = Path(source).expanduser()
-    if not path.is_file():
+    from dualign.data import local_file
+
+    path = local_file(source)
+    if path is None:
         return None
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
