@@ -77,24 +77,51 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Raises UserError naming the file and key at fault.
     """
-    path = Path(recipe)
-    if not path.is_file():
-        shipped = recipes()
-        if str(recipe) not in shipped:
-            near = difflib.get_close_matches(str(recipe), shipped, 1, 0.5)
-            hint = f"; did you mean {near[0]}?" if near else "; `dualign recipes` lists those that ship"
-            raise UserError(f"{recipe}: no such file or recipe{hint}")
-        path = shipped[str(recipe)]
+    tree, path = read(recipe)
+    # algo.name first: it starts that system's section afresh, and the other keys are meant for it
+    for override in sorted(overrides, key=lambda o: not o.startswith("algo.name=")):
+        apply(tree, override)
+    return build(tree, str(path))
+
+
+def read(recipe: str | Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Path]:
+    """A recipe's plain tree, laid over that of its `base` recipe where it names one, and the file it came from."""
+    path = find(recipe, above[-1].parent if above else Path())
+    if path in above:
+        raise UserError(f"{path}: base: the recipe is its own base, by way of {above[-1]}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections (model, data, algo, ...), not {type(tree).__name__}")
-    for override in overrides:
-        _apply(tree, override)
-    return build(tree, str(path))
+        kind = type(tree).__name__
+        raise UserError(f"{path}: a recipe is a mapping of sections (model, data, algo, ...), not {kind}")
+    base = tree.pop("base", None)
+    return (merge(read(base, (*above, path))[0], tree) if base else tree), path
+
+
+def find(recipe: str | Path, folder: Path = Path()) -> Path:
+    """A file (as given, or beside the recipe that names it), or a shipped recipe by its name."""
+    for path in (Path(recipe), folder / recipe):
+        if path.is_file():
+            return path
+    shipped = recipes()
+    if str(recipe) not in shipped:
+        near = difflib.get_close_matches(str(recipe), shipped, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else "; `dualign recipes` lists those that ship"
+        raise UserError(f"{recipe}: no such file or recipe{hint}")
+    return shipped[str(recipe)]
+
+
+def merge(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
+    """`patch` laid over `base`, key by key within sections. A list replaces a list; an algo that has a name replaces
+    the base's: one system's α is not another's."""
+    out = dict(base)
+    for key, value in patch.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = merge(out[key], value) if both and not (key == "algo" and "name" in value) else value
+    return out
 
 
 def build(tree: dict[str, Any], where: str = "config") -> Config:
@@ -106,7 +133,8 @@ def build(tree: dict[str, Any], where: str = "config") -> Config:
         raise UserError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply(tree: dict[str, Any], override: str) -> None:
+    """Sets one `key.sub=value` in a plain tree, in place. Raises UserError where the key leads nowhere."""
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise UserError(f"override {override!r}: expected key.sub=value, for example train.lr=1e-5")
@@ -122,7 +150,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict | list):
             raise UserError(f"override {override!r}: {part} is a value, not a section")
     value = parse_yaml(text, f"override {override!r}")
-    if isinstance(node, list):
+    if key == "algo.name" and value != node.get("name"):
+        tree["algo"] = {"name": value}
+    elif isinstance(node, list):
         node[_position(node, last, override)] = value
     else:
         node[last] = value
