@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dualign.annotate.base import Annotator
 from dualign.annotate.combined import CombinedAnnotator, Term
+from dualign.annotate.remembered import Memory, Remembered
 from dualign.annotate.settings import (
     ClassifierReward,
     FunctionReward,
@@ -23,16 +25,24 @@ __all__ = ["build"]
 
 
 def build(
-    rewards: Sequence[RewardConfig], functions: Sequence[Callable[..., Any]] = (), run_dir: Path | None = None
+    rewards: Sequence[RewardConfig],
+    functions: Sequence[Callable[..., Any]] = (),
+    run_dir: Path | None = None,
+    memory: Memory | None = None,
 ) -> Annotator:
     """The annotator of `rewards` and of further Python `functions` (weight 1): their weighted sum, or a single one as
-    it is. What paid annotators buy is recorded under `run_dir`. Raises UserError for what cannot be loaded."""
+    it is. What paid annotators buy is recorded under `run_dir`; what `memory` holds is not asked for. Raises UserError
+    for what cannot be loaded."""
     from dualign.annotate.function import FunctionAnnotator
 
     terms = [Term("", _one(settings, run_dir), settings.weight, settings.optional) for settings in rewards]
     terms += [Term("", FunctionAnnotator(function)) for function in functions]
     if not terms:
         raise UserError("no reward: give the run a `reward` section, or train(..., reward=function)")
+    if memory is not None:
+        terms = [
+            replace(term, annotator=Remembered(term.annotator, str(position), memory)) for position, term in enumerate(terms)
+        ]
     if len(terms) == 1 and terms[0].weight == 1:
         return terms[0].annotator
     names = _unique([term.annotator.name for term in terms])

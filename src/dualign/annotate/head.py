@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -55,22 +54,11 @@ class Head:
         """Rewards (N,) of answers to the prompts' last user turns."""
         return self.score(encoder().encode(prompts, "end"), encoder().encode(answers, "start"))
 
-    def save(self, file: Path) -> None:
-        """Write one safetensors file, its provenance as JSON in the header. An old file is replaced only at the end."""
+    def to_bytes(self) -> bytes:
+        """The head as a safetensors file, its provenance as JSON in the header."""
         from safetensors.numpy import save
 
-        data = save({name: getattr(self, name) for name in SHAPES}, {"dualign": json.dumps(self.about)})
-        aside = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as out:
-                out.write(data)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(aside, file)
-        except OSError as error:
-            aside.unlink(missing_ok=True)
-            raise UserError(f"cannot write the head {file}: {error.strerror or error}") from error
+        return save({name: getattr(self, name) for name in SHAPES}, {"dualign": json.dumps(self.about)})
 
 
 def load_head(path: str) -> Head:

@@ -21,11 +21,13 @@ class ClassifierAnnotator:
     """
 
     def __init__(self, settings: ClassifierReward) -> None:
-        self.settings = settings
         self.name = settings.name or Path(settings.model).name
         self._tokenizer, self._model = _load(settings)
         positions = getattr(self._model.config, "max_position_embeddings", None) or settings.max_tokens
-        self._limit = min(settings.max_tokens, positions)
+        self._limit = min(settings.max_tokens, positions, self._tokenizer.model_max_length)
+        # a model without a padding id reads its last token, whatever that is: it must not be padded
+        padded = self._model.config.get_text_config().pad_token_id is not None
+        self._batch_size = settings.batch_size if padded else 1
 
     def open(self) -> Session:
         return BatchSession(self.label)
@@ -42,8 +44,8 @@ class ClassifierAnnotator:
             Label.absent(f"{self.name}: {len(t['input_ids'])} tokens, more than its limit of {self._limit}")
             for t in tokens
         ]
-        for start in range(0, len(fits), self.settings.batch_size):
-            rows = fits[start : start + self.settings.batch_size]
+        for start in range(0, len(fits), self._batch_size):
+            rows = fits[start : start + self._batch_size]
             for n, reward in zip(rows, self._forward([tokens[n] for n in rows]), strict=True):
                 finite = abs(reward) < float("inf")  # false for NaN too
                 labels[n] = Label(reward) if finite else Label.absent(f"{self.name} gave {reward}")
@@ -60,7 +62,7 @@ class ClassifierAnnotator:
     def _forward(self, tokens: list[dict[str, list[int]]]) -> list[float]:
         import torch
 
-        batch = self._tokenizer.pad(tokens, return_tensors="pt").to(self._model.device)
+        batch = self._tokenizer.pad(tokens, padding=len(tokens) > 1, return_tensors="pt").to(self._model.device)
         with torch.inference_mode():
             return [float(x) for x in self._model(**batch).logits[:, 0].float().tolist()]
 
@@ -92,8 +94,8 @@ def _load(settings: ClassifierReward) -> tuple[Any, Any]:
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise UserError(f"reward model {settings.model}: not a trained classifier; its files lack {missing}")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    # decoder classifiers read the last token that is not padding, and look for it by this id
-    model.config.pad_token_id = tokenizer.pad_token_id
+    # decoder classifiers read the last token that is not padding, and look for it by the configuration's id
+    pad = model.config.get_text_config().pad_token_id
+    if pad is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     return tokenizer, model.eval().to("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -61,7 +60,7 @@ def fit(
         files={_name(source): {"sha256": _sha256(source)} for source in sources},
         held_out={_name(source): asdict(figures) for source, figures in held_out.items()},
     )
-    head.save(out)
+    _save(out, head.to_bytes())
     for source, about in zip(preferences, head.about["fits"], strict=True):
         share = about["cross_validated"]
         print(f"{source}: {about['pairs']} pairs, C = {about['c']}; cross-validated agreement {share['share']:.1%}")
@@ -90,7 +89,7 @@ def score(
         json.dumps({"id": row.prompt.id, **dict(zip(names, map(float, rewards), strict=True))})
         for row, rewards in zip(rows, reward_NC, strict=True)
     ]
-    _write(out, "\n".join(lines) + "\n")
+    _save(out, ("\n".join(lines) + "\n").encode())
     print(
         f"{reward_NC.size} completions: mean reward {reward_NC.mean():+.3f}, standard deviation {reward_NC.std():.3f}"
     )
@@ -153,16 +152,11 @@ def _sha256(source: str) -> str | None:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _write(out: Path, text: str) -> None:
-    """Write aside, then rename: never half a file."""
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+def _save(out: Path, data: bytes) -> None:
+    from dualign.runs import durable
+
+    def write(aside: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", encoding="utf-8") as opened:
-            opened.write(text)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(aside, out)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+        aside.write_bytes(data)
+
+    durable(out, write)

@@ -1,0 +1,80 @@
+"""Sequence classifiers as rewards: batched equals alone, templates are used, what does not fit is absent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import make_tokenizer
+from dualign.annotate import build
+from dualign.annotate.base import Item, label_all
+from dualign.annotate.settings import ClassifierReward
+from dualign.errors import UserError
+from dualign.types import Prompt
+
+ITEMS = [
+    Item(n, n, Prompt(f"p{n}", ({"role": "user", "content": "Hi! " * (n + 1)},)), "ok " * (7 - 2 * n)) for n in range(4)
+]
+
+
+def save(folder, pad="<|end|>", template=True, labels=1):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    tokenizer = make_tokenizer()
+    if not template:
+        tokenizer.chat_template = None
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(tokenizer),
+        max_position_embeddings=128, num_labels=labels, initializer_range=0.3,
+        pad_token_id=None if pad == "none" else tokenizer.convert_tokens_to_ids(pad),
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def alone(folder, item):
+    """The model's own answer to one unpadded input."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.chat_template:
+        chat = [*item.prompt.messages, {"role": "assistant", "content": item.completion}]
+        tokens = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+    else:
+        tokens = tokenizer(item.prompt.text, item.completion, return_tensors="pt")
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return float(model(**tokens).logits[0, 0])
+
+
+@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("pad", ["<|end|>", "<|s|>", "none"])
+def test_batched_equals_alone(tmp_path, pad, template):
+    folder = save(tmp_path, pad, template)
+    annotator = build([ClassifierReward(model=folder, dtype="float32", batch_size=3)])
+    got = [label.value for label in label_all(annotator, ITEMS)]
+    assert got == pytest.approx([alone(folder, item) for item in ITEMS], abs=1e-4)
+    assert len({round(x, 4) for x in got}) == 4
+
+
+def test_what_is_too_long_is_absent_and_the_rest_is_not(tmp_path):
+    annotator = build([ClassifierReward(model=save(tmp_path), dtype="float32", max_tokens=100)])
+    long = Item(9, 9, ITEMS[0].prompt, "x" * 130)
+    labels = label_all(annotator, [long, *ITEMS])
+    assert labels[0].value is None and "more than its limit of 100" in str(labels[0].reason)
+    assert all(label.value is not None for label in labels[1:])
+    wide = build([ClassifierReward(model=str(tmp_path), dtype="float32")])  # the model itself has 128 positions
+    assert "limit of 128" in str(label_all(wide, [long])[0].reason)
+
+
+def test_models_that_are_no_reward(tmp_path, tiny):
+    save(tmp_path, labels=2)
+    for model, message in [
+        (str(tmp_path), "has 2 outputs"),
+        (str(tiny), "not a trained classifier|outputs"),
+        (str(tmp_path / "none"), "no such folder"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            build([ClassifierReward(model=model)])
