@@ -84,9 +84,15 @@ class FaultServer:
         self._loop.run_until_complete(self.start())
         self._ready.set()
         self._loop.run_forever()
+        self._listening.close()
+        connections = asyncio.all_tasks(self._loop)
+        for task in connections:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.wait([*connections, self._loop.create_task(asyncio.sleep(0))]))
+        self._loop.close()
 
     async def start(self) -> asyncio.Server:
-        server = await asyncio.start_server(self._connection, "127.0.0.1", self.port, backlog=1024)
+        self._listening = server = await asyncio.start_server(self._connection, "127.0.0.1", self.port, backlog=1024)
         self.port = server.sockets[0].getsockname()[1]
         return server
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """The written rules, one real-looking reply a row: what the judge said, and the score (None: absent, never guessed)."""
 
 import pytest

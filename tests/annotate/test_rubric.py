@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Rubrics are strict, and the judged text stays data: it cannot close its fence or speak in the judge's place."""
 
 import re

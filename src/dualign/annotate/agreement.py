@@ -2,7 +2,7 @@
 
 A labelled pair is (a, b) with what people preferred. A labeller gives a number per pair: positive for a, negative for
 b, 0 for a tie, None where it has no label. Pairs that people call a tie, and pairs without a label, are left out of the
-agreement and counted.
+share and counted.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]
 
 
 def kappa(judged: Sequence[tuple[str, str]]) -> float:
-    """Cohen's kappa over a, b, tie. Which response is called a is arbitrary (chosen, in many files), so each pair counts
-    in both orientations: κ = (p_o − p_e)/(1 − p_e), p_e = (1−h)(1−t)/2 + h·t with the tie shares h, t."""
+    """Cohen's kappa over a, b and tie. Which response is called a is arbitrary (in many files it is always the chosen
+    one), so each pair counts in both orientations: κ = (p_o − p_e)/(1 − p_e) with p_e = (1−h)(1−t)/2 + h·t, where h and
+    t are the shares of ties among people's labels and the labeller's."""
     if not judged:
         return math.nan
     n = len(judged)
@@ -125,32 +126,33 @@ def longer(pairs: Sequence[Pair]) -> list[float | None]:
 
 
 def human_ceiling(pairs: Sequence[Pair]) -> Agreement | None:
-    """One person against the others of the same pair: each voter in turn is held against the majority of the rest, where
-    there is one. None where no pair has several votes."""
-    credit, n, ties, votes_seen = 0.0, 0, 0, 0
-    table: list[tuple[str, str]] = []
+    """One person against the others of the same pair: each voter is held against the majority of the rest, whose draws
+    are broken at random (in expectation). None where no pair has several votes."""
+    n = ties = voters = held = 0
+    credit = exact = 0.0
     for pair in pairs:
         votes = Counter({side: count for side, count in (pair.votes or {}).items() if count})
         if votes.total() < 2:
             continue
-        for voter, count in votes.items():
-            rest = votes - Counter([voter])
-            top = rest.most_common(2)
-            if len(top) > 1 and top[0][1] == top[1][1]:
-                continue
-            majority = top[0][0]
-            table += [(majority, voter)] * count
-            votes_seen += count
-            ties += count * (voter == "tie")
-            if majority != "tie":
-                n += count
-                credit += count * (0.5 if voter == "tie" else float(voter == majority))
-    if not n:
+        n += 1
+        for vote, count in votes.items():
+            rest = votes - Counter([vote])
+            tops = [side for side, most in rest.items() if most == max(rest.values())]
+            voters += count
+            ties += count * (vote == "tie")
+            exact += count * (vote in tops) / len(tops)
+            decided = [side for side in tops if side != "tie"]
+            if decided:
+                held += count
+                credit += count * (0.5 if vote == "tie" else (vote in decided) / len(decided))
+    if not held:
         return None
-    low, high = wilson(credit, n)
-    return Agreement(
-        "one person against the others", n, credit / n, low, high, ties / votes_seen, kappa(table), human_ties=votes_seen - n
-    )  # fmt: skip
+    share = credit / held
+    low, high = wilson(share * n, n)  # people of one pair are not independent: pairs are counted, not votes
+    tie_share = ties / voters
+    chance = (1 - tie_share) ** 2 / 2 + tie_share**2
+    person = "one person"
+    return Agreement(person, n, share, low, high, tie_share, (exact / voters - chance) / (1 - chance))
 
 
 def score_pairs(annotator: Annotator, pairs: Sequence[Pair]) -> list[float | None]:

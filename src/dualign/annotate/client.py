@@ -10,6 +10,7 @@ every label so far kept.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import re
@@ -117,7 +118,7 @@ class Client:
             base_url=self.settings.base_url, api_key=self._key, max_retries=0, timeout=self.settings.timeout
         )
         self._slots = asyncio.Semaphore(self.settings.concurrency)
-        self._settled = asyncio.Event()
+        self._settled, self._ended = asyncio.Event(), asyncio.Event()
 
     async def _stop(self) -> None:
         """Nothing new is sent; what is in flight is paid for, so it may still arrive and be kept."""
@@ -155,7 +156,7 @@ class Client:
                 tries += fault.wait is None
                 if not fault.passing or tries > self.settings.retries or waited > PATIENCE:
                     return self._give_up(fault, tries, answers)
-                await asyncio.sleep(max(fault.wait or 0.0, backoff(tries)))
+                await self._sleep(max(fault.wait or 0.0, backoff(tries)))
                 continue
             self._answers, self._given_up = self._answers + 1, 0
             if label.value is not None:
@@ -194,8 +195,15 @@ class Client:
             self._tokens.give_back(prompt + completion - sum(billed))
 
     async def _pause(self) -> None:
-        while not self._stopped and (wait := self._paused_until - self._loop.time()) > 0:
-            await asyncio.sleep(wait)
+        """Until the time that a server asked everybody to wait for; raises when the run has ended."""
+        await self._sleep(0)
+        while (wait := self._paused_until - self._loop.time()) > 0:
+            await self._sleep(wait)
+
+    async def _sleep(self, seconds: float) -> None:
+        if seconds > 0 and not self._stopped:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), seconds)
         if self._stopped:
             raise self._stopped
 
@@ -238,7 +246,7 @@ class Client:
     def _end(self, error: StopRun | UserError) -> StopRun | UserError:
         self._stopped = self._stopped or error
         self._settled.set()
-        self._paused_until = 0.0
+        self._ended.set()
         return self._stopped
 
 

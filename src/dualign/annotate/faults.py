@@ -54,7 +54,8 @@ def of_exception(error: Exception, key: str, settings: Endpoint) -> AttemptError
 
 
 def _of_status(error: Any, key: str, settings: Endpoint) -> AttemptError:
-    status, said = error.status_code, _clean(str(error.message), key)
+    status = error.status_code
+    said = _clean(re.sub(r"^Error code: \d+ - ", "", str(error.message)), key)
     where = f"{settings.model} at {re.sub(r'//[^/@]*@', '//', settings.base_url)}"
     if status == 402 or (status == 429 and NO_CREDIT.search(str(error.body))):
         return AttemptError(

@@ -18,7 +18,8 @@ from dualign.annotate.rubric import Rubric, load
 from dualign.annotate.settings import JudgeReward, JudgeSampling
 from dualign.types import Label, Message
 
-Row, Asked = TypeVar("Row"), TypeVar("Asked")
+Row = TypeVar("Row")
+Asked = TypeVar("Asked")
 
 
 class JudgeAnnotator:

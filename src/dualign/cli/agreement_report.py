@@ -74,8 +74,8 @@ def print_report(reports: Sequence[Report]) -> None:
         console.print(table)
         if orders := report["orders"]:
             console.print(
-                f"AI preference by order: {100 * orders['preferred_first']:.1f} % where people's choice is shown first, "
-                f"{100 * orders['preferred_second']:.1f} % where it is second; {100 * orders['first_named']:.1f} % of "
+                f"AI preference by order: {100 * orders['preferred_first']:.1f} % where people's choice comes first, "
+                f"{100 * orders['preferred_second']:.1f} % where it comes second; {100 * orders['first_named']:.1f} % of "
                 f"answers name the first; {100 * orders['consistent']:.1f} % of {orders['pairs']:,} pairs alike in both"
             )
 
@@ -94,12 +94,9 @@ def write_plot(reports: Sequence[Report], path: Path) -> None:
     figure, axes = plt.subplots(1, len(reports), squeeze=False, figsize=size, layout="constrained")
     for axis, report in zip(axes[0], reports, strict=True):
         rows = report["labellers"]
-        shares = [100 * row["share"] for row in rows]
-        errors = [
-            [100 * (row["share"] - row["low"]) for row in rows],
-            [100 * (row["high"] - row["share"]) for row in rows],
-        ]
-        axis.barh([row["labeller"] for row in rows], shares, xerr=errors, color="0.75", capsize=3)
+        shares, low, high = ([100 * row[key] for row in rows] for key in ("share", "low", "high"))
+        below, above = ([abs(s - x) for s, x in zip(shares, ends, strict=True)] for ends in (low, high))
+        axis.barh([row["labeller"] for row in rows], shares, xerr=[below, above], color="0.75", capsize=3)
         axis.axvline(50, color="0.3", linestyle=":", linewidth=1)
         axis.set(xlim=(0, 100), xlabel="agreement with people, %", title=Path(report["file"]).name)
         axis.invert_yaxis()

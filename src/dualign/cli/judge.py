@@ -144,14 +144,9 @@ def agreement(
         raise UserError(
             f"a judge needs all of --rubric, --base-url and --model; missing: {[k for k, v in given.items() if not v]}"
         )
-    settings = {**given, **_settings(more)} if model else None
-    reports = [
-        measure_file(
-            file, limit, head or [],
-            settings and _validated("judge", settings), settings and _validated("preference", settings),
-        )
-        for file in files
-    ]  # fmt: skip
+    settings = {**given, **_settings(more)}
+    reward, preference = (_validated(kind, settings) if model else None for kind in ("judge", "preference"))
+    reports = [measure_file(file, limit, head or [], reward, preference) for file in files]
     print_report(reports)
     if json_out:
         _write_json(json_out, reports)

@@ -1,4 +1,4 @@
-"""Files of prompts with responses, read in every layout that has them, and files of labels, written whole or not at all."""
+"""Files of prompts with responses, in every layout that has them, and files of labels, written whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,0 +1,144 @@
+"""The four commands, end to end against a server."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from dualign.cli import judge as commands
+from dualign.errors import StopRun, UserError
+from fault_server import FaultServer
+
+app = typer.Typer()
+commands.register(app)
+
+
+def run(*arguments: object) -> str:
+    """Its output; raises what the command raised."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def message(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """30 pairs; people prefer the one of higher quality in the first 24."""
+    rows = []
+    for i in range(30):
+        a, b = f"answer {i} quality-{i % 5 + 4}", f"other {i} quality-{i % 3 + 1}"
+        rows.append({"id": f"r{i}", "prompt": message("user", f"question {i}"), "response_a": message("assistant", a),
+                     "response_b": message("assistant", b), "label": "a" if i < 24 else "b",
+                     "votes": {"a": 2, "b": 1, "tie": 0}})  # fmt: skip
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def judge_options(server: FaultServer, folder: Path) -> list[object]:
+    cache = f"cache={folder / 'c.sqlite'}"
+    return ["--rubric", "helpfulness", "--base-url", server.url, "--model", "m", "--set", cache, "--set", "timeout=2.0"]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rewards_of_a_file(pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with FaultServer() as server:
+        told = run("judge", pairs, *judge_options(server, tmp_path), "--out", out)
+    assert "60 of 60 labelled" in told
+    rows = read(out)
+    assert [(r["id"], r["response"]) for r in rows[:3]] == [("r0", "a"), ("r0", "b"), ("r1", "a")]
+    assert all(r["reward"] == int(r["completion"].rsplit("-", 1)[1]) for r in rows)
+
+
+def test_absent_rows_are_named_and_asked_again(pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    with FaultServer(faults=0.5, kinds=("refusal",), seed=1) as server:
+        told = run("judge", pairs, *judge_options(server, tmp_path), "--out", out)
+        rows = pq.read_table(out).to_pylist()
+        absent = [r for r in rows if r["reward"] is None]
+        assert absent and {r["reason"] for r in absent} == {"refused"}
+        assert f"{len(absent)} absent: refused" in told and f"{60 - len(absent)} of 60" in told
+        server.faults = 0.0
+        calls = server.stats.calls
+        run("judge", pairs, *judge_options(server, tmp_path), "--out", out)
+        assert server.stats.calls - calls == len(absent)
+    assert all(r["reward"] is not None for r in pq.read_table(out).to_pylist())
+
+
+def test_preferences_of_a_file(pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with FaultServer() as server:
+        run("judge", pairs, *judge_options(server, tmp_path), "--pairs", "--out", out)
+        assert server.stats.calls == 60
+    assert [(r["better"], r["value"], r["first_order"], r["second_order"]) for r in read(out)] == [
+        ("a", 1.0, "a", "a")
+    ] * 30
+
+
+def test_a_spent_budget_leaves_no_half_file_and_goes_on(pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with FaultServer() as server:
+        with pytest.raises(StopRun, match="max_calls 25"):
+            run("judge", pairs, *judge_options(server, tmp_path), "--out", out, "--set", "max_calls=25")
+        assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []
+        assert server.stats.calls == 25
+        run("judge", pairs, *judge_options(server, tmp_path), "--out", out)
+        assert server.stats.calls == 60
+    assert len(read(out)) == 60
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (["--set", "temprature=1"], "temprature"), (["--set", "nonsense"], "key=value"), 
+        (["--rubric", "kindness"], "kindness"),
+        (["--base-url", "nowhere"], "base_url"), (["--out", "x.csv"], ".jsonl or .parquet"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told(pairs: Path, tmp_path: Path, change: list[str], told: str) -> None:
+    with FaultServer() as server, pytest.raises(UserError, match=told):
+        run("judge", pairs, *judge_options(server, tmp_path), "--out", tmp_path / "out.jsonl", *change)
+
+
+def test_labels_and_granularity(pairs: Path, tmp_path: Path) -> None:
+    one, two, export = tmp_path / "one.jsonl", tmp_path / "two.parquet", tmp_path / "export.jsonl"
+    with FaultServer() as server:
+        for out in (one, two):
+            run("judge", pairs, *judge_options(server, tmp_path), "--out", out)
+    told = run("labels", "--cache", tmp_path / "c.sqlite", "--export", export)
+    assert "helpfulness" in told and "60" in told
+    assert len(read(export)) == 60 and read(export)[0]["request"]["messages"]
+    numbers = tmp_path / "g.json"
+    assert "1.0000" in run("granularity", one, two, "--json", numbers)
+    assert json.loads(numbers.read_text())["rows"] == 60
+    with pytest.raises(UserError, match="no cache"):
+        run("labels", "--cache", tmp_path / "none.sqlite")
+
+
+def test_agreement(pairs: Path, tmp_path: Path) -> None:
+    numbers, plot = tmp_path / "a.json", tmp_path / "a.png"
+    with FaultServer() as server:
+        told = run("agreement", pairs, *judge_options(server, tmp_path), "--json", numbers, "--plot", plot)
+    assert "AI preference by order" in told and plot.stat().st_size > 1000
+    (report,) = json.loads(numbers.read_text())
+    shares = {row["labeller"]: row["share"] for row in report["labellers"]}
+    assert shares["AI reward (m)"] == shares["AI preference (m)"] == 24 / 30
+    assert shares["one person"] == pytest.approx(1 / 3)
+    assert report["orders"]["first_named"] == 0.5
+
+
+def test_agreement_needs_no_judge(pairs: Path) -> None:
+    assert "longer answer" in run("agreement", pairs)
+    with pytest.raises(UserError, match="--model"):
+        run("agreement", pairs, "--rubric", "helpfulness", "--base-url", "http://localhost:1/v1")
