@@ -102,7 +102,7 @@ def over_seeds(score_Sn: list[dict[str, float]]) -> tuple[Estimate, Estimate]:
     (how much new prompts may)."""
     between = t_interval([float(np.mean(list(s.values()))) for s in score_Sn if s])
     prompts = sorted({p for s in score_Sn for p in s})
-    return between, bootstrap([np.mean([s[p] for s in score_Sn if p in s]) for p in prompts])
+    return between, share([np.mean([s[p] for s in score_Sn if p in s]) for p in prompts])
 
 
 def correlation(x: ArrayLike, y: ArrayLike) -> dict[str, float]:

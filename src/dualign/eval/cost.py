@@ -1,0 +1,53 @@
+"""What a run's labels cost, and what a point of win rate cost (v1's comparison of AI reward with AI preference)."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from dualign.errors import UserError
+from dualign.eval.outputs import is_run
+
+COLUMNS = ("calls", "prompt_tokens", "completion_tokens", "picodollars")
+
+
+def cost_of(folder: Path) -> dict[str, Any]:
+    """Labels, judge calls, tokens, dollars and hours of a run. Calls and tokens are 0 where labels cost nothing (reward
+    heads, functions): what the account of bought labels says, retries and other runs' cache hits not included."""
+    from dualign.runs import Run
+
+    metrics = Run.open(folder).metrics()
+    calls, prompt, completion, picodollars = _bought(folder / "spent.sqlite")
+    return {
+        "run": folder.name,
+        "labels": max((int(m["labels"]) for m in metrics), default=0),
+        "calls": calls, "tokens": prompt + completion, "dollars": picodollars / 1e12,
+        "hours": sum(sum(m["seconds"].values()) for m in metrics) / 3600,
+    }  # fmt: skip
+
+
+def of_system(source: str, point: dict[str, Any]) -> dict[str, Any]:
+    """The cost of a run, and per point of the win rate of `point`; nothing for what is no run."""
+    if not is_run(source):
+        return {}
+    cost = cost_of(Path(source))
+    return {"cost": cost, "cost_per_point": per_point(cost, point["win_rate"]["value"])}
+
+
+def _bought(path: Path) -> tuple[int, ...]:
+    if not path.is_file():
+        return (0, 0, 0, 0)
+    try:
+        with sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True) as db:
+            return tuple(
+                db.execute(f"SELECT {', '.join(f'coalesce(sum({c}), 0)' for c in COLUMNS)} FROM account").fetchone()
+            )
+    except sqlite3.Error as error:
+        raise UserError(f"{path}: the account of bought labels cannot be read: {error}") from None
+
+
+def per_point(cost: dict[str, Any], win_rate: float) -> dict[str, Any]:
+    """Each cost divided by the percentage points that the win rate lies above 50 %; None where it does not."""
+    points = 100 * (win_rate - 0.5)
+    return {k: v / points if points > 0 else None for k, v in cost.items() if k != "run"}

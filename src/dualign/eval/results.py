@@ -1,0 +1,62 @@
+"""Results as files beside the run, each with what made it: command, versions, judge, seed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dualign.errors import UserError
+
+VERSIONED = ("dualign", "torch", "transformers", "numpy", "scipy", "openai")
+
+
+def provenance(kind: str, judge: Mapping[str, Any] | None, seed: int) -> dict[str, Any]:
+    """`judge`: the settings of the annotator, or None where nothing was judged."""
+    versions = {}
+    for name in VERSIONED:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    command = shlex.join(["dualign", *sys.argv[1:]])
+    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"kind": kind, "command": command, "made": made, "versions": versions, "judge": judge, "seed": seed}
+
+
+def write(path: Path, result: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -> None:
+    """`path` gets the numbers; what they were computed from goes, a row a line, into the .jsonl of the same name."""
+    from dualign.runs import write_text
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(finite(row), ensure_ascii=False) for row in rows]
+    if lines:
+        write_text(path.with_suffix(".jsonl"), "\n".join(lines) + "\n")
+    write_text(path, json.dumps(finite(result), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_all(folder: Path) -> list[dict[str, Any]]:
+    """Every result beside a run, by name. Raises UserError for a damaged one."""
+    found = []
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not a readable result: {error}; delete it and evaluate again") from None
+        if isinstance(result, dict) and "kind" in result:
+            found.append({"name": path.stem, **result})
+    return found
+
+
+def finite(value: Any) -> Any:
+    """JSON knows no nan or infinity: null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,122 @@
+"""Results as tables for the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dualign.view import clean
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=None, pad_edge=False, header_style="bold", title_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left")
+    return table
+
+
+def percent(e: dict[str, Any]) -> str:
+    return f"{e['value']:.1%} [{e['low']:.1%}, {e['high']:.1%}]" if e["n"] else "-"
+
+
+def number(e: dict[str, Any]) -> str:
+    return f"{e['value']:+.3f} [{e['low']:+.3f}, {e['high']:+.3f}]" if e["n"] else "-"
+
+
+def winrate(result: dict[str, Any], path: Path) -> None:
+    console = Console(highlight=False, markup=False)
+    for system in result["systems"]:
+        title = f"{system['source']} against {system['points'][0]['b']}, judged by {result['judge']['name']}"
+        table = _table(title, "policy", "labels", "win rate [95 %]", "length-controlled", "won/tied/lost", "absent",
+                       "chars A/B", "both orders agree")  # fmt: skip
+        for p in system["points"]:
+            same = "-" if p["swap_consistency"] is None else f"{p['swap_consistency']:.0%}"
+            table.add_row(clean(p["a"]), _or(p["labels"]), percent(p["win_rate"]), percent(p["length_controlled"]),
+                          f"{p['won']}/{p['tied']}/{p['lost']}", str(p["absent"]),
+                          f"{p['chars_a'] or 0:.0f}/{p['chars_b'] or 0:.0f}", same)  # fmt: skip
+        console.print(table)
+        console.print(_lengths(system["points"][-1]))
+        if "cost" in system:
+            console.print(Text(_cost(system)))
+    if "seeds" in result:
+        s = result["seeds"]
+        console.print(f"mean of {len(result['systems'])} sources: {percent(s['over_seeds'])} between seeds, "
+                      f"{percent(s['over_prompts'])} over prompts")  # fmt: skip
+    console.print(f"in {path}, every verdict in {path.with_suffix('.jsonl').name}")
+
+
+def _lengths(point: dict[str, Any]) -> Table:
+    table = _table(
+        f"{point['a']} by how many characters longer its answer is", "longer by", "win rate [95 %]", "prompts"
+    )
+    for row in point["by_length"]:
+        table.add_row(f"{row['longer_from']:+d} .. {row['longer_to']:+d}", percent(row), str(row["n"]))
+    return table
+
+
+def _cost(system: dict[str, Any]) -> str:
+    cost, each = system["cost"], system["cost_per_point"]
+    spent = f"{cost['labels']:,} labels, {cost['calls']:,} judge calls, {cost['tokens']:,} tokens"
+    text = f"cost: {spent}, ${cost['dollars']:.2f}, {cost['hours']:.2f} h"
+    if each["labels"] is None:
+        return f"{text}; the win rate is not above 50 %"
+    price = f"{each['labels']:.0f} labels, {each['tokens']:.0f} tokens, ${each['dollars']:.4f}, {each['hours']:.3f} h"
+    return f"{text}; for each point of win rate above 50 %: {price}"
+
+
+def reward(result: dict[str, Any], path: Path) -> None:
+    console = Console(highlight=False, markup=False)
+    for system in result["systems"]:
+        for key, judge in (("points", "judge"), ("second_points", "second")):
+            if key not in system:
+                continue
+            table = _table(f"{system['source']} under {result['judge'][judge]}", "policy", "labels", "reward [95 %]",
+                           "gain over the first [95 %]", "in sd", "absent")  # fmt: skip
+            for p in system[key]:
+                sd = "-" if p["gain_sd"] is None else f"{p['gain_sd']:+.2f}"
+                table.add_row(
+                    clean(p["name"]), _or(p["labels"]), number(p["reward"]), number(p["gain"]), sd, str(p["absent"])
+                )
+            console.print(table)
+        if "swap" in system:
+            swap = system["swap"]
+            words = ", ".join(f"{what} r {_r(swap[what])}" for what in ("all", "last", "gains"))
+            console.print(f"judge swap: {words}")
+            if "survives" in swap:
+                console.print(f"does the gain survive the second judge? {swap['survives']}; "
+                              f"{len(swap['disagreements'])} disagreements listed in the file")  # fmt: skip
+    console.print(f"in {path}")
+
+
+def _r(c: dict[str, float]) -> str:
+    return f"{c['pearson']:.2f} [{c['low']:.2f}, {c['high']:.2f}]"
+
+
+def cheat(result: dict[str, Any], path: Path) -> None:
+    console = Console(highlight=False, markup=False)
+    table = _table(f"batch by batch; second reward: {result['second']}", "batch", "reward (sd)", "second (sd)", "KL",
+                   "no EOS", "length", "distinct-2", "repeats", "refusals", "same opening")  # fmt: skip
+    for row in result["batches"]:
+        table.add_row(str(row["batch"]), _signed(row["reward_sd"]), _signed(row["second_sd"]), _plain(row["kl"]),
+                      f"{row['missing_eos']:.0%}", f"{row['length']:.0f}", f"{row['distinct_2']:.2f}",
+                      f"{row['repetition']:.0%}", f"{row['refusals']:.0%}", f"{row['same_opening']:.0%}")  # fmt: skip
+    console.print(table)
+    for line in [result["verdict"], *result["signs"]]:
+        console.print(Text(line))
+    console.print(f"in {path}")
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f}"
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _or(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"

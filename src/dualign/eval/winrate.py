@@ -1,0 +1,92 @@
+"""Win rates with everything that tells whether to believe them (ICLR Tables 1-3, Figures 3 and 6; v1 Figure 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dualign.errors import UserError
+from dualign.eval.judges import Judge, Pair, judge_pairs
+from dualign.eval.length import by_length, length_controlled
+from dualign.eval.outputs import Outputs
+from dualign.eval.statistics import over_seeds, share
+
+
+def sides(source: str, points: list[Outputs], other: Outputs | None) -> tuple[list[Outputs], Outputs]:
+    """What of `source` is judged, and against what: `other`, or its own π_0. Raises UserError where neither exists."""
+    if other is not None:
+        return [p for p in points if p.batches != 0] or points, other
+    if points[0].batches != 0:
+        raise UserError(f"{source}: against what? name it with --against (only a run knows its π_0)")
+    if len(points) == 1:
+        raise UserError(f"{source}: nothing beside π_0 to judge: the run has no later evaluation or checkpoint")
+    return points[1:], points[0]
+
+
+def per_prompt(pairs: Sequence[Pair]) -> dict[str, float]:
+    """Mean score of a on each prompt that has a verdict: the independent draws."""
+    found: dict[str, list[float]] = {}
+    for pair in pairs:
+        if pair.value is not None:
+            found.setdefault(pair.key, []).append(pair.value)
+    return {key: float(np.mean(values)) for key, values in found.items()}
+
+
+def measure(a: Outputs, b: Outputs, pairs: Sequence[Pair], seed: int = 0) -> dict[str, Any]:
+    """One point: the win rate of a over b, raw and length-controlled, by length, and how consistent the judge was."""
+    judged = [p for p in pairs if p.value is not None]
+    score = per_prompt(pairs)
+    chars_a, chars_b = (_mean_chars(judged, side) for side in ("a", "b"))
+    values, long_a, long_b = ([d[k] for k in score] for d in (score, chars_a, chars_b))
+    control = length_controlled(values, long_a, long_b, seed)
+    won, lost = (sum(p.value == v for p in judged) for v in (1.0, 0.0))
+    return {
+        "a": a.name, "b": b.name, "batches": a.batches, "labels": a.labels,
+        "win_rate": share(values, seed).record(),
+        "length_controlled": control.win_rate.record(), "length_slope": control.slope.record(),
+        "won": won, "tied": len(judged) - won - lost, "lost": lost, "absent": len(pairs) - len(judged),
+        "absent_reasons": sorted({p.reason for p in pairs if p.reason})[:5],
+        "chars_a": float(np.mean(long_a)) if score else None, "chars_b": float(np.mean(long_b)) if score else None,
+        "by_length": by_length(values, long_a, long_b), **consistency(pairs),
+    }  # fmt: skip
+
+
+def consistency(pairs: Sequence[Pair]) -> dict[str, float | None]:
+    """Of pairs asked in both orders: the share on which they name the same answer, and how often the answer shown
+    first is named (0.5: no position bias). None for rewards, which see one answer at a time."""
+    asked = [p.orders for p in pairs if p.orders and None not in p.orders]
+    if not asked:
+        return {"swap_consistency": None, "first_named": None}
+    same = np.mean([ab == ba for ab, ba in asked])
+    first = np.mean([((ab == "a") + (ba == "b")) / 2 for ab, ba in asked])
+    return {"swap_consistency": float(same), "first_named": float(first)}
+
+
+def _mean_chars(pairs: Sequence[Pair], side: str) -> dict[str, float]:
+    found: dict[str, list[int]] = {}
+    for pair in pairs:
+        found.setdefault(pair.key, []).append(len(getattr(pair, side).text))
+    return {key: float(np.mean(lengths)) for key, lengths in found.items()}
+
+
+def curve(
+    judge: Judge, points: Sequence[Outputs], b: Outputs, seed: int
+) -> tuple[list[dict[str, Any]], list[list[Pair]]]:
+    """Every point against b."""
+    pairs = [judge_pairs(judge, a, b) for a in points]
+    return [measure(a, b, found, seed) for a, found in zip(points, pairs, strict=True)], pairs
+
+
+def across_seeds(pairs_Sp: Sequence[Sequence[Pair]]) -> dict[str, Any]:
+    """The last points of several runs, as seeds of one system."""
+    between, prompts = over_seeds([per_prompt(pairs) for pairs in pairs_Sp])
+    return {"over_seeds": between.record(), "over_prompts": prompts.record()}
+
+
+def row(point: str, pair: Pair) -> dict[str, Any]:
+    """One comparison for the file of verdicts."""
+    return {"point": point, "id": pair.prompt.id, "prompt": pair.prompt.messages, "a": pair.a.text, "b": pair.b.text,
+            "value": pair.value, "orders": pair.orders, "scores": pair.scores, "reason": pair.reason,
+            "note": pair.note}  # fmt: skip
