@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dualign.algos import Algorithm, Batch, Stats
+from dualign.errors import StopRun
 from dualign.models.packing import Tokens
 from dualign.types import Label, Rollout
 
@@ -75,6 +76,19 @@ def weigh(
     columns, stats = algo.prepare(precise) if len(b.tokens) else ({}, {})
     single = {k: v.float() if v.is_floating_point() else v for k, v in columns.items()}
     return replace(b, batch=replace(whole, reward_N=whole.reward_N.float(), columns=single), stats=stats)
+
+
+def check_finite(b: WeightedBatch) -> None:
+    """Raises StopRun, naming the row, where a log-prob, value, advantage or weight is NaN or infinite."""
+    scores = {"log π_t": b.batch.logp_old_NT, "log π_0": b.batch.logp_ref_NT, "value": b.batch.value_old_NT}
+    present = [row.rollout.index for row in b.rows if row.label.value is not None]
+    for name, value in {**scores, **b.batch.columns}.items():
+        if value is not None and value.is_floating_point() and not value.isfinite().all():
+            bad = (~value.isfinite()).view(len(value), -1).any(1).nonzero()[:, 0].tolist()
+            raise StopRun(
+                f"online batch {b.step}: {name} of completion {present[bad[0]]} is NaN or infinite ({len(bad)} of "
+                f"{len(value)} rows); nothing was trained on it, and its completions and labels are kept"
+            )
 
 
 def updates(

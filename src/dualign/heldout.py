@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from dualign.annotate.base import Annotator
 from dualign.batch import Row, labelled
 from dualign.config import Config
 from dualign.engine import Engine
-from dualign.rollout.base import Request, Sampler, Sampling
-from dualign.source import Clock, sample_and_label
+from dualign.rollout.base import Request, Sampling
+from dualign.source import Clock, Labeller, everyones
 
 SEED_SHIFT = 0x4E5A_1D07  # batch numbers of held-out sampling: no training batch has them
 
@@ -40,7 +39,7 @@ class HeldOut:
 
 
 def evaluate(
-    config: Config, engine: Engine, sampler: Sampler, annotator: Annotator, requests: Sequence[Request], done: int
+    config: Config, engine: Engine, labeller: Labeller, requests: Sequence[Request], done: int
 ) -> tuple[HeldOut, list[Row]]:
     """Samples from π_t as it stands, always with the same random numbers, so that two evaluations are paired."""
     e, r = config.eval, config.rollout
@@ -49,7 +48,7 @@ def evaluate(
     chosen = [Request(g, q.prompt, q.prompt_ids) for g, q in enumerate(requests[: e.prompts])]
     clock = Clock()
     seed = (config.run.seed, SEED_SHIFT)
-    rows = engine.gather(sample_and_label(sampler, annotator, engine.mine(chosen), sampling, seed, clock))
+    rows = everyones(engine, lambda: labeller.rows(engine.mine(chosen), sampling, seed, clock))
     b = labelled(done, rows)
     with clock("score"):
         if done == 0:

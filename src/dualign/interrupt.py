@@ -1,11 +1,21 @@
-"""Ctrl-C and SIGTERM as a wish: the loop ends at the next update, keeping everything. A second Ctrl-C ends at once."""
+"""Ctrl-C and SIGTERM as a wish: the loop ends at the next update, or while it samples, keeping everything. A second
+Ctrl-C ends at once."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
+
+from dualign.errors import StopRun
+
+ECHO = 1.0  # seconds within which a second Ctrl-C is the launcher passing on the first
+
+
+class StopAsked(StopRun):
+    """The wish, where the loop can follow it."""
 
 
 class Interrupts:
@@ -13,6 +23,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -25,7 +36,14 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def check(self) -> None:
+        """Raises StopAsked if one asked to stop."""
+        if self.requested:
+            raise StopAsked(self.requested)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if not self.requested:
+            self.requested = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+            self._since = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > ECHO:
             raise KeyboardInterrupt
-        self.requested = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"

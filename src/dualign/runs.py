@@ -4,45 +4,51 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
 from dualign.batch import Row, WeightedBatch, labelled
 from dualign.errors import UserError
-from dualign.types import Label, Prompt, Rollout
+from dualign.journal import Journal, files_of
+from dualign.manifest import Manifest, sha256_of
+from dualign.table import from_table, read_table, to_table
 
 STATE_FILES = ("state.json", "train.safetensors", "optimizer.safetensors")  # what only the newest checkpoint needs
 VERSIONED = ("dualign", "torch", "transformers", "accelerate", "datasets", "peft", "numpy", "pyarrow")
 
 
-def durable(path: Path, write: Callable[[Path], Any]) -> None:
-    """Makes `path` (file or folder) appear complete or not at all, even through a power cut."""
+def durable(path: Path, write: Callable[[Path], Any], commit: Callable[[Path], None] = lambda aside: None) -> None:
+    """Makes `path` (file or folder) appear complete or not at all, even through a power cut. `commit` is called with
+    what is written and synced, before it gets its name."""
     aside = path.with_name(f".{path.name}.partial")
     try:
         _remove(aside)
         write(aside)
         for item in [aside, *(aside.rglob("*") if aside.is_dir() else ())]:
             _sync(item)
-        if path.is_dir():
-            _remove(path)
+        commit(aside)
         os.replace(aside, path)
         _sync(path.parent)
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and "os error" not in str(error).lower():  # as Rust libraries report theirs
+            raise
         with contextlib.suppress(OSError):
             _remove(aside)
         raise UserError(
-            f"{path}: cannot be written: {error.strerror or error}. What was written before is kept; "
+            f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}. What was written before is kept; "
             "make room (or mend the folder's permissions) and resume"
         ) from None
 
@@ -67,61 +73,122 @@ def write_text(path: Path, text: str) -> None:
 
 
 class Run:
-    """runs/NAME: config.yaml, run.json, metrics.jsonl, batches/*.parquet, evaluations/*.parquet, checkpoints/*/, summary.json."""
+    """runs/NAME: config.yaml, run.json, metrics.jsonl, batches/*.parquet, evaluations/*.parquet, checkpoints/*/,
+    summary.json, and the manifest that holds their hashes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rank: int = 0) -> None:
         self.folder = folder
         self.batches = folder / "batches"
         self.evaluations = folder / "evaluations"
         self.checkpoints = folder / "checkpoints"
+        self.config_file = folder / "config.yaml"
+        self.metrics_file = folder / "metrics.jsonl"
+        self.journal = Journal(rank)
         self._lock: Any = None
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        return Manifest(self.folder)
 
     # --- opening ---
 
-    @staticmethod
-    def create(folder: Path, config_text: str) -> Run:
-        """A fresh run. Raises UserError if the folder holds another run or cannot be written."""
-        run = Run(folder)
-        if (folder / "config.yaml").exists():
+    def create(self, config_text: str) -> None:
+        """Begins a fresh run in its folder. Raises UserError if it holds another run or cannot be written."""
+        folder = self.folder
+        if self.config_file.exists():
             raise UserError(
                 f"run.dir: {folder} already holds a run; go on with it by `dualign resume {folder}`, "
                 "or choose another folder (run.dir=...)"
             )
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not (folder.is_dir() and self._is_stillborn()):
             raise UserError(f"run.dir: {folder} exists and is not empty; choose another folder (run.dir=...)")
         try:
-            for part in (folder, run.batches, run.evaluations, run.checkpoints):
+            for part in (folder, self.batches, self.evaluations, self.checkpoints):
                 part.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run.dir: {folder} cannot be made: {error.strerror}") from None
-        run.lock()
+        self.lock()
         versions = {}
         for name in VERSIONED:
             with contextlib.suppress(metadata.PackageNotFoundError):
                 versions[name] = metadata.version(name)
-        write_text(folder / "run.json", json.dumps({"format": 1, "versions": versions}, indent=1))
-        write_text(folder / "config.yaml", config_text)
-        return run
+        self.write_text("run.json", json.dumps({"format": 1, "versions": versions}, indent=1))
+        self.write_text("config.yaml", config_text)  # last: with it, it is a run
+
+    def _is_stillborn(self) -> bool:
+        """Whether the folder holds nothing, or no more than `create` leaves when it is killed half-way."""
+        ours = {"batches", "evaluations", "checkpoints", "run.json", "manifest", ".lock"}
+        return all(
+            (p.name in ours or p.name.endswith(".partial")) and not (p.is_dir() and any(p.iterdir()))
+            for p in self.folder.iterdir()
+        )
 
     @staticmethod
     def open(folder: Path) -> Run:
         """An existing run, to be read. Raises UserError where there is none."""
-        if not (folder / "config.yaml").is_file():
+        run = Run(folder)
+        if not run.config_file.is_file():
             raise UserError(f"{folder}: no run here (config.yaml is missing)")
-        return Run(folder)
+        return run
 
     def lock(self) -> None:
         """One process at a time writes a run; the lock goes with the process, however it ends."""
-        self._lock = open(self.folder / ".lock", "a")  # noqa: SIM115  (held for the run's life)
         try:
+            self._lock = open(self.folder / ".lock", "a")  # noqa: SIM115  (held for the run's life)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"{self.folder}: another process is working on this run") from None
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written: {error.strerror}") from None
 
     def unlock(self) -> None:
+        self.journal.end()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def tidy(self) -> None:
+        """Clears away what a kill left behind: files half written, journals of batches that are complete, and a last
+        record whose file never came."""
+        for folder in (self.folder, self.batches, self.evaluations, self.checkpoints):
+            for path in folder.glob(".*.partial"):
+                _remove(path)
+        for folder in (self.batches, self.evaluations):
+            for path in folder.glob("*.journal"):
+                if (folder / f"{path.name.split('.')[0]}.parquet").exists():
+                    path.unlink()
+        last = [self.folder / name for name in self.manifest.last if not self.manifest.files[name].gone]
+        self.manifest.drop([path for path in last if not path.exists()])
+
+    # --- files with hashes ---
+
+    def _put(self, path: Path, write: Callable[[Path], Any]) -> None:
+        def commit(aside: Path) -> None:
+            parts = [p for p in aside.rglob("*") if p.is_file()] if aside.is_dir() else [aside]
+            self.manifest.put({path / p.relative_to(aside): sha256_of(p) for p in parts})
+
+        durable(path, write, commit)
+
+    def _drop(self, paths: Sequence[Path]) -> None:
+        """Removes files and folders; a folder loses its name first, so that none is ever seen half gone."""
+        self.manifest.drop(paths)
+        for path in paths:
+            if path.is_dir():
+                aside = path.with_name(f".{path.name}.partial")
+                os.replace(path, aside)
+                _remove(aside)
+            else:
+                path.unlink(missing_ok=True)
+
+    def check(self, path: Path, mend: str) -> None:
+        """Raises UserError, with what can be done, if a file is not what was written."""
+        parts = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+        for part in parts:
+            if self.manifest.check(part) == "changed":
+                raise UserError(f"{part}: damaged: it is not what was written (by its sha256). {mend}")
+
+    def write_text(self, name: str, text: str) -> None:
+        self._put(self.folder / name, lambda aside: aside.write_text(text, encoding="utf-8"))
 
     # --- online batches ---
 
@@ -129,38 +196,63 @@ class Run:
         return self.batches / f"{step:06d}.parquet"
 
     def write_batch(self, b: WeightedBatch) -> None:
-        """The whole batch, durable before the first update that uses it."""
-        table = to_table(b)
-        durable(self.batch_path(b.step), lambda aside: pq.write_table(table, aside, compression="zstd"))
+        """The whole batch, durable before the first update that uses it. Its journal has done its work."""
+        self._write_table(self.batch_path(b.step), to_table(b))
+
+    def _write_table(self, path: Path, table: pa.Table) -> None:
+        self._put(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
+        for journal in files_of(path.with_suffix("")):
+            journal.unlink()
 
     def read_batch(self, step: int) -> WeightedBatch | None:
-        """The batch as it was written, or None if it was not."""
+        """The batch as it was written, or None if it was not. Raises UserError if it was damaged since."""
         path = self.batch_path(step)
-        return from_table(read_table(path), step) if path.exists() else None
+        if not path.exists():
+            return None
+        self.check(path, "Delete it and resume: its completions will be sampled, and their labels asked for, again")
+        return from_table(read_table(path), step)
 
     # --- metrics ---
 
     def log(self, record: dict[str, Any]) -> None:
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Adds one line, synced."""
+        line = (json.dumps(record) + "\n").encode()
+        self._metrics_sha.update(line)
+        self.manifest.put({self.metrics_file: self._metrics_sha.hexdigest()})
+        try:
+            with open(self.metrics_file, "ab", buffering=0) as file:
+                if file.write(line) != len(line):
+                    raise OSError(28, "No space left on device")
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.metrics_file}: cannot be written: {error.strerror}. Make room and resume") from None
+
+    @cached_property
+    def _metrics_sha(self) -> Any:
+        return hashlib.sha256(self.metrics_file.read_bytes() if self.metrics_file.exists() else b"")
 
     def metrics(self) -> list[dict[str, Any]]:
-        return list(self._records())
-
-    def _records(self) -> Iterator[dict[str, Any]]:
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return
-        for line in path.read_text(encoding="utf-8").splitlines():
+        """The records of finished batches. A line cut off by a kill is the last one, and its batch is replayed. Raises
+        UserError for any other that cannot be read."""
+        if not self.metrics_file.exists():
+            return []
+        *whole, _torn = self.metrics_file.read_bytes().split(b"\n")
+        records = []
+        for number, line in enumerate(whole, 1):
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return  # a line cut off by a kill is the last one, and its batch is replayed
+                records.append(json.loads(line))
+            except ValueError:
+                raise UserError(
+                    f"{self.metrics_file}, line {number}: damaged. Delete the file: `dualign resume` "
+                    "replays the stored batches and writes it again"
+                ) from None
+        return records
 
     def forget_metrics_from(self, step: int) -> None:
         """Drop the records of batches that are about to be replayed."""
-        kept = [json.dumps(r) + "\n" for r in self._records() if r["step"] < step]
-        write_text(self.folder / "metrics.jsonl", "".join(kept))
+        kept = [json.dumps(r) + "\n" for r in self.metrics() if r["step"] < step]
+        self.write_text("metrics.jsonl", "".join(kept))
+        self.__dict__.pop("_metrics_sha", None)
 
     # --- checkpoints ---
 
@@ -168,20 +260,24 @@ class Run:
         """Checkpoint after `step` online batches and `update` updates of the next. Earlier ones keep their weights for
         evaluation (as many as `keep_last` says) but hand the training state on to this one."""
         path = self.checkpoints / (f"{step:06d}+{update}" if update else f"{step:06d}")
+        if path == self.resumable():
+            return path  # what would be written is there, to the last bit
         earlier = [old for old in self.saved() if old != path]
-        durable(path, write)
-        for old in earlier:
-            for name in STATE_FILES:
-                (old / name).unlink(missing_ok=True)
+        if path.exists():
+            self._drop([path])
+        self._put(path, write)
         whole = [old for old in earlier if "+" not in old.name]
-        spare = whole[: len(whole) + 1 - keep_last] if keep_last else []
-        for old in [*spare, *(old for old in earlier if "+" in old.name)]:
-            _remove(old)
+        spare = whole[: max(0, len(whole) + 1 - keep_last)] if keep_last else []
+        gone = [*spare, *(old for old in earlier if "+" in old.name)]
+        # the state's index first: without it the others do not count
+        self._drop([p for old in earlier if old not in gone for name in STATE_FILES if (p := old / name).exists()])
+        self._drop(gone)
         return path
 
     def saved(self) -> list[Path]:
         """The checkpoints, oldest first."""
-        return sorted(p for p in self.checkpoints.iterdir() if p.name[0].isdigit())
+        found = [p for p in self.checkpoints.iterdir() if re.fullmatch(r"\d{6,}(\+\d+)?", p.name)]
+        return sorted(found, key=lambda p: [int(part) for part in p.name.split("+")])
 
     def resumable(self) -> Path | None:
         """The newest checkpoint that training can go on from."""
@@ -190,114 +286,22 @@ class Run:
 
     # --- evaluations ---
 
+    def evaluation_path(self, done: int) -> Path:
+        return self.evaluations / f"{done:06d}.parquet"
+
     def write_evaluation(self, done: int, rows: Sequence[Row], result: dict[str, Any]) -> None:
         """What was sampled from the policy after `done` online batches on held-out prompts, and its means."""
         table = to_table(labelled(done, rows))
         table = table.replace_schema_metadata({"dualign": json.dumps({"step": done, "stats": result})})
-        durable(self.evaluations / f"{done:06d}.parquet", lambda aside: pq.write_table(table, aside, compression="zstd"))
+        self._write_table(self.evaluation_path(done), table)
 
     def read_evaluation(self, done: int) -> tuple[tuple[Row, ...], dict[str, Any]]:
-        b = from_table(read_table(self.evaluations / f"{done:06d}.parquet"), done)
+        path = self.evaluation_path(done)
+        self.check(path, "Delete it and resume: its completions will be sampled, and their labels asked for, again")
+        b = from_table(read_table(path), done)
         return b.rows, b.stats
 
-
-# --- the weighted batch as a table ---
-
-_TOKEN_COLUMNS = {"logp_old_NT": "logp_old", "logp_ref_NT": "logp_ref", "value_old_NT": "value_old"}
-
-
-def read_table(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
-
-
-def to_table(b: WeightedBatch) -> pa.Table:
-    """One row per completion. Per-token columns are lists; what a row without a label has no value for is null."""
-    rollouts, labels = [r.rollout for r in b.rows], [r.label for r in b.rows]
-    columns: dict[str, pa.Array] = {
-        "index": pa.array([r.index for r in rollouts], pa.int32()),
-        "group": pa.array([r.group for r in rollouts], pa.int32()),
-        "prompt_id": pa.array([r.prompt.id for r in rollouts]),
-        "prompt": pa.array([_prompt_text(r.prompt) for r in rollouts]),
-        "columns": pa.array([json.dumps(dict(r.prompt.columns), default=str) for r in rollouts]),
-        "completion": pa.array([r.text for r in rollouts]),
-        "finish": pa.array([r.finish for r in rollouts]),
-        "prompt_ids": pa.array([list(r.prompt_ids) for r in rollouts], pa.list_(pa.int32())),
-        "completion_ids": pa.array([list(r.completion_ids) for r in rollouts], pa.list_(pa.int32())),
-        "sampler_logp": pa.array([list(r.sampler_logp) for r in rollouts], pa.list_(pa.float32())),
-        "reward": pa.array([v.value for v in labels], pa.float64()),
-        "absent": pa.array([v.reason for v in labels], pa.string()),
-        "note": pa.array([v.note for v in labels], pa.string()),
-        "parts": pa.array([json.dumps(dict(v.parts)) for v in labels]),
-    }
-    present = [i for i, v in enumerate(labels) if v.value is not None]
-    for name, column in _TOKEN_COLUMNS.items():
-        value = getattr(b.batch, name)
-        if value is not None:
-            columns[column] = _spread(value, b, present)
-    for name, value in b.batch.columns.items():
-        columns[f"algo.{name}"] = _spread(value, b, present)
-    table = pa.table(columns)
-    return table.replace_schema_metadata({"dualign": json.dumps({"step": b.step, "stats": b.stats})})
-
-
-def _spread(value: Tensor, b: WeightedBatch, present: list[int]) -> pa.Array:
-    """(N,) or (N, T) of the present rows -> one entry per row, tokens without padding."""
-    out: list[Any] = [None] * len(b.rows)
-    for i, row in enumerate(present):
-        entry = value[i]
-        out[row] = entry[: len(b.tokens.completion_ids[i])].tolist() if entry.dim() else entry.item()
-    kind = pa.bool_() if value.dtype == torch.bool else pa.float32() if value.is_floating_point() else pa.int64()
-    return pa.array(out, pa.list_(kind) if value.dim() > 1 else kind)
-
-
-def from_table(table: pa.Table, step: int) -> WeightedBatch:
-    """The inverse of to_table, bit for bit."""
-    data = {name: table[name].to_pylist() for name in table.column_names}
-    rows = tuple(
-        Row(
-            Rollout(
-                index=data["index"][i],
-                group=data["group"][i],
-                prompt=_prompt(data["prompt_id"][i], data["prompt"][i], data["columns"][i]),
-                prompt_ids=tuple(data["prompt_ids"][i]),
-                completion_ids=tuple(data["completion_ids"][i]),
-                text=data["completion"][i],
-                finish=data["finish"][i],
-                sampler_logp=tuple(data["sampler_logp"][i]),
-            ),
-            Label(data["reward"][i], data["absent"][i], json.loads(data["parts"][i]), data["note"][i]),
-        )
-        for i in range(table.num_rows)
-    )
-    b = labelled(step, rows)
-    present = [i for i, row in enumerate(rows) if row.label.value is not None]
-    kinds = {f.name: f.type for f in table.schema}
-
-    def gather(name: str) -> Tensor:
-        values = [data[name][i] for i in present]
-        kind = kinds[name].value_type if pa.types.is_list(kinds[name]) else kinds[name]
-        dtype = torch.bool if pa.types.is_boolean(kind) else torch.float32 if pa.types.is_floating(kind) else torch.long
-        if not pa.types.is_list(kinds[name]):
-            return torch.tensor(values, dtype=dtype)
-        out = torch.zeros(len(values), b.tokens.width, dtype=dtype)
-        for i, v in enumerate(values):
-            out[i, : len(v)] = torch.tensor(v, dtype=dtype)
-        return out
-
-    tokens = {field: gather(column) for field, column in _TOKEN_COLUMNS.items() if column in data}
-    algo = {name.removeprefix("algo."): gather(name) for name in data if name.startswith("algo.")}
-    about = json.loads(table.schema.metadata[b"dualign"])
-    batch = replace(b.batch, reward_N=b.batch.reward_N.float(), **tokens, columns=algo)
-    return replace(b, batch=batch, stats=about["stats"])
-
-
-def _prompt_text(prompt: Prompt) -> str:
-    return json.dumps(prompt.messages if prompt.conversational else prompt.content, ensure_ascii=False)
-
-
-def _prompt(id: str, content: str, columns: str) -> Prompt:
-    parsed = json.loads(content)
-    return Prompt(id, parsed if isinstance(parsed, str) else tuple(parsed), json.loads(columns))
+    @property
+    def bytes(self) -> int:
+        """What the folder takes on disk."""
+        return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from dualign import data
-from dualign.annotate.base import Annotator, Item
+from dualign.annotate.base import Annotator, Item, Session
 from dualign.batch import Row
 from dualign.config import Config
 from dualign.engine import Engine
-from dualign.errors import UserError
+from dualign.errors import StopRun, UserError
+from dualign.journal import Journal
 from dualign.models.policy import Tokenizer
 from dualign.rollout.base import Request, Sampler, Sampling
 from dualign.types import Example, Label, Prompt, Rollout
 
 X = TypeVar("X")
+STOP_WITHIN = 0.5  # seconds after which a wish to stop is noticed while labels are awaited
 
 
 class Clock:
@@ -64,9 +69,9 @@ class OnlineSource:
     """Samples K completions per prompt from π_t; each is sent to be labelled the moment it is finished."""
 
     def __init__(
-        self, config: Config, engine: Engine, sampler: Sampler, annotator: Annotator, requests: Sequence[Request]
+        self, config: Config, engine: Engine, labeller: Labeller, requests: Sequence[Request]
     ) -> None:
-        self.engine, self.sampler, self.annotator = engine, sampler, annotator
+        self.engine, self.labeller = engine, labeller
         r = config.rollout
         self.sampling = Sampling(r.k, r.max_new_tokens, r.temperature, r.top_p)
         self.seed = config.run.seed
@@ -74,32 +79,75 @@ class OnlineSource:
 
     def collect(self, step: int, clock: Clock) -> list[Row]:
         requests = [Request(g, r.prompt, r.prompt_ids) for g, r in enumerate(self.stream.at(step))]
-        return sample_and_label(
-            self.sampler, self.annotator, self.engine.mine(requests), self.sampling, (self.seed, step), clock
-        )
+        return self.labeller.rows(self.engine.mine(requests), self.sampling, (self.seed, step), clock)
 
 
-def sample_and_label(
-    sampler: Sampler,
-    annotator: Annotator,
-    requests: Sequence[Request],
-    sampling: Sampling,
-    seed: tuple[int, int],
-    clock: Clock,
-) -> list[Row]:
-    """K labelled completions of each request."""
-    rollouts: dict[int, Rollout] = {}
-    session = annotator.open()
+@dataclass(frozen=True)
+class Labeller:
+    """Samples from π_t and has the completions labelled, each sent off the moment it is finished. What `journal` has
+    of the batch is taken from there; `check` raises where one asked to stop."""
 
-    def done(rollout: Rollout) -> None:
-        rollouts[rollout.index] = rollout
-        session.add(Item(rollout.index, rollout.group, rollout.prompt, rollout.text, rollout.completion_ids))
+    sampler: Sampler
+    annotator: Annotator
+    journal: Journal
+    check: Callable[[], None]
 
-    with clock("sample"):
-        sampler.sample(requests, sampling, seed, done)
-    with clock("label"):
-        labels = session.close()
-    return [Row(rollout, labels[index]) for index, rollout in sorted(rollouts.items())]
+    def rows(
+        self, requests: Sequence[Request], sampling: Sampling, seed: tuple[int, int], clock: Clock
+    ) -> list[Row]:
+        """K labelled completions of each request."""
+        held = self.journal.rollouts(requests, sampling.k)
+        rollouts: dict[int, Rollout] = {}
+        session = self.annotator.open()
+
+        def take(rollout: Rollout) -> None:
+            rollouts[rollout.index] = rollout
+            session.add(Item(rollout.index, rollout.group, rollout.prompt, rollout.text, rollout.completion_ids))
+
+        def done(rollout: Rollout) -> None:
+            self.check()
+            if rollout.index not in held:  # what was labelled stands
+                self.journal.add_rollout(rollout)
+                take(rollout)
+
+        for rollout in held.values():
+            take(rollout)
+        with clock("sample"):
+            self.sampler.sample(requests, sampling, seed, done, held)
+        with clock("label"):
+            labels = self._labels(session)
+        return [Row(rollout, labels[index]) for index, rollout in sorted(rollouts.items())]
+
+    def _labels(self, session: Session) -> Mapping[int, Label]:
+        """Waits for the labels, but not when asked to stop: what is bought by then is still written down."""
+        answer: Future[Mapping[int, Label]] = Future()
+
+        def work() -> None:
+            try:
+                answer.set_result(session.close())
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=work, name="labels", daemon=True).start()
+        while not wait([answer], timeout=STOP_WITHIN).done:
+            self.check()
+        return answer.result()
+
+
+def everyones(engine: Engine, make: Callable[[], Sequence[Row]]) -> list[Row]:
+    """This process's rows and the others'. An error in one process is raised in all."""
+    mine: list[Row | BaseException]
+    try:
+        mine = list(make())
+    except (UserError, StopRun) as error:
+        if engine.world == 1:
+            raise
+        mine = [error]
+    rows = engine.gather(mine)
+    for item in rows:
+        if isinstance(item, BaseException):
+            raise item
+    return [row for row in rows if isinstance(row, Row)]
 
 
 class DatasetSource:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def save_state(
-    folder: Path, modules: Sequence[nn.Module], optimizer: Any, scheduler: Any, progress: dict[str, Any]
+    folder: Path, parameters: Mapping[str, Tensor], optimizer: Any, scheduler: Any, progress: dict[str, Any]
 ) -> None:
     """Trained parameters in full precision as `train.safetensors`, optimizer tensors as `optimizer.safetensors`,
     and the plain numbers as `state.json` (last: where it is, all is)."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(_parameters(modules), folder / "train.safetensors")
+    save_file(_plain(parameters), folder / "train.safetensors")
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for index, entry in optimizer.state_dict()["state"].items():
@@ -32,11 +32,11 @@ def save_state(
     (folder / "state.json").write_text(json.dumps({"progress": progress, "optimizer": numbers, "scheduler": schedule}))
 
 
-def load_state(folder: Path, modules: Sequence[nn.Module], optimizer: Any, scheduler: Any) -> dict[str, Any]:
+def load_state(folder: Path, parameters: Mapping[str, Tensor], optimizer: Any, scheduler: Any) -> dict[str, Any]:
     """The inverse of save_state, bit for bit; returns `progress`."""
     stored = load_file(folder / "train.safetensors")
     with torch.no_grad():
-        for name, parameter in _parameters(modules).items():
+        for name, parameter in parameters.items():
             parameter.copy_(stored[name])
     plain = json.loads((folder / "state.json").read_text())
     state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in plain["optimizer"].items()}
@@ -51,5 +51,5 @@ def load_state(folder: Path, modules: Sequence[nn.Module], optimizer: Any, sched
     return plain["progress"]  # type: ignore[no-any-return]
 
 
-def _parameters(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
-    return {f"{i}.{name}": p for i, m in enumerate(modules) for name, p in m.named_parameters() if p.requires_grad}
+def _plain(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.detach().contiguous() for name, p in parameters.items()}

@@ -15,15 +15,15 @@ import numpy as np
 
 from dualign import annotate, data
 from dualign.annotate.base import Annotator
-from dualign.batch import Row, WeightedBatch, labelled, updates, weigh
+from dualign.batch import WeightedBatch, check_finite, labelled, updates, weigh
 from dualign.config import Config, build, dump
 from dualign.engine import Engine
 from dualign.errors import StopRun, UserError
 from dualign.heldout import HeldOut, evaluate, gain
-from dualign.interrupt import Interrupts
+from dualign.interrupt import Interrupts, StopAsked
 from dualign.rollout.base import Request, Sampler
-from dualign.runs import Run, write_text
-from dualign.source import Clock, DatasetSource, OnlineSource, Source, load_stream, requests_of
+from dualign.runs import Run
+from dualign.source import Clock, DatasetSource, Labeller, OnlineSource, Source, everyones, load_stream, requests_of
 from dualign.view import View, plan_lines, warnings_of
 
 RewardFunction = Callable[..., Any]
@@ -45,11 +45,11 @@ def train(
         raise UserError("reward: none given; name at least one (type: function, head, classifier, judge, ...)")
     engine = Engine(config)
     view = View(config, quiet=quiet or not engine.main)
-    run = Run(Path(config.run.dir))
+    run = Run(Path(config.run.dir), engine.rank)
     if engine.main:
         _open(run, config, resume)
     engine.barrier()
-    annotator = annotate.build(config.reward, reward, run.folder) if config.reward or reward else None
+    annotator = annotate.build(config.reward, reward, run.folder, run.journal) if config.reward or reward else None
     try:
         with Interrupts() as interrupts, view:
             Trainer(config, engine, run, annotator, view, interrupts).fit()
@@ -62,12 +62,11 @@ def train(
 
 def _open(run: Run, config: Config, resume: bool) -> None:
     if resume:
-        Run.open(run.folder)
         run.lock()
-        write_text(run.folder / "config.yaml", dump(config))
+        run.tidy()
+        run.write_text("config.yaml", dump(config))
     else:
-        created = Run.create(run.folder, dump(config))
-        run._lock = created._lock
+        run.create(dump(config))
 
 
 class Trainer:
@@ -77,13 +76,14 @@ class Trainer:
         self, config: Config, engine: Engine, run: Run, annotator: Annotator | None, view: View, interrupts: Interrupts
     ) -> None:
         self.config, self.engine, self.run, self.view, self.interrupts = config, engine, run, view, interrupts
-        self.annotator, self.algo = annotator, config.algo
+        self.algo = config.algo
         self.sampler: Sampler = engine.sampler()
+        self.labeller = Labeller(self.sampler, annotator, run.journal, interrupts.check) if annotator else None
         stream = load_stream(config, engine, view.say)
         self.source: Source
         if self.algo.source == "online":
-            assert annotator is not None
-            self.source = OnlineSource(config, engine, self.sampler, annotator, stream)  # type: ignore[arg-type]
+            assert self.labeller is not None
+            self.source = OnlineSource(config, engine, self.labeller, stream)  # type: ignore[arg-type]
         else:
             self.source = DatasetSource(config, engine, stream, engine.tokenizer)  # type: ignore[arg-type]
         self.heldout = self._heldout()
@@ -92,20 +92,18 @@ class Trainer:
 
     def fit(self) -> None:
         start, skip, losses = self._restore()
-        if start == skip == 0:
-            self._evaluate(0)
         for step in range(start, self.config.train.online_batches):
             clock = Clock()
-            b = self.run.read_batch(step)
-            if b is None:
-                b = self._collect(step, clock)
-                if self.engine.main:
-                    with clock("write"):
-                        self.run.write_batch(b)
-                self.engine.barrier()
+            try:
+                if skip == 0 and self._evaluation_due(step):
+                    self._evaluate(step)
+                b = self.run.read_batch(step) or self._collect(step, clock)
+            except StopAsked as asked:
+                self._checkpoint(step, 0, [])
+                raise StopRun(f"stopped by {asked} before the updates of online batch {step}; all of it is kept") from None
             self._update(b, skip, losses, clock)
             with clock("sync"):
-                self.engine.sync_sampler()
+                self.sampler.sync()
             self._finish_batch(b, losses, clock)
             skip, losses = 0, []
         self._summarise()
@@ -113,10 +111,12 @@ class Trainer:
     # --- one online batch ---
 
     def _collect(self, step: int, clock: Clock) -> WeightedBatch:
-        """Rows from all processes, then what is constant while they are used: log π_t, log π_0, weights."""
+        """Rows from all processes, then what is constant while they are used: log π_t, log π_0, weights; on disk."""
         self.view.phase(step, "sampling and labelling")
-        b = labelled(step, self._everyones(step, clock))
+        self.run.journal.begin(self.run.batch_path(step).with_suffix(""))
+        b = labelled(step, everyones(self.engine, lambda: self.source.collect(step, clock)))
         if b.rows and b.absent / len(b.rows) > self.config.train.max_absent:
+            self.run.journal.retry_absent()
             reasons = sorted({row.label.reason or "" for row in b.rows if row.label.value is None})
             raise StopRun(
                 f"online batch {step}: {b.absent} of {len(b.rows)} completions have no label, more than "
@@ -128,22 +128,13 @@ class Trainer:
             old_NT = engine.score(engine.policy, b.tokens) if algo.needs_old else None
             ref_NT = engine.score_reference(b.tokens) if algo.needs_ref else None
             value_NT = engine.score(engine.critic, b.tokens) if engine.critic else None
-            return weigh(b, algo, old_NT, ref_NT, value_NT)
-
-    def _everyones(self, step: int, clock: Clock) -> list[Row]:
-        """This process's rows and the others'. An error in one process is raised in all."""
-        mine: list[Row | BaseException]
-        try:
-            mine = list(self.source.collect(step, clock))
-        except (UserError, StopRun) as error:
-            if self.engine.world == 1:
-                raise
-            mine = [error]
-        rows = self.engine.gather(mine)
-        for item in rows:
-            if isinstance(item, BaseException):
-                raise item
-        return [row for row in rows if isinstance(row, Row)]
+            b = weigh(b, algo, old_NT, ref_NT, value_NT)
+        check_finite(b)
+        with clock("write"):
+            if engine.main:
+                self.run.write_batch(b)
+            engine.barrier()
+        return b
 
     def _update(self, b: WeightedBatch, skip: int, losses: list[dict[str, float]], clock: Clock) -> None:
         """One optimizer step per update, past the first `skip`, which a checkpoint already holds; adds to `losses`."""
@@ -170,9 +161,6 @@ class Trainer:
             self.run.log(record)
         self.engine.track(record)
         self.view.batch(record, warnings_of(record, self.algo))
-        every = self.config.eval.every
-        if every and done % every == 0 and done < self.config.train.online_batches:
-            self._evaluate(done)
         if done in self._checkpoint_steps():
             self._checkpoint(done, 0, [])
 
@@ -180,7 +168,7 @@ class Trainer:
 
     def _heldout(self) -> list[Request]:
         d, c = self.config.data, self.config
-        if d.eval is None or self.annotator is None:
+        if d.eval is None or self.labeller is None:
             return []
         prompts = data.load_prompts(d.eval, d, d.eval_split)
         if len(prompts) > c.eval.prompts:  # a fixed draw, not the file's first rows
@@ -191,11 +179,19 @@ class Trainer:
             prompts, self.engine.tokenizer, self.engine.context, c.rollout.max_new_tokens, d.max_prompt_tokens, say
         )
 
+    def _evaluation_due(self, done: int) -> bool:
+        every = self.config.eval.every
+        return done == 0 or bool(every and done % every == 0)
+
     def _evaluate(self, done: int) -> HeldOut | None:
-        if not self.heldout or self.annotator is None:
+        """Of the policy after `done` online batches, unless a run that was killed since has done it."""
+        if not self.heldout or self.labeller is None:
             return None
+        if self.run.evaluation_path(done).exists():
+            return HeldOut(**self.run.read_evaluation(done)[1])
         self.view.phase(done, "evaluating on held-out prompts")
-        result, rows = evaluate(self.config, self.engine, self.sampler, self.annotator, self.heldout, done)
+        self.run.journal.begin(self.run.evaluation_path(done).with_suffix(""))
+        result, rows = evaluate(self.config, self.engine, self.labeller, self.heldout, done)
         if self.engine.main:
             self.run.write_evaluation(done, rows, result.record())
         self.view.evaluation(result)
@@ -203,7 +199,10 @@ class Trainer:
 
     def _summarise(self) -> None:
         total = self.config.train.online_batches
-        after = self._evaluate(total)
+        try:
+            after = self._evaluate(total)
+        except StopAsked as asked:
+            raise StopRun(f"stopped by {asked} in the last evaluation; all of it is kept") from None
         if not self.engine.main:
             return
         summary: dict[str, Any] = {"online_batches": total, "labels": self.labels, "algo": self.algo.name}
@@ -216,7 +215,7 @@ class Trainer:
             for phase, spent in record["seconds"].items():
                 seconds[phase] = seconds.get(phase, 0.0) + spent
         summary["seconds"] = seconds
-        write_text(self.run.folder / "summary.json", json.dumps(summary, indent=1))
+        self.run.write_text("summary.json", json.dumps(summary, indent=1))
         self.view.finish(summary, self.run)
 
     # --- stopping and going on ---
@@ -236,6 +235,8 @@ class Trainer:
     def _restore(self) -> tuple[int, int, list[dict[str, float]]]:
         """The batch to go on with, how many of its updates are done, and their losses."""
         found = self.run.resumable()
+        if found:
+            self.run.check(found, f"Delete {found} and resume: training goes on from the stored batches")
         progress = self.engine.load(found) if found else {"step": 0, "update": 0, "labels": 0, "losses": []}
         if found:
             self.view.say(f"going on from {found}: {progress['step']} online batches done")
@@ -270,6 +271,6 @@ def batch_record(b: WeightedBatch, losses: list[dict[str, float]]) -> dict[str, 
     sampled = [sum(row.rollout.sampler_logp) for row in b.rows if row.label.value is not None]
     if batch.logp_old_NT is not None and any(row.rollout.sampler_logp for row in b.rows):
         record["sampler_gap"] = float(np.abs(batch.seq_old_N.numpy() - np.array(sampled)).mean())
-    for name in {name for loss in losses for name in loss}:
+    for name in dict.fromkeys(name for loss in losses for name in loss):
         record[name] = float(np.mean([loss.get(name, 0.0) for loss in losses]))
     return record

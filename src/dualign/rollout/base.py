@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,11 +30,21 @@ class Request:
 
 
 class Sampler(Protocol):
-    """Samples from π_t. `done` is called once per completion as it finishes, while others are still being decoded."""
+    """Samples from π_t. `done` is called once per completion as it finishes, while others are still being decoded;
+    for the rows in `held`, which are there already, it need not be."""
 
     def sample(
-        self, requests: Sequence[Request], sampling: Sampling, seed: tuple[int, int], done: Callable[[Rollout], None]
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        seed: tuple[int, int],
+        done: Callable[[Rollout], None],
+        held: Container[int] = (),
     ) -> None: ...
+
+    def sync(self) -> None:
+        """Take over π_θ's weights: from here on they are π_t."""
+        ...
 
 
 def uniforms(seed: tuple[int, int], row: int, count: int) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@ one pass over the logits gives the token and its log-prob."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from dualign.models.attention import PACKED
 from dualign.models.policy import Policy, Tokenizer
 from dualign.rollout.base import Request, Sampling, uniforms
 from dualign.types import Rollout
@@ -24,19 +25,34 @@ class HFSampler:
 
     def __init__(self, policy: Policy, tokenizer: Tokenizer, rows: int) -> None:
         self.policy, self.tokenizer, self.rows = policy, tokenizer, rows
+        self.head_weight: Tensor | None = None
 
     @torch.inference_mode()
     def sample(
-        self, requests: Sequence[Request], sampling: Sampling, seed: tuple[int, int], done: Callable[[Rollout], None]
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        seed: tuple[int, int],
+        done: Callable[[Rollout], None],
+        held: Container[int] = (),
     ) -> None:
-        """Calls `done` once per completion, as it finishes. Prompts of similar length are decoded together."""
+        """Calls `done` once per completion, as it finishes. Prompts of similar length are decoded together; rows are
+        decoded in the company that they always have, to the last bit: what is left out is a whole such batch."""
         by_length = sorted(requests, key=lambda r: -len(r.prompt_ids))
         step = max(1, self.rows // sampling.k)
         was_training = self.policy.training
         self.policy.eval()
+        # rounded once for all steps: autocast would round a head tied to an fp32 embedding at every step
+        self.head_weight = self.policy.head.weight.to(self.policy.dtype) if self.policy.plain_head else None
         for at in range(0, len(by_length), step):
-            self._decode(by_length[at : at + step], sampling, seed, done)
+            together = by_length[at : at + step]
+            if not all(r.group * sampling.k + i in held for r in together for i in range(sampling.k)):
+                self._decode(together, sampling, seed, done)
+        self.head_weight = None
         self.policy.train(was_training)
+
+    def sync(self) -> None:
+        """Nothing to do: it samples from the policy's own weights."""
 
     def _decode(
         self, requests: Sequence[Request], s: Sampling, seed: tuple[int, int], done: Callable[[Rollout], None]
@@ -70,19 +86,12 @@ class HFSampler:
                 alive, visible_NL, position_N, token_N = alive[keep], visible_NL[keep], position_N[keep], token_N[keep]
                 open_N = open_N[keep]
             visible_NL = torch.cat([visible_NL, visible_NL.new_ones(len(alive), 1)], 1)
-            with self.policy.autocast():
-                out = self.policy.model(
-                    input_ids=token_N[:, None],
-                    position_ids=(position_N + t)[:, None],
-                    attention_mask=self._mask(visible_NL),
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-            logits_NV = out.logits[:, -1]
+            logits_NV = self._logits(token_N[:, None], (position_N + t)[:, None], self._mask(visible_NL), cache)
 
     def _mask(self, visible_NL: Tensor) -> Tensor:
         """One query per row. SDPA takes the mask as it is; other kinds build theirs from the 2-D form."""
-        return visible_NL[:, None, None] if self.policy.model.config._attn_implementation == "sdpa" else visible_NL.long()
+        sdpa = self.policy.model.config._attn_implementation in ("sdpa", PACKED)
+        return visible_NL[:, None, None] if sdpa else visible_NL.long()
 
     def _prefill(self, requests: Sequence[Request], k: int, cache: BranchCache) -> tuple[Tensor, Tensor, Tensor]:
         """Computes each prompt once, then branches the cache K times. Returns the first token's logits (N, V), the
@@ -96,21 +105,22 @@ class HFSampler:
             visible[i, length - len(r.prompt_ids) :] = True
         ids, visible = ids.to(device), visible.to(device)
         position = (visible.long().cumsum(1) - 1).clamp(min=0)
-        with self.policy.autocast():
-            out = self.policy.model(
-                input_ids=ids,
-                position_ids=position,
-                attention_mask=visible.long(),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+        logits = self._logits(ids, position, visible.long(), cache)
         cache.branch(k)
 
         def repeat(x: Tensor) -> Tensor:
             return x.repeat_interleave(k, 0)
 
-        return repeat(out.logits[:, -1]), repeat(visible), repeat(position[:, -1] + 1)
+        return repeat(logits), repeat(visible), repeat(position[:, -1] + 1)
+
+    def _logits(self, ids: Tensor, position: Tensor, mask: Tensor, cache: BranchCache) -> Tensor:
+        """The next token's logits, (N, V)."""
+        inputs = {"input_ids": ids, "position_ids": position, "attention_mask": mask, "past_key_values": cache}
+        with self.policy.autocast():
+            if self.head_weight is None:
+                return self.policy.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+            hidden = self.policy.base(**inputs, use_cache=True).last_hidden_state[:, -1]
+            return hidden.to(self.head_weight.dtype) @ self.head_weight.T
 
     def _finish(
         self, row: tuple[Request, int], ids: list[int], logp: list[float], done: Callable[[Rollout], None]
