@@ -1,0 +1,114 @@
+"""compare, sweep, sft, pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Base = Annotated[str | None, typer.Option(help="another base recipe than the grid's")]
+Out = Annotated[Path | None, typer.Option(help="another folder than the grid's")]
+ReportOnly = Annotated[bool, typer.Option("--report-only", help="run nothing; report what is finished")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="show the runs, their labels and their time, and stop")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(compare)
+    app.command()(sweep)
+    app.command()(sft)
+    app.command()(pairs)
+
+
+def compare(
+    grid: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped grid")],
+    base: Base = None,
+    out: Out = None,
+    report_only: ReportOnly = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Run systems side by side over seeds, and report: table, curves, figures. Called again, it goes on."""
+    _run(grid, base, out, report_only, dry_run, needs="systems")
+
+
+def sweep(
+    grid: Annotated[str, typer.Argument(help="a YAML file with axes, or the name of a shipped one")],
+    base: Base = None,
+    out: Out = None,
+    report_only: ReportOnly = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Run a grid over settings (its axes), one at a time, and report the ablations and the Pareto fit."""
+    _run(grid, base, out, report_only, dry_run, needs="axes")
+
+
+def _run(path: str, base: str | None, out: Path | None, report_only: bool, dry_run: bool, needs: str) -> None:
+    from dualign.compare.grid import load
+    from dualign.errors import StopRun, UserError
+
+    grid = load(path, base, str(out) if out else None)
+    axes = any(grid.system(name).axes for name in grid.systems)
+    if needs == "axes" and not axes:
+        raise UserError(f"{path}: has no axes to sweep; `dualign compare {path}` compares its systems")
+    if dry_run:
+        from dualign.compare.plan import plan_lines
+
+        print("\n".join(plan_lines(grid)))
+        return
+    from dualign.compare.cells import run_grid, subprocesses
+    from dualign.compare.report import write_report
+
+    failed = {} if report_only else run_grid(grid, subprocesses(grid.launch), print)
+    try:
+        print(write_report(grid, failed))
+        print(f"report: {grid.out}/report/report.md")
+    finally:
+        for name, why in failed.items():
+            print(f"failed: {name}: {why}")
+    if failed:
+        raise StopRun(f"{len(failed)} failed; the same command tries them again and leaves the finished ones alone")
+
+
+def sft(
+    recipe: Annotated[str | None, typer.Argument(help="a recipe with algo sft; or give --data and --model")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value")] = None,
+    data: Annotated[str | None, typer.Option(help="demonstrations, or preferences (their chosen responses)")] = None,
+    model: Annotated[str | None, typer.Option(help="the model to start from")] = None,
+    out: Annotated[Path | None, typer.Option(help="the run's folder; the model is OUT/model")] = None,
+    epochs: Annotated[float | None, typer.Option(min=0, help="passes over the data; default: the recipe's batches, or 1")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
+) -> None:
+    """Make π_0: supervised fine-tuning on demonstrations or chosen responses."""
+    from dualign.sft import sft_config
+
+    # `dualign sft key=value --data ...`: without a recipe, the first argument is an override
+    given = list(overrides or ())
+    if recipe and "=" in recipe and not Path(recipe).exists():
+        recipe, given = None, [recipe, *given]
+    config = sft_config(recipe, given, data, model, str(out) if out else None, epochs)
+    if dry_run:
+        from dualign.plan import print_plan
+
+        print_plan(config)
+        return
+    from dualign.cli.train import _quiet
+    from dualign.sft import make
+
+    _quiet()
+    print(f"π_0 is {(model_folder := make(config))}: the next run takes it as model.name={model_folder}")
+
+
+def pairs(
+    recipe: Annotated[str, typer.Argument(help="whose model, prompts, sampling and rewards are used")],
+    out: Annotated[Path, typer.Option(help="where the pairs go (.jsonl)")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value")] = None,
+) -> None:
+    """Make a preference set for the offline systems: of π_0's K answers to each training prompt, the best and the worst."""
+    from dualign import config as configs
+    from dualign.cli.train import _quiet
+
+    config = configs.load(recipe, overrides or ())
+    _quiet()
+    from dualign.pairs import make_pairs
+
+    print(make_pairs(config, out))

@@ -1,0 +1,140 @@
+"""Running a grid's cells one after another: finished ones are skipped, interrupted ones resumed, failed ones named."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from dualign import config as configs
+from dualign.compare.grid import Cell, Grid, cells, selection_cells, unique
+from dualign.compare.results import final_reward
+from dualign.config import dump
+from dualign.errors import UserError
+
+State = Literal["finished", "interrupted", "to do"]
+Execute = Callable[[Cell, bool], None]  # runs a cell, or resumes it; raises FailedCell
+Say = Callable[[str], None]
+
+
+class FailedCell(Exception):
+    """A run that ended without its summary; the message is the last it said."""
+
+
+def state(cell: Cell) -> State:
+    """Raises UserError where the folder holds a run with other settings: numbers are never mixed."""
+    if not (cell.folder / "config.yaml").is_file():
+        return "to do"
+    stored = configs.load(cell.folder / "config.yaml").model_dump()
+    changed = [d for d in _differences(stored, cell.config.model_dump()) if not d.startswith("run.dir:")]
+    if changed:
+        raise UserError(
+            f"{cell.folder}: holds a run with other settings than the grid's ({'; '.join(changed[:5])}); "
+            "choose another out folder, or remove this one"
+        )
+    return "finished" if (cell.folder / "summary.json").is_file() else "interrupted"
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """`key: old, now new` of every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*old, *new]))
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))]
+    return [] if old == new else [f"{path}: {old}, now {new}"]
+
+
+def run_grid(grid: Grid, execute: Execute, say: Say) -> dict[str, str]:
+    """Runs what is not finished: the selection first, then the compared cells. Returns the failed ones by name, each
+    with its reason; the others went on. Before the first run, every cell's folder is checked."""
+    first = selection_cells(grid)
+    for cell in first:
+        state(cell)
+    failed = run_cells(first, execute, say)
+    chosen = selected(grid)
+    if grid.select:
+        for name in grid.systems:
+            where = f"{name}: {grid.select.key}"
+            if name in chosen:
+                say(f"{where} = {chosen[name]} selected on seed {grid.select.seed}")
+            else:
+                failed[where] = "no run of the selection finished with a held-out reward, so the system is left out"
+    return failed | run_cells(cells(grid, chosen), execute, say)
+
+
+def run_cells(todo: Sequence[Cell], execute: Execute, say: Say) -> dict[str, str]:
+    """The failed cells by name, each with its reason."""
+    failed: dict[str, str] = {}
+    states = {cell.folder: state(cell) for cell in todo}
+    every = unique(todo)
+    for number, cell in enumerate(every, 1):
+        where = f"[{number}/{len(every)}] {cell.name}"
+        before = states[cell.folder]
+        if before == "finished":
+            say(f"{where}: finished before")
+            continue
+        say(f"{where}: {'resumed' if before == 'interrupted' else 'started'}, in {cell.folder}")
+        try:
+            execute(cell, before == "interrupted")
+        except FailedCell as error:
+            failed[cell.name] = str(error)
+            say(f"{where}: FAILED: {error}")
+    return failed
+
+
+def selected(grid: Grid) -> dict[str, Any]:
+    """Each system's value with the highest final held-out reward among its finished selection runs."""
+    best: dict[str, tuple[float, Any]] = {}
+    for cell in selection_cells(grid):
+        reward = final_reward(cell.folder)
+        if reward is not None and (cell.system not in best or reward > best[cell.system][0]):
+            best[cell.system] = (reward, cell.value)
+    return {name: value for name, (_, value) in best.items()}
+
+
+def subprocesses(launch: str) -> Execute:
+    """Runs each cell as `dualign train` (or resume) in a process of its own, with its words in a log beside its folder:
+    memory is given back, and a crash takes one cell. An interrupt is handed on once, and the cell saves itself."""
+    start = shlex.split(launch) or [sys.executable, "-m"]
+
+    def execute(cell: Cell, resume: bool) -> None:
+        cell.folder.parent.mkdir(parents=True, exist_ok=True)
+        recipe, log = (cell.folder.with_name(f"{cell.folder.name}.{kind}") for kind in ("yaml", "log"))
+        recipe.write_text(dump(cell.config), encoding="utf-8")
+        command = [*start, "dualign", *(["resume", str(cell.folder)] if resume else ["train", str(recipe)])]
+        with log.open("a", encoding="utf-8") as out:
+            child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=_plain())
+            code = _wait(child)
+        if code or not (cell.folder / "summary.json").is_file():
+            raise FailedCell(f"exit code {code}: {_last_line(log)} ({log})")
+
+    return execute
+
+
+def _wait(child: subprocess.Popen[Any]) -> int:
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        child.send_signal(signal.SIGTERM)
+        child.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _plain() -> dict[str, str]:
+    """The environment, with lines instead of a live table in the log."""
+    return os.environ | {"PYTHONUNBUFFERED": "1"}
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else "it said nothing"

@@ -1,0 +1,79 @@
+"""`--dry-run` of a grid: its cells, the labels they buy, and how long they may take, from those that are finished."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dualign.compare.cells import selected, state
+from dualign.compare.grid import Cell, Grid, cells, selection_cells, unique
+from dualign.compare.results import read
+from dualign.config import Config
+
+
+def plan_lines(grid: Grid) -> list[str]:
+    """What a run of the grid would do. Until the selection is finished, its first value stands for the selected one."""
+    first = selection_cells(grid)
+    done = selected(grid)
+    assumed = {name: done.get(name, grid.select.values[0]) for name in grid.systems} if grid.select else {}
+    compared = cells(grid, assumed)
+    # with a value that is only assumed, a folder of another value is not a fault
+    whole = not grid.select or set(done) == set(grid.systems)
+    every = unique([*first, *compared])
+    states = {cell.folder: state(cell) if whole or cell in first else "to do" for cell in every}
+    lines = [f"{len(every)} runs in {grid.out}: {len(first)} to select, {len(every) - len(first)} to compare"]
+    for cell in every:
+        t = cell.config.train
+        labels, evaluated = labels_of(cell.config)
+        price = f", at most about {cost:.2f} dollars" if (cost := dollars(cell.config)) else ""
+        lines.append(
+            f"  {cell.name}: {cell.config.algo.name}, {t.online_batches} × {t.online_batch}, lr {t.lr:g}; "
+            f"{labels} labels to train, {evaluated} to evaluate{price}; {states[cell.folder]}"
+        )
+    todo = [cell for cell in every if states[cell.folder] != "finished"]
+    totals = np.array([labels_of(cell.config) for cell in todo]).reshape(-1, 2).sum(0)
+    cost = sum(dollars(cell.config) for cell in todo)
+    lines.append(
+        f"still to do: {len(todo)} runs, {totals[0]} labels to train and {totals[1]} to evaluate"
+        + (f", at most about {cost:.2f} dollars" if cost else "")
+    )
+    return [*lines, _time(todo, [cell for cell in every if states[cell.folder] == "finished"])]
+
+
+def labels_of(config: Config) -> tuple[int, int]:
+    """Labels that a run buys to train and to evaluate."""
+    t, e = config.train, config.eval
+    evaluations = 2 + ((t.online_batches - 1) // e.every if e.every else 0)
+    train = t.online_batches * t.online_batch if config.algo.source == "online" else 0
+    return train, evaluations * e.prompts * e.k if config.data.eval and config.reward else 0
+
+
+def dollars(config: Config) -> float:
+    """An upper estimate from prices per million tokens: 600 prompt tokens a call, replies at their ceiling."""
+    return sum(_dollars(reward, sum(labels_of(config))) for reward in config.reward)
+
+
+def _dollars(reward: Any, labels: int) -> float:
+    calls = labels * getattr(reward, "samples", 1)
+    prompt, completion = getattr(reward, "price_prompt", 0.0), getattr(reward, "price_completion", 0.0)
+    return float(calls * (600 * prompt + getattr(reward, "max_tokens", 0) * completion) / 1e6)
+
+
+def _time(todo: Sequence[Cell], finished: Sequence[Cell]) -> str:
+    """Seconds per completion of the same system's finished runs, or of all where it has none."""
+    spent: dict[str, list[float]] = {}
+    for cell in finished:
+        result = read(cell)
+        if result and result.last:
+            size = cell.config.train.online_batch * max(1, cell.config.train.online_batches)
+            spent.setdefault(cell.system, []).append(result.last.seconds / size)
+    if not spent:
+        return "time: unknown until the first run is finished"
+    anyone = float(np.mean([v for values in spent.values() for v in values]))
+    total = sum(
+        float(np.mean(spent.get(c.system, [anyone]))) * c.config.train.online_batch * c.config.train.online_batches
+        for c in todo
+    )
+    return f"time: about {total / 3600:.1f} hours of training, by the {len(finished)} finished; evaluations come on top"

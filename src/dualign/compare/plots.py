@@ -1,0 +1,171 @@
+"""Figures for a paper, each as PNG and SVG. matplotlib is needed here alone (the `plots` extra)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dualign.compare.pareto import fit
+from dualign.compare.results import Mean, Result, groups, mean_curve
+from dualign.errors import UserError
+
+MARKERS = "osD^vP*XhpdH8<>"
+WIDTH, HEIGHT = 4.2, 3.2  # inches, of one panel
+
+
+def draw(results: Sequence[Result], folder: Path) -> list[Path]:
+    """All figures that the results allow; returns the PNGs. Raises UserError where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install 'dualign[plots]' (the table and the CSVs are written)") from None
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
+    plain = [r for r in results if r.cell.axis is None]
+    moved = [r for r in results if r.cell.axis is not None]
+    drawn = []
+    if any(r.curve for r in plain):
+        drawn += [_save(curves(plain), folder / "curves"), _save(behaviour(plain), folder / "behaviour")]
+    for axis in dict.fromkeys(r.cell.axis for r in moved if r.last):
+        here = [r for r in moved if r.cell.axis == axis]
+        drawn.append(_save(ablation(here, str(axis)), folder / f"ablation-{axis}"))
+    if any(r.last for r in results):
+        drawn.append(_save(pareto(plain, moved), folder / "pareto"))
+    if results:
+        drawn.append(_save(batch_seconds(results), folder / "seconds"))
+    return drawn
+
+
+def curves(results: Sequence[Result]) -> Any:
+    """Held-out reward against labels bought and against wall-clock; a band is the 95 % t-interval over seeds. Systems
+    on a fixed set buy no labels: dashed, at their final reward."""
+    figure, (left, right) = _panels(2)
+    for name, look, seeds in _looks(results):
+        curve = mean_curve(seeds)
+        if not curve:
+            continue
+        reward = np.array([p.reward for p, _ in curve])
+        half = np.array([np.nan_to_num(m.half) for _, m in curve])
+        if seeds[0].online:
+            _band(left, [p.labels for p, _ in curve], reward, half, name, look)
+        else:
+            left.axhline(reward[-1], ls="--", lw=1, color=look["color"], label=name)
+        _band(right, [p.seconds / 60 for p, _ in curve], reward, half, None, look)
+    left.set(xlabel="labels bought", ylabel="held-out reward")
+    right.set(xlabel="training time, minutes", ylabel="held-out reward")
+    return _legend(figure, left)
+
+
+def behaviour(results: Sequence[Result]) -> Any:
+    """Length, missing EOS and KL to π_0 along training."""
+    figure, axes = _panels(3)
+    keys = {"length": "length, tokens", "missing_eos": "missing EOS, share", "kl": "KL(π_θ‖π_0), nats"}
+    for name, look, seeds in _looks(results):
+        points = [p for p, _ in mean_curve(seeds)]
+        for axis, (key, label) in zip(axes, keys.items(), strict=True):
+            axis.plot([p.batches for p in points], [getattr(p, key) for p in points], label=name, ms=3, lw=1.2, **look)
+            axis.set(xlabel="online batches", ylabel=label)
+    return _legend(figure, axes[0])
+
+
+def ablation(results: Sequence[Result], axis: str) -> Any:
+    """Final reward, KL, length and missing EOS against one setting."""
+    figure, panels = _panels(4)
+    keys = {"reward": "held-out reward", "kl": "KL(π_θ‖π_0), nats", "length": "length, tokens", "missing_eos": "missing EOS, share"}
+    values = list(dict.fromkeys(str(r.cell.value) for r in results))
+    for name, look, seeds in _looks(results):
+        for panel, (key, label) in zip(panels, keys.items(), strict=True):
+            means = [Mean.of(getattr(r.last, key) for r in seeds if str(r.cell.value) == v and r.last) for v in values]
+            known = [(i, m) for i, m in enumerate(means) if m]
+            panel.errorbar(
+                [i for i, _ in known], [m.value for _, m in known], yerr=[np.nan_to_num(m.half) for _, m in known],
+                capsize=3, ms=4, lw=1.2, label=name, **look,
+            )  # fmt: skip
+            panel.set(xlabel=axis, ylabel=label)
+            panel.set_xticks(range(len(values)), values)
+    return _legend(figure, panels[0])
+
+
+def pareto(plain: Sequence[Result], moved: Sequence[Result]) -> Any:
+    """Final reward against KL to π_0 (left) and against the α-interpolated KL (right), one marker per setting. With a
+    sweep: second-order fits, and a dashed line at the first system's peak (ICLR 2026, Fig. 4)."""
+    figure, panels = _panels(2)
+    labels = ("KL(π_θ‖π_0), nats", "α-interpolated KL, nats")
+    readings: tuple[Callable[[Result], float], ...] = (_kl, lambda r: r.alpha * _kl(r))
+    for first, (name, look, seeds) in enumerate(_looks([*(moved or plain)])):
+        for panel, label, reading in zip(panels, labels, readings, strict=True):
+            settings = [s for s in groups([r for r in seeds if r.last]).values()]
+            x = [float(np.mean([reading(r) for r in s])) for s in settings]
+            y = [float(np.mean([r.last.reward for r in s if r.last])) for s in settings]
+            panel.plot(x, y, label=name, ms=5, **(look | {"ls": ""}))
+            panel.set(xlabel=label, ylabel="held-out reward")
+            found = fit(x, y)
+            if found:
+                grid = np.linspace(found.low, found.high, 50)
+                panel.plot(grid, found.at(grid), lw=1.2, color=look["color"])
+                if first == 0:
+                    panel.axhline(found.peak_reward, ls="--", lw=0.8, color=look["color"])
+    return _legend(figure, panels[0])
+
+
+def batch_seconds(results: Sequence[Result]) -> Any:
+    """Seconds of one online batch by system (ICLR 2026, Table 8)."""
+    looks = _looks(results)
+    figure, (panel,) = _panels(1)
+    means = [(name, look, Mean.of(r.batch_seconds for r in seeds)) for name, look, seeds in looks]
+    for i, (_, look, mean) in enumerate(sorted(((n, k, m) for n, k, m in means if m), key=lambda t: t[2].value)):
+        panel.barh(i, mean.value, xerr=np.nan_to_num(mean.half), color=look["color"], capsize=2)
+    names = [n for n, _, _ in sorted(((n, k, m) for n, k, m in means if m), key=lambda t: t[2].value)]
+    panel.set_yticks(range(len(names)), names)
+    panel.set(xlabel="seconds per online batch")
+    return figure
+
+
+def _kl(r: Result) -> float:
+    return r.last.kl if r.last else float("nan")
+
+
+def _looks(results: Sequence[Result]) -> list[tuple[str, dict[str, Any], list[Result]]]:
+    """(system, colour and marker, its results); the same system looks the same in every figure of a report."""
+    import matplotlib
+
+    names = list(dict.fromkeys(r.cell.system for r in results))
+    palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"].colors
+    return [
+        (
+            name,
+            {"color": palette[i % len(palette)], "marker": MARKERS[i % len(MARKERS)], "ls": "-"},
+            [r for r in results if r.cell.system == name],
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def _band(axis: Any, x: Sequence[float], y: np.ndarray, half: np.ndarray, name: str | None, look: dict[str, Any]) -> None:
+    axis.plot(x, y, label=name, ms=3, lw=1.3, **look)
+    axis.fill_between(x, y - half, y + half, color=look["color"], alpha=0.15, lw=0)
+
+
+def _panels(count: int) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH * count, HEIGHT), layout="constrained")
+    axes = list(np.atleast_1d(figure.subplots(1, count)))
+    for axis in axes:
+        axis.grid(alpha=0.25, lw=0.5)
+    return figure, axes
+
+
+def _legend(figure: Any, axis: Any) -> Any:
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 6) or 1, frameon=False)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(f"{path}.svg")
+    figure.savefig(f"{path}.png", dpi=200)
+    return Path(f"{path}.png")

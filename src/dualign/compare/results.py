@@ -1,0 +1,134 @@
+"""What finished runs hold, read back: summaries, curves, and means over seeds with 95 % t-intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dualign.compare.grid import Cell
+from dualign.heldout import half_width
+from dualign.runs import Run
+
+
+@dataclass(frozen=True)
+class Point:
+    """The policy after some online batches, on held-out prompts."""
+
+    batches: int
+    labels: int  # bought so far; of a fixed set: 0
+    seconds: float  # spent on training so far, evaluations and checkpoints aside
+    reward: float
+    kl: float  # KL(π_θ‖π_0), nats per completion
+    length: float  # tokens
+    missing_eos: float  # share
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished cell."""
+
+    cell: Cell
+    summary: dict[str, Any]
+    curve: tuple[Point, ...]
+    batch_seconds: float  # median over online batches
+
+    @property
+    def online(self) -> bool:
+        return self.cell.config.algo.source == "online"
+
+    @property
+    def last(self) -> Point | None:
+        return self.curve[-1] if self.curve else None
+
+    @property
+    def alpha(self) -> float:
+        """The share of π_0 in what the system is held to: its α; 1 for systems that know π_0 alone."""
+        return float(getattr(self.cell.config.algo, "alpha", 1.0))
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Over seeds, with half the width of the 95 % t-interval (nan for one seed: it has none)."""
+
+    value: float
+    half: float
+    n: int
+
+    @staticmethod
+    def of(values: Iterable[float | None]) -> Mean | None:
+        known = np.array([v for v in values if v is not None and np.isfinite(v)], dtype=float)
+        if not len(known):
+            return None
+        return Mean(float(known.mean()), half_width(known) if len(known) > 1 else float("nan"), len(known))
+
+
+def final_reward(folder: Path) -> float | None:
+    """The held-out reward that a run ended with; None where it did not end, or measured none."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        return None
+    reward = json.loads(path.read_text(encoding="utf-8")).get("after", {}).get("reward")
+    return reward if reward is not None and np.isfinite(reward) else None
+
+
+def read(cell: Cell) -> Result | None:
+    """A finished cell's numbers; None if it is not finished."""
+    path = cell.folder / "summary.json"
+    if not path.is_file():
+        return None
+    run = Run.open(cell.folder)
+    spent = [sum(record["seconds"].values()) for record in run.metrics()]
+    labels = [record["labels"] if cell.config.algo.source == "online" else 0 for record in run.metrics()]
+    curve = tuple(_points(run, [0, *labels], np.cumsum([0.0, *spent])))
+    return Result(cell, json.loads(path.read_text(encoding="utf-8")), curve, float(np.median(spent or [np.nan])))
+
+
+def _points(run: Run, labels: Sequence[int], seconds: np.ndarray) -> Iterable[Point]:
+    import pyarrow.parquet as pq
+
+    for path in sorted(run.evaluations.glob("*.parquet")):
+        e = json.loads(pq.read_schema(path).metadata[b"dualign"])["stats"]
+        done = e["batches"]
+        yield Point(
+            done, labels[done], float(seconds[done]), e["reward"], e["kl"], e["length"], e["missing_eos"]
+        )  # fmt: skip
+
+
+def groups(results: Sequence[Result]) -> dict[tuple[str, str | None, str], list[Result]]:
+    """Results that differ in the seed alone, by (system, axis, value), in the grid's order."""
+    found: dict[tuple[str, str | None, str], list[Result]] = {}
+    for r in results:
+        found.setdefault((r.cell.system, r.cell.axis, str(r.cell.value)), []).append(r)
+    return found
+
+
+def mean_curve(seeds: Sequence[Result]) -> list[tuple[Point, Mean]]:
+    """The mean point of all seeds after the same number of online batches, and the reward's interval."""
+    by_batches: dict[int, list[Point]] = {}
+    for r in seeds:
+        for p in r.curve:
+            by_batches.setdefault(p.batches, []).append(p)
+    out = []
+    for batches, points in sorted(by_batches.items()):
+        reward = Mean.of(p.reward for p in points)
+        if reward is not None and len(points) == len(seeds):
+            means = {k: float(np.mean([getattr(p, k) for p in points])) for k in ("seconds", "kl", "length", "missing_eos")}
+            labels = round(np.mean([p.labels for p in points]))
+            out.append((Point(batches=batches, labels=labels, reward=reward.value, **means), reward))
+    return out
+
+
+def labels_to_reach(curve: Sequence[Point], target: float) -> float | None:
+    """Labels at which the curve first reaches `target`, linear between evaluations; None if it never does."""
+    for before, after in zip(curve, curve[1:], strict=False):
+        if before.reward >= target:
+            return float(before.labels)
+        if after.reward >= target:
+            share = (target - before.reward) / (after.reward - before.reward)
+            return before.labels + share * (after.labels - before.labels)
+    return float(curve[-1].labels) if curve and curve[-1].reward >= target else None

@@ -1,0 +1,241 @@
+"""A grid is run, cut off, gone on with and reported; the report's numbers are those of the runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import signal
+import statistics
+import time
+
+import pytest
+import yaml
+from runs_common import launch, reward_file, tree, write_prompts
+from typer.testing import CliRunner
+
+import dualign
+from dualign.cli import application
+from dualign.compare import cells as running
+from dualign.compare.cells import FailedCell, run_grid, state
+from dualign.compare.grid import cells, load, selection_cells
+from dualign.compare.plan import plan_lines
+from dualign.compare.report import write_report
+from dualign.errors import UserError
+from dualign.resume import resumed_config
+
+T95 = {2: 12.706204736432095, 3: 4.302652729696142}  # t quantiles for two and three seeds
+
+
+@pytest.fixture
+def grid_file(tiny, tmp_path):
+    """Writes GRID.yaml over a tiny base recipe; keyword arguments are the grid's keys."""
+    base = tree(tiny, write_prompts(tmp_path), tmp_path / "unused", {"name": "dar"}, online_batches=2, online_batch=8)
+    base |= {"reward": [reward_file()], "eval": {"prompts": 3, "every": 1}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+
+    def write(**keys):
+        keys = {"base": str(tmp_path / "base.yaml"), "out": str(tmp_path / "out"), "seeds": [0, 1], **keys}
+        path = tmp_path / "grid.yaml"
+        path.write_text(yaml.safe_dump(keys, sort_keys=False))
+        return path
+
+    return write
+
+
+def here(cell, resume):
+    """Runs a cell in this process: no seconds lost to start another Python."""
+    try:
+        config = resumed_config(cell.folder, ()) if resume else cell.config
+        dualign.train(config, resume=resume, quiet=True)
+    except UserError as error:
+        raise FailedCell(str(error)) from None
+
+
+TWO = {"dar": {}, "grpo": {"algo": {"name": "grpo"}}}
+
+
+def test_interrupted_after_one_cell_it_goes_on_with_the_second(grid_file):
+    grid = load(grid_file(systems=TWO))
+    begun = []
+
+    def cut_off(cell, resume):
+        if begun:
+            raise KeyboardInterrupt
+        begun.append(cell.name)
+        here(cell, resume)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_grid(grid, cut_off, print)
+    every = cells(grid, {})
+    assert [state(c) for c in every] == ["finished", "to do", "to do", "to do"]
+    before = {p: p.stat().st_mtime_ns for p in every[0].folder.rglob("*")}
+
+    again = []
+
+    def counted(cell, resume):
+        again.append(cell.name)
+        here(cell, resume)
+
+    assert run_grid(grid, counted, print) == {}
+    assert again == ["grpo seed 0", "dar seed 1", "grpo seed 1"]
+    assert {p: p.stat().st_mtime_ns for p in every[0].folder.rglob("*")} == before
+    assert {state(c) for c in every} == {"finished"}
+
+
+def test_the_table_is_what_the_summaries_say(grid_file):
+    grid = load(grid_file(systems=TWO, seeds=[0, 1, 2], reference="grpo"))
+    assert run_grid(grid, here, print) == {}
+    table = write_report(grid, {})
+    report = list(csv.DictReader((grid_out(grid) / "report" / "table.csv").open()))
+    for row in report:
+        folders = [grid_out(grid) / row["system"] / f"seed{s}" for s in (0, 1, 2)]
+        summaries = [json.loads((f / "summary.json").read_text()) for f in folders]
+        for column, values in {
+            "reward": [s["after"]["reward"] for s in summaries],
+            "kl": [s["after"]["kl"] for s in summaries],
+            "length": [s["after"]["length"] for s in summaries],
+            "missing_eos": [s["after"]["missing_eos"] for s in summaries],
+            "gain_sd": [s["gain_sd"] for s in summaries],
+            "labels": [s["labels"] for s in summaries],
+        }.items():
+            mean, half = statistics.mean(values), T95[3] * statistics.stdev(values) / math.sqrt(3)
+            assert float(row[column]) == pytest.approx(mean, abs=1e-9), column
+            assert float(row[f"{column}_ci"]) == pytest.approx(half, rel=1e-6, abs=1e-9), column
+        assert row["seeds"] == "3" and float(row["labels"]) == 16
+        reward = statistics.mean(s["after"]["reward"] for s in summaries)
+        assert f"{reward:.3f} ± " in next(line for line in table.splitlines() if line.startswith(f"| {row['system']} |"))
+    # α-interpolated KL: α·KL for DAR, the whole of it for a system that knows π_0 alone
+    dar, grpo = report
+    assert float(dar["kl_interpolated"]) == pytest.approx(0.1 * float(dar["kl"]), abs=1e-9)
+    assert float(grpo["kl_interpolated"]) == pytest.approx(float(grpo["kl"]), abs=1e-9)
+    assert float(grpo["labels_to_reference"]) <= 16
+    curves = list(csv.DictReader((grid_out(grid) / "report" / "curves.csv").open()))
+    assert len(curves) == 6 * 3 and {c["labels"] for c in curves} == {"0", "8", "16"}
+    figures = {p.name for p in (grid_out(grid) / "report").iterdir()}
+    for name in ("curves", "behaviour", "pareto", "seconds"):
+        assert {f"{name}.png", f"{name}.svg"} <= figures
+        assert (grid_out(grid) / "report" / f"{name}.png").stat().st_size > 5000
+
+
+def test_a_failing_cell_is_named_and_the_others_go_on(grid_file, tmp_path):
+    systems = {**TWO, "broken": {"data": {"train": str(tmp_path / "nowhere.jsonl")}}}
+    grid = load(grid_file(systems=systems, seeds=[0]))
+    failed = run_grid(grid, here, print)
+    assert list(failed) == ["broken seed 0"] and "nowhere.jsonl" in failed["broken seed 0"]
+    assert [state(c) for c in cells(grid, {})][:2] == ["finished", "finished"]
+    write_report(grid, failed)
+    report = (grid_out(grid) / "report" / "report.md").read_text()
+    assert re.search(r"- broken seed 0: failed: .*nowhere\.jsonl", report)
+
+
+def test_the_best_rate_is_selected_on_a_seed_of_its_own(grid_file):
+    select = {"key": "train.lr", "values": [1e-9, 3e-3], "seed": 7, "set": {"eval.every": 0}}
+    grid = load(grid_file(systems={"dar": {}}, seeds=[0], select=select))
+    rewards = {1e-9: 0.5, 3e-3: 0.75}
+
+    def pretend(cell, resume):
+        here(cell, resume)
+        if cell.seed == 7:
+            summary = json.loads((cell.folder / "summary.json").read_text())
+            summary["after"]["reward"] = rewards[cell.value]
+            (cell.folder / "summary.json").write_text(json.dumps(summary))
+
+    assert run_grid(grid, pretend, print) == {}
+    assert [c.config.run.seed for c in selection_cells(grid)] == [7, 7]
+    (cell,) = cells(grid, running.selected(grid))
+    assert cell.config.train.lr == 3e-3 and cell.config.run.seed == 0 and state(cell) == "finished"
+    write_report(grid, {})
+    text = (grid_out(grid) / "report" / "report.md").read_text()
+    assert "| dar | 0.500 | 0.750 | 0.003 (edge of the grid) |" in text and "seed 7" in text
+
+
+def test_an_ablation_moves_one_key_and_shares_the_base(grid_file):
+    axes = {"algo.alpha": [0.0, 0.1], "algo.beta": [0.05, 0.5], "rollout.k": [{"rollout.k": 1, "algo.baseline": "batch"}, 4]}
+    grid = load(grid_file(systems={"dar": {"axes": axes}}, seeds=[0]))
+    found = cells(grid, {})
+    settings = [(c.axis, c.value, c.config.algo.alpha, c.config.algo.beta, c.config.rollout.k) for c in found]
+    assert settings == [
+        ("algo.alpha", 0.0, 0.0, 0.05, 4),
+        ("algo.alpha", 0.1, 0.1, 0.05, 4),
+        ("algo.beta", 0.05, 0.1, 0.05, 4),
+        ("algo.beta", 0.5, 0.1, 0.5, 4),
+        ("rollout.k", 1, 0.1, 0.05, 1),
+        ("rollout.k", 4, 0.1, 0.05, 4),
+    ]
+    assert found[1].folder == found[2].folder == found[5].folder  # α = .1, β = .05, K = 4 is one run
+    assert {c.config.train.online_batch for c in found} == {8}  # equal labels at every K
+    assert run_grid(grid, here, print) == {}
+    table = write_report(grid, {})
+    assert len(table.splitlines()) == 2 + 6 and "| dar | rollout.k = 1 |" in table
+    assert (grid_out(grid) / "report" / "ablation-rollout.k.svg").is_file()
+
+
+def test_numbers_of_other_settings_are_not_mixed_in(grid_file):
+    path = grid_file(systems={"dar": {}}, seeds=[0])
+    run_grid(load(path), here, print)
+    changed = load(grid_file(systems={"dar": {"train": {"lr": 5e-4}}}, seeds=[0]))
+    with pytest.raises(UserError, match=r"other settings.*train\.lr: 0\.001, now 0\.0005"):
+        run_grid(changed, here, print)
+
+
+def test_dry_run_counts_runs_labels_and_time(grid_file):
+    grid = load(grid_file(systems={"dar": {}, "grpo": {"algo": {"name": "grpo"}}}))
+    lines = plan_lines(grid)
+    assert lines[0].startswith("4 runs") and sum("16 labels to train, 9 to evaluate" in line for line in lines) == 4
+    assert "still to do: 4 runs, 64 labels to train and 36 to evaluate" in lines[-2] and "unknown" in lines[-1]
+    here(cells(grid, {})[0], False)
+    lines = plan_lines(grid)
+    assert "finished" in lines[1] and "still to do: 3 runs" in lines[-2] and "by the 1 finished" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"system": {}}, "system: Extra inputs"),
+        ({"systems": TWO, "reference": "grop"}, "reference: no system 'grop'"),
+        ({"systems": {"dar": {"algo": {"alfa": 1}}}}, "algo.alfa: no such key"),
+        ({"select": {"values": [1], "seed": 0}}, "select.seed: 0 is also compared"),
+    ],
+)
+def test_mistakes_in_a_grid_are_named(grid_file, keys, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        cells(load(grid_file(**keys)), {})
+
+
+def test_sweep_without_axes_says_what_to_do(grid_file):
+    with pytest.raises(UserError, match="no axes to sweep; `dualign compare"):
+        CliRunner().invoke(application(), ["sweep", str(grid_file(systems=TWO)), "--dry-run"], catch_exceptions=False)
+
+
+def test_the_command_hands_an_interrupt_on_and_resumes(grid_file, tmp_path):
+    """Real processes: the first cell is stopped in the middle, saves itself, and the next call resumes it."""
+    path = grid_file(systems={"dar": {"train": {"online_batches": 400}}}, seeds=[0], set={"eval.every": 0})
+    folder = tmp_path / "out" / "dar" / "seed0"
+    started = launch(path, command="compare", wait=False)
+    wait_for(lambda: len(list(folder.glob("batches/*.parquet"))) >= 3)
+    started.send_signal(signal.SIGINT)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == 130, err
+    assert list(folder.glob("checkpoints/0*")), "the cell did not save itself"
+    assert not (folder / "summary.json").exists()
+    (cell,) = cells(load(path), {})
+    assert state(cell) == "interrupted"
+    # what is left would take a while: the rest of the batches is cut short by resuming by hand
+    done = len(list(folder.glob("batches/*.parquet")))
+    assert launch(folder, f"train.online_batches={done + 1}", command="resume").returncode == 0
+    assert (folder / "summary.json").is_file()
+
+
+def wait_for(condition, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.1)
+
+
+def grid_out(grid):
+    from pathlib import Path
+
+    return Path(grid.out)
