@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualign.algos import Algorithm, Batch
 from dualign.config import Config
-from dualign.errors import StopRun
-from dualign.models.packing import Strip, Tokens, pack, plan
+from dualign.errors import StopRun, out_of_memory
+from dualign.models.critic import Critic
+from dualign.models.master import Masters
+from dualign.models.packing import Tokens, pack, plan
 from dualign.models.policy import Policy, load_model
 from dualign.rollout.base import Sampler
 from dualign.state import load_state, save_state
@@ -29,7 +31,7 @@ X = TypeVar("X")
 
 
 class Engine:
-    """Holds π_θ, π_0, the sampler's π_t, the critic and the optimizer."""
+    """Holds π_θ, π_0, the critic and the optimizer. π_t is π_θ before the first update."""
 
     def __init__(self, config: Config) -> None:
         from accelerate import Accelerator
@@ -54,12 +56,14 @@ class Engine:
             policy.model = _with_lora(policy.model, config)
         policy.train()
         self.policy = policy
-        # π_t: the weights that sample, taken over from π_θ after each online batch; fp32 samples from π_θ itself
-        self.behaviour = policy.frozen_copy() if policy.precision == "bf16" else policy
-        self.critic = self._critic(policy) if algo.critic else None
-        self.modules: list[nn.Module] = [m for m in (policy, self.critic) if m is not None]
+        self.critic = Critic(policy).to(self.device) if algo.critic else None
+        modules: list[Policy] = [m for m in (policy, self.critic) if m is not None]
+        exact: dict[Any, Tensor] = {}
+        for module in modules:
+            exact |= module.round()
+        self.masters = Masters(list(modules), exact)
         self.optimizer = self._optimizer()
-        self._wrap()
+        self.micro_batch_tokens = self.train.micro_batch_tokens
 
     # --- processes ---
 
@@ -95,10 +99,17 @@ class Engine:
     def score(self, model: Policy, tokens: Tokens) -> Tensor:
         """(N, T) fp32 on the CPU: log-probs (or values) of every row, without gradient."""
         out_NT = torch.zeros(len(tokens), tokens.width)
-        with torch.inference_mode():
-            for strips in self.mine(self._plan(model, tokens, range(len(tokens)))):
-                micro = pack(tokens, strips, tokens.width, self.tokenizer.pad_id).to(self.device)
+
+        def work() -> None:
+            for part in self.mine(plan(tokens, range(len(tokens)), self.micro_batch_tokens)):
+                micro = pack(tokens, part, tokens.width, self.tokenizer.pad_id, model.share).to(self.device)
                 out_NT[micro.rows] = model(micro).float().cpu()
+
+        training = model.training
+        model.eval()  # no dropout: log π_t is what was sampled from
+        with torch.inference_mode():
+            self._fitting(work)
+        model.train(training)
         if self.world > 1:
             torch.distributed.all_reduce(moved := out_NT.to(self.device))
             out_NT = moved.cpu()
@@ -122,51 +133,82 @@ class Engine:
         rows = [i for i in range(len(tokens)) if keep is None or keep[i]]
         if denominator == 0 or not rows:
             return {"loss": 0.0, "grad_norm": 0.0, "skipped": 1.0}
-        batches = self._plan(self.policy, tokens, rows)
-        sums: dict[str, float] = {"loss": 0.0}
-        # every process makes the same number of passes: gradients are exchanged during the last one
-        for turn in range(math.ceil(len(batches) / self.world)):
-            at = turn * self.world + self.rank
-            idle = at >= len(batches)
-            last = (turn + 1) * self.world >= len(batches)
-            with nullcontext() if last else self._no_sync():
-                stats = self._backward(algo, tokens, batch, batches[0 if idle else at], 0.0 if idle else 1 / denominator)
-            for name, value in stats.items():
-                sums[name] = sums.get(name, 0.0) + (0.0 if idle else value)
+
+        def work() -> dict[str, float]:
+            sums: dict[str, float] = {"loss": 0.0}
+            for part in self.mine(plan(tokens, rows, self.micro_batch_tokens)):
+                for name, value in self._backward(algo, tokens, batch, part, 1 / denominator).items():
+                    sums[name] = sums.get(name, 0.0) + value
+            return sums
+
+        sums = self._fitting(work)
+        self._exchange_gradients()
         sums = self._sum(sums)
         loss = sums.pop("loss") / denominator
         norm = self._step(loss)
         return {"loss": loss, "grad_norm": norm} | {k: v / len(rows) for k, v in sums.items()}
 
     def _backward(
-        self, algo: Algorithm, tokens: Tokens, batch: Batch, strips: list[Strip], scale: float
+        self, algo: Algorithm, tokens: Tokens, batch: Batch, part: list[int], scale: float
     ) -> dict[str, float]:
         """Forward and backward of one micro-batch; returns sums over its rows."""
-        micro = pack(tokens, strips, tokens.width, self.tokenizer.pad_id)
+        micro = pack(tokens, part, tokens.width, self.tokenizer.pad_id, self.policy.share)
         rows = _to(batch.select(micro.rows), self.device)
         micro = micro.to(self.device)
-        logp_NT = self.wrapped[0](micro)
-        value_NT = self.wrapped[1](micro) if self.critic else None
+        logp_NT = self.policy(micro)
+        value_NT = self.critic(micro) if self.critic else None
         loss, stats = algo.loss(logp_NT, rows, value_NT)
-        # DDP averages over processes; ours is a sum over them
-        (loss * (scale * self.world)).backward()
+        (loss * scale).backward()
         return {"loss": float(loss.detach())} | {k: float(v.detach().double().sum()) for k, v in stats.items()}
 
+    def _exchange_gradients(self) -> None:
+        """The sum over processes, in fp32. A process that had no rows contributes zeros."""
+        if self.world == 1:
+            return
+        for p in self.masters.named.values():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            torch.distributed.all_reduce(p.grad)
+
     def _step(self, loss: float) -> float:
-        parameters = [p for m in self.modules for p in m.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.train.max_grad_norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(list(self.masters.named.values()), self.train.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
             raise StopRun(f"the loss ({loss}) or its gradient (norm {norm}) is not finite; no step was taken")
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.masters.round()
         return norm
 
-    def sync_sampler(self) -> None:
-        """π_t := π_θ."""
-        if self.behaviour is not self.policy:
-            self.behaviour.copy_weights(self.policy)
+    def _fitting(self, work: Callable[[], X]) -> X:
+        """What `work` returns. Where the memory of any process does not suffice, all begin it anew, without the
+        gradients made so far, and with half as many tokens at a time."""
+        while True:
+            result: list[X] = []
+            try:
+                result.append(work())
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            if all(self.gather([bool(result)])):
+                return result[0]
+            del result
+            for module in (self.policy, self.critic):
+                if module is not None:
+                    module.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if self.micro_batch_tokens < 32:
+                raise StopRun("out of memory, even for one prompt at a time; resume on a machine with more of it")
+            self.micro_batch_tokens //= 2
+            log.warning("out of memory: going on with %d tokens in a micro-batch", self.micro_batch_tokens)
+
+    def seed(self, step: int, update: int) -> None:
+        """Makes what is random in an update (dropout) a function of the run's seed and its place in the run."""
+        place = [self.config.run.seed, step, update, self.rank]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     # --- state ---
 
@@ -179,18 +221,18 @@ class Engine:
         model.save_pretrained(folder, state_dict=rounded)
         model.config.dtype = kept
         self.tokenizer.hf.save_pretrained(folder)
-        save_state(folder, self.modules, self.optimizer, self.scheduler, progress)
+        save_state(folder, self.masters.named, self.optimizer, self.scheduler, progress)
 
     def load(self, folder: Path) -> dict[str, Any]:
-        progress = load_state(folder, self.modules, self.optimizer, self.scheduler)
-        self.sync_sampler()
+        progress = load_state(folder, self.masters.named, self.optimizer, self.scheduler)
+        self.masters.round()
         return progress
 
     def sampler(self) -> Sampler:
         """What draws completions from π_t."""
         from dualign.rollout.hf import HFSampler
 
-        return HFSampler(self.behaviour, self.tokenizer, self.config.rollout.rows)
+        return HFSampler(self.policy, self.tokenizer, self.config.rollout.rows)
 
     @property
     def context(self) -> int:
@@ -210,17 +252,11 @@ class Engine:
     def device(self) -> torch.device:
         return torch.device(self.accelerator.device)
 
-    def _critic(self, policy: Policy) -> Any:
-        from dualign.models.critic import Critic
-
-        return Critic(policy).to(self.device)
-
     def _optimizer(self) -> torch.optim.Optimizer:
         t = self.train
         rates = [t.lr, t.critic_lr or t.lr]
         groups = [
-            {"params": [p for p in m.parameters() if p.requires_grad], "lr": lr}
-            for m, lr in zip(self.modules, rates, strict=False)
+            {"params": parameters, "lr": lr} for parameters, lr in zip(self.masters.groups, rates, strict=False)
         ]
         if t.optimizer == "adamw":
             optimizer: Any = torch.optim.AdamW(groups, lr=t.lr, weight_decay=t.weight_decay, fused=True)
@@ -231,20 +267,6 @@ class Engine:
             optimizer = Adafactor(groups, lr=t.lr, weight_decay=t.weight_decay, scale_parameter=False, relative_step=False)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: min(1.0, (u + 1) / max(1, t.warmup)))
         return optimizer  # type: ignore[no-any-return]
-
-    def _wrap(self) -> None:
-        self.wrapped = [self.accelerator.prepare_model(m) if self.world > 1 else m for m in self.modules]
-
-    def _no_sync(self) -> AbstractContextManager:
-        from contextlib import ExitStack
-
-        stack = ExitStack()
-        for module in self.wrapped:
-            stack.enter_context(self.accelerator.no_sync(module))
-        return stack
-
-    def _plan(self, model: Policy, tokens: Tokens, rows: Sequence[int]) -> list[list[Strip]]:
-        return plan(tokens, rows, self.train.micro_batch_tokens, model.share)
 
     def _sum(self, sums: dict[str, float]) -> dict[str, float]:
         if self.world == 1:

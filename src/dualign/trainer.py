@@ -144,6 +144,7 @@ class Trainer:
                 continue
             self._stop_if_asked(b.step, u, losses)
             self.view.phase(b.step, f"update {u + 1}")
+            self.engine.seed(b.step, u)
             with clock("update"):
                 losses.append(self._one_update(b, tokens, rows))
 

@@ -5,6 +5,7 @@ import torch
 
 from dualign.models import logprobs
 from dualign.models.logprobs import token_logp
+from dualign.models.master import Masters
 from dualign.models.packing import Tokens, pack, plan
 from dualign.models.policy import Policy, load_model
 from dualign.schema import ModelConfig
@@ -57,8 +58,8 @@ def test_packed_logprobs_equal_one_row_at_a_time(kind, share, budget, request):
     assert policy.share == share and policy.plain_head
     out = torch.zeros(len(tokens), tokens.width)
     seen = []
-    for strips in plan(tokens, range(len(tokens)), budget, share):
-        micro = pack(tokens, strips, tokens.width, 0)
+    for part in plan(tokens, range(len(tokens)), budget):
+        micro = pack(tokens, part, tokens.width, 0, share)
         out[micro.rows] = policy(micro).detach()
         seen += micro.rows.tolist()
     assert sorted(seen) == list(range(len(tokens)))
@@ -71,8 +72,8 @@ def test_prompt_sharing_gives_the_same_gradient(tiny):
     weight = torch.randn(len(tokens), 1)
     for share in (True, False):
         policy = Policy(model, "fp32", share)
-        for strips in plan(tokens, range(len(tokens)), 40, share):
-            micro = pack(tokens, strips, tokens.width, 0)
+        for part in plan(tokens, range(len(tokens)), 40):
+            micro = pack(tokens, part, tokens.width, 0, share)
             (policy(micro) * weight[micro.rows]).sum().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
@@ -84,7 +85,7 @@ def test_sharing_is_refused_where_attention_would_misread_the_mask(tiny):
     model, _ = load_model(ModelConfig(name=str(tiny), attention="eager"))
     policy, tokens = Policy(model, "fp32", True), rows()
     assert not policy.share
-    micro = pack(tokens, [[i] for i in range(len(tokens))], tokens.width, 0)
+    micro = pack(tokens, range(len(tokens)), tokens.width, 0, share=False)
     assert torch.allclose(policy(micro), by_hand(model, tokens), atol=1e-5)
 
 
@@ -100,24 +101,38 @@ def test_a_head_that_caps_its_logits_is_not_taken_for_linear(tiny):
     model.forward = capped
     policy, tokens = Policy(model, "fp32", False), rows()
     assert not policy.plain_head
-    micro = pack(tokens, [[i] for i in range(len(tokens))], tokens.width, 0)
+    micro = pack(tokens, range(len(tokens)), tokens.width, 0, share=False)
     assert torch.allclose(policy(micro), by_hand(model, tokens), atol=1e-5)
 
 
 def test_whole_prompts_stay_together_within_the_budget():
     tokens = rows()
-    for share in (True, False):
-        batches = plan(tokens, range(len(tokens)), 30, share)
-        for strips in batches:
-            groups = {tokens.group[row] for strip in strips for row in strip}
-            for other in batches:
-                if other is not strips:
-                    assert groups.isdisjoint({tokens.group[row] for strip in other for row in strip})
+    batches = plan(tokens, range(len(tokens)), 30)
+    assert len(batches) > 1
+    for part in batches:
+        for other in batches:
+            if other is not part:
+                assert {tokens.group[i] for i in part}.isdisjoint({tokens.group[i] for i in other})
 
 
 def test_a_rounded_copy_gives_the_very_same_numbers(tiny):
     model, _ = load_model(ModelConfig(name=str(tiny)))
     policy, tokens = Policy(model, "bf16", True), rows()
-    micro = pack(tokens, [[0, 1, 2, 3], [4], [5, 6]], tokens.width, 0)
+    micro = pack(tokens, range(len(tokens)), tokens.width, 0, share=True)
     with torch.no_grad():
         assert torch.equal(policy(micro), policy.frozen_copy()(micro))
+
+
+def test_masters_collect_the_gradient_that_autocast_gives(tiny):
+    tokens, grads = rows(), []
+    for rounded in (False, True):
+        model, _ = load_model(ModelConfig(name=str(tiny)))
+        policy = Policy(model, "bf16", True)
+        masters = Masters([policy], policy.round() if rounded else {})
+        assert bool(masters.pairs) == rounded
+        for part in plan(tokens, range(len(tokens)), 40):
+            policy(pack(tokens, part, tokens.width, 0, share=True)).sum().backward()
+        grads.append([p.grad for p in masters.named.values()])
+    assert all(p.dtype == torch.float32 for p in grads[1])
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, rtol=0.02, atol=0.02 * float(a.abs().max()))

@@ -64,7 +64,7 @@ def test_eos_is_scored_padding_never_and_a_cut_completion_is_not_closed(tiny):
     assert all(tokenizer.eos_id not in r.completion_ids and len(r.completion_ids) == 40 for r in cut)
     tokens = Tokens(tuple(r.prompt_ids for r in rollouts), tuple(r.completion_ids for r in rollouts), tuple(r.group for r in rollouts))
     with torch.no_grad():
-        logp = policy(pack(tokens, [[i] for i in range(len(rollouts))], tokens.width, tokenizer.pad_id))
+        logp = policy(pack(tokens, range(len(rollouts)), tokens.width, tokenizer.pad_id, share=False))
     for i, r in enumerate(rollouts):
         n = len(r.completion_ids)
         assert (logp[i, :n] < 0).all(), "every token of the completion, EOS included, has a log-prob"

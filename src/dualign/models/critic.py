@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualign.models.master import round_linears
 from dualign.models.packing import MicroBatch
 from dualign.models.policy import Policy
 
@@ -23,6 +24,7 @@ class Critic(Policy):
         self.precision, self.share = policy.precision, policy.share
         decoder: Any = copy.deepcopy(policy.base)
         self.model = self.base = decoder.requires_grad_(True)
+        self.head = None
         width = policy.model.config.get_text_config().hidden_size
         self.value = nn.Linear(width, 1)
         nn.init.zeros_(self.value.weight)
@@ -33,3 +35,6 @@ class Critic(Policy):
             hidden_MH = self.hidden(micro)
         with torch.autocast(hidden_MH.device.type, enabled=False):
             return micro.scatter(self.value(hidden_MH.float())[:, 0])
+
+    def round(self) -> dict[nn.Parameter, Tensor]:
+        return round_linears(self, keep=self.value.weight) if self.precision == "bf16" else {}

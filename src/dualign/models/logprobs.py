@@ -8,49 +8,58 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-CHUNK = 512  # tokens whose fp32 logits exist at one time
-KEEP_BYTES = 256 * 2**20  # logits up to this size are kept (in the compute dtype) for backward, beyond it recomputed
+CHUNK = 512  # tokens whose logits are made by one matrix product
+BLOCK = 8  # tokens whose logits are turned into probabilities at a time: they stay in the cache of a core
+KEEP_BYTES = 128 * 2**20  # logits up to this size are kept (in the compute dtype) for backward, beyond it recomputed
 
 
 class _TokenLogProb(Function):
-    """log softmax(h W^T)[target] per row, in chunks. Forward keeps the log-normaliser; backward rebuilds the
-    probabilities chunk by chunk: d logp / d logits = onehot(target) - p."""
+    """log softmax(h W^T)[target] per row, in chunks. d logp / d logits = onehot(target) - p."""
 
     @staticmethod
     def forward(ctx: Any, hidden_MH: Tensor, weight_VH: Tensor, target_M: Tensor, dtype: torch.dtype) -> Tensor:
         weight = weight_VH.to(dtype)
-        keep = len(hidden_MH) * len(weight_VH) * dtype.itemsize <= KEEP_BYTES
+        small = len(hidden_MH) * len(weight_VH) * dtype.itemsize <= KEEP_BYTES
         ctx.dtype, ctx.kept = dtype, []
-        logp, norm = [], []
-        for h, t in zip(hidden_MH.split(CHUNK), target_M.split(CHUNK), strict=True):
-            logits = h.to(dtype) @ weight.T
-            if keep and any(ctx.needs_input_grad):
+        logp = hidden_MH.new_empty(len(hidden_MH), dtype=torch.float32)
+        for rows in _slices(len(hidden_MH), CHUNK):
+            logits = hidden_MH[rows].to(dtype) @ weight.T
+            if small and any(ctx.needs_input_grad):
                 ctx.kept.append(logits)
-            logits = logits.float()
-            norm.append(torch.logsumexp(logits, -1))
-            logp.append(logits.gather(1, t[:, None])[:, 0] - norm[-1])
-        ctx.save_for_backward(hidden_MH, weight_VH, target_M, torch.cat(norm) if norm else hidden_MH.new_zeros(0))
-        return torch.cat(logp) if logp else hidden_MH.new_zeros(0, dtype=torch.float32)
+            for part in _slices(len(logits), _block(logits)):
+                wide = logits[part].float()
+                chosen = wide.gather(1, target_M[rows][part, None])[:, 0]
+                logp[rows][part] = chosen - torch.logsumexp(wide, -1)
+        ctx.save_for_backward(hidden_MH, weight_VH, target_M)
+        return logp
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        hidden_MH, weight_VH, target_M, norm_M = ctx.saved_tensors
-        grad_M, weight = grads[0], weight_VH.to(ctx.dtype)
+        hidden_MH, weight_VH, target_M = ctx.saved_tensors
+        weight = weight_VH.to(ctx.dtype)
+        grad_M = grads[0].to(ctx.dtype)
         grad_hidden = torch.empty_like(hidden_MH)
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for i, at in enumerate(range(0, len(hidden_MH), CHUNK)):
-            rows = slice(at, at + CHUNK)
-            h = hidden_MH[rows].to(ctx.dtype)
-            logits = (ctx.kept[i] if ctx.kept else h @ weight.T).float()
-            g = grad_M[rows, None].float()
-            d = (logits - norm_M[rows, None]).exp_().mul_(-g)
+        for i, rows in enumerate(_slices(len(hidden_MH), CHUNK)):
+            h, g = hidden_MH[rows].to(ctx.dtype), grad_M[rows, None]
+            # kept logits may be overwritten: a second backward through them is an error by autograd's own rules
+            d = ctx.kept[i] if ctx.kept else h @ weight.T
+            for part in _slices(len(d), _block(d)):
+                d[part] = torch.softmax(d[part], -1).mul_(-g[part])
             d.scatter_add_(1, target_M[rows, None], g)
-            d = d.to(ctx.dtype)
             grad_hidden[rows] = (d @ weight).to(grad_hidden.dtype)
             if grad_weight is not None:
                 grad_weight += d.T @ h
         ctx.kept = []
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VH.dtype), None, None
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(at, min(at + size, count)) for at in range(0, count, size)]
+
+
+def _block(logits: Tensor) -> int:
+    return BLOCK if logits.device.type == "cpu" else CHUNK
 
 
 def token_logp(hidden_MH: Tensor, weight_VH: Tensor, target_M: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,14 +1,16 @@
-"""From rows of token ids to micro-batches: one prompt, several completions, only the positions that are scored.
+"""From rows of token ids to micro-batches: no padding, each prompt once, and only the positions that are scored.
 
-With prefix sharing a strip is [prompt, y_1, y_2, ...]: each completion attends to the prompt and to itself, with the
-positions it would have alone, so the prompt is computed once for all its completions.
+A micro-batch is one flat run of tokens: prompt, its completions, next prompt, its completions, ... Everything that
+works token by token (most of a transformer) sees no padding; attention alone needs to know who sees whom, which is what
+`Layout` says and attention.py reads.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of N rows; rows of one prompt have equal prompt_ids."""
+    """Token ids of N rows; rows of one group have equal prompt_ids."""
 
     prompt_ids: tuple[tuple[int, ...], ...]
     completion_ids: tuple[tuple[int, ...], ...]
@@ -38,22 +40,35 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """What one forward pass needs. R strips of L tokens; n rows; M scored tokens."""
+class Layout:
+    """Where the flat tokens stand in padded blocks. P prompts of at most A tokens, n completions of at most C."""
 
-    rows: Tensor  # (n,) long: which of the update's rows, in order
-    input_ids: Tensor  # (R, L)
-    position_ids: Tensor  # (R, L)
-    mask: Tensor  # (R, 1, L, L) bool where prompts are shared; else (R, L) of 0/1
-    predictor_M: Tensor  # flat position (in R*L) whose output predicts the token
+    prompt_PA: Tensor  # flat position of each prompt token; padding repeats the first
+    prompt_mask: Tensor  # (P, 1, A, A) bool: causal
+    row_nC: Tensor  # flat position of each completion token; padding repeats the first
+    row_prompt_n: Tensor  # which prompt a completion answers
+    row_mask: Tensor  # (n, 1, C, A + C) bool: the prompt and what came before
+    back_L: Tensor  # for each flat token its place in [prompts (P*A), completions (n*C)]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass needs. L flat tokens (or R padded rows); n completions; M scored tokens."""
+
+    rows: Tensor  # (n,) long, on the CPU: which of the update's rows, in order
+    input_ids: Tensor  # (1, L); (R, L) where prompts are not shared
+    position_ids: Tensor  # likewise
+    layout: Layout | None  # None: plain padded rows
+    mask: Tensor  # plain rows: (R, L) of 0/1; else a stand-in that keeps models from building one
+    predictor_M: Tensor  # flat position whose output predicts the token
     target_M: Tensor  # the token
     row_M: Tensor  # its row in the micro-batch, 0..n-1
     step_M: Tensor  # its place in the completion, 0..T-1
     width: int  # T of the result
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor) and k != "rows"}
-        return replace(self, **moved)
+        layout = self.layout and replace(self.layout, **_moved(self.layout, device))
+        return replace(self, **(_moved(self, device) | {"rows": self.rows, "layout": layout}))
 
     def scatter(self, value_M: Tensor) -> Tensor:
         """(M,) per scored token -> (n, T), 0 elsewhere. Differentiable."""
@@ -61,80 +76,114 @@ class MicroBatch:
         return out.index_put((self.row_M, self.step_M), value_M)
 
 
-Strip = list[int]  # rows that share one prompt
+def _moved(record: Any, device: torch.device) -> dict[str, Tensor]:
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    return {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
 
 
-def plan(tokens: Tokens, rows: Sequence[int], budget: int, share: bool) -> list[list[Strip]]:
-    """Micro-batches as lists of strips: whole prompts together, sorted by length, at most `budget` padded tokens each
-    (a prompt that is longer on its own gets a micro-batch to itself)."""
-    by_group: dict[int, list[int]] = defaultdict(list)
+def plan(tokens: Tokens, rows: Sequence[int], budget: int) -> list[list[int]]:
+    """Rows by micro-batch: whole prompts together, longest first, at most `budget` tokens each (a prompt that is
+    longer with its completions gets a micro-batch to itself)."""
+    groups: dict[int, list[int]] = defaultdict(list)
     for row in rows:
-        by_group[tokens.group[row]].append(row)
-    groups = [[members] if share else [[row] for row in members] for members in by_group.values()]
-    measured = sorted(
-        ((max(_length(tokens, strip) for strip in strips), strips) for strips in groups), key=lambda pair: -pair[0]
-    )
-    batches: list[list[Strip]] = []
-    longest = 0
-    for length, strips in measured:
-        if batches and (len(batches[-1]) + len(strips)) * longest <= budget:
-            batches[-1] += strips
+        groups[tokens.group[row]].append(row)
+
+    def size(members: list[int]) -> int:
+        return len(tokens.prompt_ids[members[0]]) + sum(len(tokens.completion_ids[row]) for row in members)
+
+    batches: list[list[int]] = []
+    used = 0
+    for members in sorted(groups.values(), key=lambda m: -size(m)):
+        if batches and used + size(members) <= budget:
+            batches[-1] += members
+            used += size(members)
         else:
-            batches.append(list(strips))
-            longest = length
+            batches.append(list(members))
+            used = size(members)
     return batches
 
 
-def _length(tokens: Tokens, strip: Strip) -> int:
-    return len(tokens.prompt_ids[strip[0]]) + sum(len(tokens.completion_ids[row]) for row in strip)
-
-
-def pack(tokens: Tokens, strips: Sequence[Strip], width: int, pad_id: int) -> MicroBatch:
+def pack(tokens: Tokens, rows: Sequence[int], width: int, pad_id: int, share: bool) -> MicroBatch:
     """The tensors of one micro-batch; `width` is the T of the log-probs it will give."""
-    shared = any(len(strip) > 1 for strip in strips)
-    length = max(_length(tokens, strip) for strip in strips)
-    ids = torch.full((len(strips), length), pad_id)
-    positions = torch.zeros(len(strips), length, dtype=torch.long)
-    # segment 0: the prompt, seen by all; 1..k: the completions, each seen by itself; -1: padding
-    segments = torch.full((len(strips), length), -1)
-    rows, predictors, targets, row_ids, steps = [], [], [], [], []
-    for r, strip in enumerate(strips):
-        prompt = tokens.prompt_ids[strip[0]]
-        end = len(prompt)
-        ids[r, :end] = torch.tensor(prompt)
-        positions[r, :end] = torch.arange(end)
-        segments[r, :end] = 0
-        at = end
-        for segment, row in enumerate(strip, 1):
-            completion = tokens.completion_ids[row]
-            n = len(completion)
-            ids[r, at : at + n] = torch.tensor(completion)
-            positions[r, at : at + n] = torch.arange(end, end + n)
-            segments[r, at : at + n] = segment
-            # the first token is predicted at the prompt's end, each further one at its predecessor
-            predictors += [r * length + end - 1, *range(r * length + at, r * length + at + n - 1)][:n]
-            targets += completion
-            row_ids += [len(rows)] * n
-            steps += range(n)
-            rows.append(row)
-            at += n
+    return _flat(tokens, rows, width) if share else _padded(tokens, rows, width, pad_id)
+
+
+def _flat(tokens: Tokens, rows: Sequence[int], width: int) -> MicroBatch:
+    ids: list[int] = []
+    positions: list[int] = []
+    predictors: list[int] = []
+    prompts: list[range] = []
+    completions: list[range] = []
+    row_prompt: list[int] = []
+    for row in rows:
+        prompt, completion = tokens.prompt_ids[row], tokens.completion_ids[row]
+        if not completions or tokens.group[row] != tokens.group[rows[len(completions) - 1]]:
+            prompts.append(range(len(ids), len(ids) + len(prompt)))
+            ids += prompt
+            positions += range(len(prompt))
+        row_prompt.append(len(prompts) - 1)
+        start = len(ids)
+        completions.append(range(start, start + len(completion)))
+        # the first token is predicted at the prompt's end, each further one at its predecessor
+        predictors += [prompts[-1][-1], *range(start, start + len(completion) - 1)]
+        ids += completion
+        positions += range(len(prompt), len(prompt) + len(completion))
     return MicroBatch(
         rows=torch.tensor(rows),
-        input_ids=ids,
-        position_ids=positions,
-        mask=_sharing_mask(segments) if shared else (segments >= 0).long(),
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        layout=_layout(len(ids), prompts, completions, row_prompt),
+        mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
         predictor_M=torch.tensor(predictors),
-        target_M=torch.tensor(targets),
-        row_M=torch.tensor(row_ids),
-        step_M=torch.tensor(steps),
-        width=width,
+        **_targets(tokens, rows, width),
     )
 
 
-def _sharing_mask(segments: Tensor) -> Tensor:
-    """(R, L) segments -> (R, 1, L, L) bool: causal, and only the prompt or one's own completion (padding sees itself,
-    so that no row of the softmax is empty)."""
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    query, key = segments[:, :, None], segments[:, None, :]
-    return (causal & ((key == 0) | (key == query)))[:, None]
+def _layout(length: int, prompts: list[range], completions: list[range], row_prompt: list[int]) -> Layout:
+    a, c = max(map(len, prompts)), max(map(len, completions))
+    prompt_PA = torch.tensor([[*p, *[p[0]] * (a - len(p))] for p in prompts])
+    row_nC = torch.tensor([[*r, *[r[0]] * (c - len(r))] for r in completions])
+    prompt_length = torch.tensor([len(p) for p in prompts])
+    row_prompt_n = torch.tensor(row_prompt)
+    seen = torch.arange(a) < prompt_length[row_prompt_n, None]  # (n, A)
+    causal = torch.ones(c, c, dtype=torch.bool).tril()
+    row_mask = torch.cat([seen[:, None].expand(-1, c, -1), causal.expand(len(completions), -1, -1)], -1)
+    back = torch.empty(length, dtype=torch.long)
+    for i, p in enumerate(prompts):
+        back[p.start : p.stop] = torch.arange(i * a, i * a + len(p))
+    for i, r in enumerate(completions):
+        at = len(prompts) * a + i * c
+        back[r.start : r.stop] = torch.arange(at, at + len(r))
+    causal = torch.ones(a, a, dtype=torch.bool).tril()
+    return Layout(prompt_PA, causal.expand(len(prompts), 1, -1, -1), row_nC, row_prompt_n, row_mask[:, None], back)
+
+
+def _padded(tokens: Tokens, rows: Sequence[int], width: int, pad_id: int) -> MicroBatch:
+    """Every row with its own prompt, padded on the right: what any model understands."""
+    whole = [tokens.prompt_ids[row] + tokens.completion_ids[row] for row in rows]
+    length = max(map(len, whole))
+    predictors = [
+        r * length + len(tokens.prompt_ids[row]) - 1 + t
+        for r, row in enumerate(rows)
+        for t in range(len(tokens.completion_ids[row]))
+    ]
+    sizes = torch.tensor([len(w) for w in whole])
+    return MicroBatch(
+        rows=torch.tensor(rows),
+        input_ids=torch.tensor([[*w, *[pad_id] * (length - len(w))] for w in whole]),
+        position_ids=torch.arange(length).expand(len(rows), -1),
+        layout=None,
+        mask=(torch.arange(length) < sizes[:, None]).long(),
+        predictor_M=torch.tensor(predictors),
+        **_targets(tokens, rows, width),
+    )
+
+
+def _targets(tokens: Tokens, rows: Sequence[int], width: int) -> dict[str, Any]:
+    completions = [tokens.completion_ids[row] for row in rows]
+    return {
+        "target_M": torch.tensor([y for c in completions for y in c]),
+        "row_M": torch.tensor([i for i, c in enumerate(completions) for _ in c]),
+        "step_M": torch.tensor([t for c in completions for t in range(len(c))]),
+        "width": width,
+    }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dualign.errors import UserError
 from dualign.models.logprobs import token_logp
+from dualign.models.master import round_linears
 from dualign.models.packing import MicroBatch, Tokens, pack
 from dualign.schema import ModelConfig
 from dualign.types import Prompt
@@ -89,31 +90,33 @@ def load_model(config: ModelConfig) -> tuple[Any, Tokenizer]:
 class Policy(nn.Module):
     """A causal LM seen as π: `forward(micro_batch)` gives log π per completion token.
 
-    precision "bf16" means autocast: fp32 weights and residual stream, matrix products in bf16, log-normalisers in
-    fp32. π_0, π_t and π_θ all go through this one path, so equal weights give equal log-probs.
+    precision "bf16" means autocast's numbers: fp32 residual stream and norms, matrix products in bf16, log-normalisers
+    in fp32. π_0, π_t and π_θ all go through this one path, so equal weights give equal log-probs.
     """
 
     def __init__(self, model: Any, precision: str, share: bool = True) -> None:
         super().__init__()
-        self.model = model
-        self.precision = precision
-        self.base, self.head = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model, model.get_output_embeddings()
+        self.model, self.precision, self.share = model, precision, False
+        self.base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        self.head = model.get_output_embeddings()
         self.plain_head = self._head_is_linear()
-        self.share = share and self._can_share()
+        if share and model.config._attn_implementation == "sdpa":
+            self.share = self._try_sharing()
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def autocast(self) -> AbstractContextManager:
-        device = next(self.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     def hidden(self, micro: MicroBatch) -> Tensor:
         """(M, H): what the decoder says at the positions that are scored."""
-        out = self.base(
-            input_ids=micro.input_ids, position_ids=micro.position_ids, attention_mask=micro.mask, use_cache=False
-        ).last_hidden_state
+        out = self.base(**_inputs(micro)).last_hidden_state
         return out.flatten(0, 1).index_select(0, micro.predictor_M)
 
     def forward(self, micro: MicroBatch) -> Tensor:
@@ -122,11 +125,8 @@ class Policy(nn.Module):
             if self.plain_head:
                 logp_M = token_logp(self.hidden(micro), self.head.weight, micro.target_M, self.dtype)
             else:  # a head that scales, caps or shifts its logits: let the model do it
-                out = self.model(
-                    input_ids=micro.input_ids, position_ids=micro.position_ids, attention_mask=micro.mask, use_cache=False
-                )
-                logits_MV = out.logits.flatten(0, 1).index_select(0, micro.predictor_M).float()
-                logp_M = torch.log_softmax(logits_MV, -1).gather(1, micro.target_M[:, None])[:, 0]
+                logits_MV = self.model(**_inputs(micro)).logits.flatten(0, 1).index_select(0, micro.predictor_M)
+                logp_M = torch.log_softmax(logits_MV.float(), -1).gather(1, micro.target_M[:, None])[:, 0]
         return micro.scatter(logp_M)
 
     @torch.no_grad()
@@ -134,45 +134,53 @@ class Policy(nn.Module):
         """Whether logits are hidden @ weight.T and nothing else, found out by trying."""
         if not isinstance(self.head, nn.Linear) or self.head.bias is not None:
             return False
-        ids = torch.arange(8)[None] % self.head.out_features
-        ids = ids.to(self.head.weight.device)
+        ids = (torch.arange(8)[None] % self.head.out_features).to(self.device)
         logits = self.model(input_ids=ids, use_cache=False).logits
         ours = self.base(input_ids=ids, use_cache=False).last_hidden_state @ self.head.weight.T
         return bool(torch.allclose(logits, ours, rtol=1e-3, atol=1e-3 * float(logits.abs().max())))
 
     @torch.no_grad()
-    def _can_share(self) -> bool:
-        """Whether a prompt shared by packing gives the log-probs of the plain path, found out by trying. (Eager
-        attention reads a boolean mask as numbers, and recurrent or windowed layers ignore it: silently wrong.)"""
-        window = getattr(self.model.config, "sliding_window", None)
-        if self.model.config._attn_implementation != "sdpa" or (window and getattr(self.model.config, "use_sliding_window", True)):
-            return False
-        vocab = self.model.config.vocab_size
-        ids = [tuple((7 * i + 3 * j) % vocab for j in range(6)) for i in range(3)]
-        tokens = Tokens(prompt_ids=(ids[0],) * 2, completion_ids=(ids[1], ids[2]), group=(0, 0))
-        device = next(self.parameters()).device
+    def _try_sharing(self) -> bool:
+        """Whether flat micro-batches give the log-probs of plain rows, found out by trying: models with recurrent or
+        windowed layers, or with attention of their own, do not, and keep plain rows."""
+        from dualign.models.attention import PACKED
+
+        vocab = self.model.config.get_text_config().vocab_size
+        ids = [tuple((7 * i + 3 * j + 1) % vocab for j in range(6)) for i in range(4)]
+        tokens = Tokens((ids[0], ids[0], ids[3][:2]), (ids[1], ids[2][:4], ids[2]), (0, 0, 1))
+        flat, rows = (pack(tokens, [0, 1, 2], 6, 0, share).to(self.device) for share in (True, False))
         precision, self.precision = self.precision, "fp32"
         try:
-            packed, plain = (self(pack(tokens, s, 6, 0).to(device)) for s in ([[0, 1]], [[0], [1]]))
-        except (RuntimeError, ValueError, TypeError, IndexError):
-            return False
+            plain = self(rows)
+            self.model.set_attn_implementation(PACKED)
+            works = bool(torch.allclose(self(flat), plain, rtol=1e-3, atol=1e-3))
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError):  # whatever a foreign model may raise
+            works = False
         finally:
             self.precision = precision
-        return bool(torch.allclose(packed, plain, rtol=1e-3, atol=1e-3))
+        if not works or _windowed(self.model.config.get_text_config()):
+            self.model.set_attn_implementation("sdpa")
+            return False
+        return True
 
     def frozen_copy(self) -> Policy:
-        """The same policy, to be kept as it is. In bf16 the linear layers are rounded once instead of at every call:
-        the same numbers from half the memory."""
+        """The same policy, to be kept as it is; in bf16 with its linear layers rounded: the same numbers from half
+        the memory."""
         other = copy.deepcopy(self).requires_grad_(False).eval()
-        if self.precision == "bf16":
-            head = other.head.weight if other.head is not None else None
-            for module in other.modules():
-                if isinstance(module, nn.Linear) and module.weight is not head:
-                    module.to(torch.bfloat16)
+        other.round()
         return other
 
-    @torch.no_grad()
-    def copy_weights(self, source: nn.Module) -> None:
-        """Take over `source`'s weights, each rounded to the dtype it has here."""
-        for mine, theirs in zip(self.parameters(), source.parameters(), strict=True):
-            mine.copy_(theirs)
+    def round(self) -> dict[nn.Parameter, Tensor]:
+        """In bf16, rounds the linear layers' weights once instead of in every pass; returns the exact ones."""
+        if self.precision != "bf16":
+            return {}
+        return round_linears(self, keep=self.head.weight if self.head is not None else None)
+
+
+def _inputs(micro: MicroBatch) -> dict[str, Any]:
+    inputs = {"input_ids": micro.input_ids, "position_ids": micro.position_ids, "attention_mask": micro.mask}
+    return inputs | {"use_cache": False} | ({"layout": micro.layout} if micro.layout else {})
+
+
+def _windowed(config: Any) -> bool:
+    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)

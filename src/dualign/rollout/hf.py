@@ -14,9 +14,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from dualign.models.attention import PACKED
 from dualign.models.policy import Policy, Tokenizer
 from dualign.rollout.base import Request, Sampling, uniforms
+from dualign.rollout.packed import Product, laid_out_linears, product
 from dualign.types import Rollout
 
 BLOCK = 256  # two-level inverse CDF: a sum per block of the vocabulary, then a scan inside one block
+ROWS = 8  # rows whose logits are turned into tokens at a time on a CPU
 COMPACT = 0.875  # drop finished rows from the cache once fewer than this share is alive
 
 
@@ -25,7 +27,7 @@ class HFSampler:
 
     def __init__(self, policy: Policy, tokenizer: Tokenizer, rows: int) -> None:
         self.policy, self.tokenizer, self.rows = policy, tokenizer, rows
-        self.head_weight: Tensor | None = None
+        self.head: Product | None = None
 
     @torch.inference_mode()
     def sample(
@@ -42,13 +44,14 @@ class HFSampler:
         step = max(1, self.rows // sampling.k)
         was_training = self.policy.training
         self.policy.eval()
-        # rounded once for all steps: autocast would round a head tied to an fp32 embedding at every step
-        self.head_weight = self.policy.head.weight.to(self.policy.dtype) if self.policy.plain_head else None
-        for at in range(0, len(by_length), step):
-            together = by_length[at : at + step]
-            if not all(r.group * sampling.k + i in held for r in together for i in range(sampling.k)):
-                self._decode(together, sampling, seed, done)
-        self.head_weight = None
+        rows = min(self.rows, len(requests) * sampling.k)
+        if self.policy.plain_head:
+            # rounded once for all steps: autocast would round a head tied to an fp32 embedding at every step
+            self.head = product(self.policy.head.weight.to(self.policy.dtype), None, rows)
+        with laid_out_linears(self.policy.base, rows):
+            for at in range(0, len(by_length), step):
+                self._decode(by_length[at : at + step], sampling, seed, done)
+        self.head = None
         self.policy.train(was_training)
 
     def sync(self) -> None:
@@ -117,10 +120,10 @@ class HFSampler:
         """The next token's logits, (N, V)."""
         inputs = {"input_ids": ids, "position_ids": position, "attention_mask": mask, "past_key_values": cache}
         with self.policy.autocast():
-            if self.head_weight is None:
+            if self.head is None:
                 return self.policy.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
             hidden = self.policy.base(**inputs, use_cache=True).last_hidden_state[:, -1]
-            return hidden.to(self.head_weight.dtype) @ self.head_weight.T
+            return self.head(hidden)
 
     def _finish(
         self, row: tuple[Request, int], ids: list[int], logp: list[float], done: Callable[[Rollout], None]
@@ -143,7 +146,11 @@ class HFSampler:
 
 def choose(logits_NV: Tensor, s: Sampling, draw_N: Tensor) -> tuple[Tensor, Tensor]:
     """The next token (N,) at temperature and top-p by inverse CDF from one uniform each, and its log-prob under the
-    untempered model (N,)."""
+    untempered model (N,). On a CPU a few rows at a time, so that a row's passes stay in cache."""
+    if logits_NV.device.type == "cpu" and len(logits_NV) > ROWS:
+        parts = [choose(part, s, draw) for part, draw in zip(logits_NV.split(ROWS), draw_N.split(ROWS), strict=True)]
+        tokens, logps = zip(*parts, strict=True)
+        return torch.cat(tokens), torch.cat(logps)
     logits_NV = logits_NV.float()
     if s.temperature == 0:
         token_N = logits_NV.argmax(-1)
@@ -167,8 +174,10 @@ def inverse_cdf(weight_NV: Tensor, draw_N: Tensor) -> Tensor:
     """The token whose share of the (unnormalised) mass contains the uniform. Two levels, so that no scan runs over the
     whole vocabulary."""
     n, v = weight_NV.shape
-    padded = torch.nn.functional.pad(weight_NV, (0, -v % BLOCK)).view(n, -1, BLOCK)
-    upto_NB = padded.sum(-1, dtype=torch.float64).cumsum(-1)
+    if v % BLOCK:
+        weight_NV = torch.nn.functional.pad(weight_NV, (0, -v % BLOCK))
+    padded = weight_NV.view(n, -1, BLOCK)
+    upto_NB = padded.sum(-1).double().cumsum(-1)
     point_N = draw_N.to(torch.float64) * upto_NB[:, -1]
     block_N = torch.searchsorted(upto_NB, point_N[:, None], right=True).clamp(max=upto_NB.shape[1] - 1)
     before_N = torch.where(block_N > 0, upto_NB.gather(1, (block_N - 1).clamp(min=0)), 0.0)

@@ -1,0 +1,67 @@
+"""fp32 master weights for parameters that compute in bf16.
+
+Autocast rounds the weights of linear layers to bf16 in every forward pass. Rounding them once per optimizer step gives
+the same numbers without the passes over memory: the module holds the rounded weight, the optimizer the master, and each
+gradient goes to the master, in fp32, the moment it is made.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def round_linears(module: nn.Module, keep: Tensor | None = None) -> dict[nn.Parameter, Tensor]:
+    """Rounds the parameters of linear layers (but `keep`, a head tied to the embedding) to bf16, in place. Returns the
+    unrounded tensors by parameter."""
+    exact: dict[nn.Parameter, Tensor] = {}
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear) and layer.weight is not keep:
+            for p in layer.parameters(recurse=False):
+                if p.dtype == torch.float32 and p not in exact:
+                    exact[p] = p.data
+                    p.data = p.data.to(torch.bfloat16)
+    return exact
+
+
+class Masters:
+    """What the optimizer steps on: for every trainable parameter itself, or its fp32 master."""
+
+    def __init__(self, modules: list[nn.Module], exact: dict[nn.Parameter, Tensor]) -> None:
+        self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []  # (rounded, master)
+        self.groups: list[list[nn.Parameter]] = []  # one list per module
+        self.named: dict[str, nn.Parameter] = {}
+        for i, module in enumerate(modules):
+            self.groups.append([])
+            for name, p in module.named_parameters():
+                if not p.requires_grad:
+                    continue
+                master = p
+                if p in exact:
+                    master = nn.Parameter(exact[p])
+                    self.pairs.append((p, master))
+                    p.register_post_accumulate_grad_hook(_handing_on_to(master))
+                self.groups[-1].append(master)
+                self.named[f"{i}.{name}"] = master
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """After a step (or a load): the rounded weights follow their masters."""
+        for p, master in self.pairs:
+            p.copy_(master)
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.named.values() if p.grad is not None]
+
+
+def _handing_on_to(master: nn.Parameter):  # type: ignore[no-untyped-def]
+    def hand_on(p: Tensor) -> None:
+        assert p.grad is not None
+        if master.grad is None:
+            master.grad = p.grad.float()
+        else:
+            master.grad += p.grad
+        p.grad = None
+
+    return hand_on
