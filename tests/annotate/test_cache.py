@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 from dualign.annotate.base import Item, label_all
-from dualign.annotate.cache import Cache, key_of
+from dualign.annotate.cache import Cache, Row, canonical, key_of
 from dualign.annotate.judge import JudgeAnnotator
 from dualign.annotate.settings import JudgeReward
 from dualign.types import Label, Prompt
@@ -26,14 +26,15 @@ def label(server: FaultServer, cache: Path, texts: list[str], **more: object) ->
 
 
 def test_the_key_is_the_content() -> None:
-    assert key_of(REQUEST) == key_of(dict(reversed(REQUEST.items())))
+    key = key_of(canonical(REQUEST))
+    assert key == key_of(canonical(dict(reversed(REQUEST.items()))))
     for change in (
         {"model": "n"},
         {"rubric": "s"},
         {"temperature": 0.5},
         {"messages": [{"role": "user", "content": "ho"}]},
     ):
-        assert key_of({**REQUEST, **change}) != key_of(REQUEST)
+        assert key_of(canonical({**REQUEST, **change})) != key
 
 
 def test_nothing_is_bought_twice(tmp_path: Path) -> None:
@@ -79,8 +80,8 @@ def test_failures_are_not_kept(tmp_path: Path) -> None:
 def _fill_and_die(path: Path, start: int, kill: bool) -> None:
     cache = Cache(path)
     for i in range(start, start + 300):
-        request = {**REQUEST, "sample": i}
-        cache.put(key_of(request), request, {"text": str(i)}, (1, 1), 5)
+        request = canonical({**REQUEST, "sample": i})
+        cache.put(Row(key_of(request), "m", "r", request, {"text": str(i)}), (1, 1), 5)
         if kill and i == start + 200:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -101,7 +102,7 @@ def test_several_processes_and_a_kill_leave_it_whole(tmp_path: Path) -> None:
 
 def test_the_summary_counts_what_was_saved(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "c.sqlite")
-    cache.put("k", REQUEST, {"x": 1}, (90, 10), 2 * 10**12)
+    cache.put(Row("k", "m", "r", canonical(REQUEST), {"x": 1}), (90, 10), 2 * 10**12)
     for _ in range(3):
         cache.count_hit("k")
     (row,) = cache.summary()

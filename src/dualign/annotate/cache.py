@@ -13,6 +13,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,13 @@ def default_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dualign" / "labels.sqlite"
 
 
-def key_of(request: Mapping[str, Any]) -> str:
-    """sha256 of the canonical JSON of everything that decides a reply."""
-    return hashlib.sha256(canonical(request).encode()).hexdigest()
-
-
 def canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def key_of(content: str) -> str:
+    """sha256 of the canonical JSON of everything that decides a reply."""
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def connect(path: Path | str, schema: str) -> sqlite3.Connection:
@@ -55,6 +56,15 @@ def connect(path: Path | str, schema: str) -> sqlite3.Connection:
     return db
 
 
+@dataclass(frozen=True)
+class Row:
+    key: str
+    model: str
+    rubric: str
+    request: str  # canonical JSON
+    reply: Mapping[str, Any]
+
+
 class Cache:
     def __init__(self, path: Path | str) -> None:
         self._db = connect(path, SCHEMA)
@@ -66,12 +76,10 @@ class Cache:
     def count_hit(self, key: str) -> None:
         self._db.execute("UPDATE reply SET hits = hits + 1 WHERE key = ?", (key,))
 
-    def put(
-        self, key: str, request: Mapping[str, Any], reply: Mapping[str, Any], tokens: tuple[int, int], picodollars: int
-    ) -> None:
+    def put(self, row: Row, tokens: tuple[int, int], picodollars: int) -> None:
         """Keeps the first reply where two processes bought the same. `tokens`: prompt, completion."""
-        row = (key, request["model"], request["rubric"], canonical(request), canonical(reply), *tokens, picodollars)
-        self._db.execute("INSERT OR IGNORE INTO reply VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0)", (*row, time.time()))
+        values = (row.key, row.model, row.rubric, row.request, canonical(row.reply), *tokens, picodollars, time.time())
+        self._db.execute("INSERT OR IGNORE INTO reply VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0)", values)
 
     def summary(self) -> list[dict[str, Any]]:
         """Per model and rubric: labels kept, and the calls, tokens and dollars that asking again did not cost."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import math
 import os
 import random
 import re
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dualign.annotate.budget import Hold, Ledger, Spent, prompt_bound
-from dualign.annotate.cache import Cache, default_path, key_of
+from dualign.annotate.cache import Cache, Row, canonical, default_path, key_of
 from dualign.annotate.faults import AttemptError, MalformedError, of_exception
 from dualign.annotate.settings import Endpoint
 from dualign.errors import StopRun, UserError
@@ -30,6 +32,7 @@ from dualign.types import Label
 
 Payload = Mapping[str, Any]
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds of back-off
+POOL = 8  # requests at once that share a connection pool
 LAST_GRACE = 10.0  # seconds that `close` waits for replies in flight
 PATIENCE = 900.0  # seconds that one request waits because a server said "Retry-After"
 GIVEN_UP_IN_A_ROW = 8  # requests that failed for good with no answer between them: the judge is not working
@@ -81,7 +84,7 @@ class Client:
         self._ledger = Ledger(ledger, settings)
         self._cache = Cache(settings.cache or default_path())
         self._requests, self._tokens = Pace(settings.requests_per_minute), Pace(settings.tokens_per_minute)
-        self._running: dict[str, asyncio.Task[Label]] = {}  # by content: what is being asked is not asked again
+        self._waiting: dict[str, list[Future[Label]]] = {}  # by content: what is being asked is not asked again
         self._stopped: StopRun | UserError | None = None
         self._answers = 0  # replies of any use so far
         self._given_up = 0  # requests in a row that failed for good
@@ -93,7 +96,9 @@ class Client:
         self._on_loop(self._start()).result()
 
     def submit(self, request: Request, read: Callable[[Payload], Label]) -> Future[Label]:
-        return self._on_loop(self._share(request, read))
+        answer: Future[Label] = Future()
+        self._loop.call_soon_threadsafe(self._begin, request, read, answer)
+        return answer
 
     def spent(self) -> Spent:
         return self._ledger.spent()
@@ -114,9 +119,11 @@ class Client:
     async def _start(self) -> None:
         from openai import AsyncOpenAI
 
-        self._openai = AsyncOpenAI(
-            base_url=self.settings.base_url, api_key=self._key, max_retries=0, timeout=self.settings.timeout
-        )
+        # A pool looks through its connections at every request: several small ones cost less than a large one.
+        pools = math.ceil(self.settings.concurrency / POOL)
+        url, timeout = self.settings.base_url, self.settings.timeout
+        clients = [AsyncOpenAI(base_url=url, api_key=self._key, max_retries=0, timeout=timeout) for _ in range(pools)]
+        self._openai, self._turns = clients, itertools.cycle(clients)
         self._slots = asyncio.Semaphore(self.settings.concurrency)
         self._settled, self._ended = asyncio.Event(), asyncio.Event()
 
@@ -129,19 +136,31 @@ class Client:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        await self._openai.close()
+        for client in self._openai:
+            await client.close()
 
-    async def _share(self, request: Request, read: Callable[[Payload], Label]) -> Label:
+    def _begin(self, request: Request, read: Callable[[Payload], Label], answer: Future[Label]) -> None:
         """One task per content, however many ask for it."""
-        content = {"model": self.settings.model, "rubric": request.rubric, "sample": request.sample,
-                   "path": request.path.rsplit("/", 1)[-1], **request.body}  # fmt: skip
-        key = key_of(content)
-        if key not in self._running:
-            self._running[key] = asyncio.create_task(self._label(key, content, request, read))
-            self._running[key].add_done_callback(lambda _: self._running.pop(key, None))
-        return await asyncio.shield(self._running[key])
+        content = canonical({"model": self.settings.model, "rubric": request.rubric, "sample": request.sample,
+                             "path": request.path.rsplit("/", 1)[-1], **request.body})  # fmt: skip
+        waiting = self._waiting.setdefault(content, [])
+        waiting.append(answer)
+        if len(waiting) == 1:
+            task = self._loop.create_task(self._label(content, request, read))
+            task.add_done_callback(lambda task: self._finish(task, self._waiting.pop(content)))
 
-    async def _label(self, key: str, content: Payload, request: Request, read: Callable[[Payload], Label]) -> Label:
+    def _finish(self, task: asyncio.Task[Label], waiting: list[Future[Label]]) -> None:
+        error = StopRun("the judge's client was closed") if task.cancelled() else task.exception()
+        for answer in waiting:
+            if not answer.set_running_or_notify_cancel():
+                continue
+            if error:
+                answer.set_exception(error)
+            else:
+                answer.set_result(task.result())
+
+    async def _label(self, content: str, request: Request, read: Callable[[Payload], Label]) -> Label:
+        key = key_of(content)
         kept = self._cache.get(key)
         if kept is not None and (label := read(kept)).value is not None:
             self._cache.count_hit(key)
@@ -160,7 +179,8 @@ class Client:
                 continue
             self._answers, self._given_up = self._answers + 1, 0
             if label.value is not None:
-                self._cache.put(key, content, payload, tokens, self._ledger.price(*tokens))
+                row = Row(key, self.settings.model, request.rubric, content, payload)
+                self._cache.put(row, tokens, self._ledger.price(*tokens))
             return label
 
     async def _ask(self, request: Request, read: Callable[[Payload], Label]) -> tuple[Payload, Label, tuple[int, int]]:
@@ -174,7 +194,7 @@ class Client:
         try:
             async with asyncio.timeout(self.settings.timeout):
                 body = {"model": self.settings.model, **request.body}
-                payload = await self._openai.post(request.path, body=body, cast_to=object)
+                payload = await next(self._turns).post(request.path, body=body, cast_to=object)
             if not isinstance(payload, dict):
                 raise MalformedError("the reply is not a JSON object")
             billed = usage(payload) or billed

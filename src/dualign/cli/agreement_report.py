@@ -74,8 +74,8 @@ def print_report(reports: Sequence[Report]) -> None:
         console.print(table)
         if orders := report["orders"]:
             console.print(
-                f"AI preference by order: {100 * orders['preferred_first']:.1f} % where people's choice comes first, "
-                f"{100 * orders['preferred_second']:.1f} % where it comes second; {100 * orders['first_named']:.1f} % of "
+                f"AI preference by order: {100 * orders['preferred_first']:.1f} % where people's choice is first, "
+                f"{100 * orders['preferred_second']:.1f} % where it is second; {100 * orders['first_named']:.1f} % of "
                 f"answers name the first; {100 * orders['consistent']:.1f} % of {orders['pairs']:,} pairs alike in both"
             )
 
