@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-from runs_common import metrics, vowels, write_pairs
 
 import dualign
 from dualign import config as configs
@@ -14,6 +13,7 @@ from dualign.compare import grid as grids
 from dualign.compare.plan import plan_lines
 from dualign.errors import UserError
 from dualign.plan import print_plan
+from runs_common import metrics, vowels, write_pairs
 
 SHIPPED = configs.recipes()
 GRIDS = sorted(name for name in SHIPPED if name.startswith("compare/"))
@@ -78,14 +78,17 @@ def test_the_papers_settings():
     found = {cell.system: cell.config for cell in grids.cells(grids.load("paper/helpful"), {})}
     assert found["dual_ppo"].train.lr == 3e-6 and found["ppo"].algo.epochs == 4
     for name in ("dpo", "ipo", "slic"):
-        assert found[name].rollout.k == 2 and found[name].train.lr == 5e-7 and found[name].reward[0].type == "preference"
+        assert (
+            found[name].rollout.k == 2 and found[name].train.lr == 5e-7 and found[name].reward[0].type == "preference"
+        )
         assert found[name].train.online_batches * 256 == pytest.approx(5 * 43835, rel=1e-3)  # five epochs of pairs
     assert found["ipo"].algo.beta == 1.0
 
 
 def test_a_base_is_laid_under_and_its_system_not_mixed_in(tmp_path):
     (tmp_path / "one.yaml").write_text(
-        "model: {name: m, precision: fp32}\ndata: {train: t}\nalgo: {name: dar, beta: 0.7}\ntrain: {online_batches: 3}\n"
+        "model: {name: m, precision: fp32}\ndata: {train: t}\n"
+        "algo: {name: dar, beta: 0.7}\ntrain: {online_batches: 3}\n"
     )
     (tmp_path / "two.yaml").write_text("base: one.yaml\nmodel: {name: n}\nalgo: {name: rloo}\n")
     (tmp_path / "three.yaml").write_text("base: one.yaml\nalgo: {alpha: 0.3}\n")
@@ -130,7 +133,13 @@ def test_every_small_recipe_runs_two_steps(name, tiny, tmp_path):
 def test_every_small_recipe_runs_two_steps_on_its_own_model(name, tmp_path):
     config = configs.load(
         name,
-        [f"run.dir={tmp_path / 'run'}", "train.online_batches=2", "train.online_batch=16", "train.update_size=8", "eval.prompts=4"],
+        [
+            f"run.dir={tmp_path / 'run'}",
+            "train.online_batches=2",
+            "train.online_batch=16",
+            "train.update_size=8",
+            "eval.prompts=4",
+        ],
     )
     if config.algo.source != "online":
         config = configs.build(configs.merge(config.model_dump(), {"data": {"train": str(write_pairs(tmp_path))}}))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dualign import config as configs
+from dualign.algos import Algorithm
 from dualign.config import Config
 from dualign.errors import UserError
 
@@ -42,8 +43,9 @@ def sft_config(
         if missing:
             raise UserError(f"sft: without a recipe it also needs {', '.join(missing)}")
     config = configs.build(tree, where)
-    if config.algo.name != "sft":
-        raise UserError(f"{where}: its algo is {config.algo.name}; `dualign train` runs it, `dualign sft` runs sft")
+    algo: Algorithm = config.algo
+    if algo.source != "demonstrations":
+        raise UserError(f"{where}: its algo is {algo.name}; `dualign train` runs it, `dualign sft` runs sft")
     counted = any(o.startswith("train.online_batches=") for o in overrides)
     if epochs is None and (recipe is not None or counted):
         return config

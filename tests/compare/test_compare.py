@@ -9,21 +9,22 @@ import re
 import signal
 import statistics
 import time
+from pathlib import Path
 
 import pytest
 import yaml
-from runs_common import launch, reward_file, tree, write_prompts
 from typer.testing import CliRunner
 
 import dualign
 from dualign.cli import application
 from dualign.compare import cells as running
-from dualign.compare.cells import FailedCell, run_grid, state
+from dualign.compare.cells import CellError, run_grid, state
 from dualign.compare.grid import cells, load, selection_cells
 from dualign.compare.plan import plan_lines
 from dualign.compare.report import write_report
 from dualign.errors import UserError
 from dualign.resume import resumed_config
+from runs_common import launch, reward_file, tree, write_prompts
 
 T95 = {2: 12.706204736432095, 3: 4.302652729696142}  # t quantiles for two and three seeds
 
@@ -50,7 +51,7 @@ def here(cell, resume):
         config = resumed_config(cell.folder, ()) if resume else cell.config
         dualign.train(config, resume=resume, quiet=True)
     except UserError as error:
-        raise FailedCell(str(error)) from None
+        raise CellError(str(error)) from None
 
 
 TWO = {"dar": {}, "grpo": {"algo": {"name": "grpo"}}}
@@ -96,7 +97,6 @@ def test_the_table_is_what_the_summaries_say(grid_file):
             "reward": [s["after"]["reward"] for s in summaries],
             "kl": [s["after"]["kl"] for s in summaries],
             "length": [s["after"]["length"] for s in summaries],
-            "missing_eos": [s["after"]["missing_eos"] for s in summaries],
             "gain_sd": [s["gain_sd"] for s in summaries],
             "labels": [s["labels"] for s in summaries],
         }.items():
@@ -105,7 +105,8 @@ def test_the_table_is_what_the_summaries_say(grid_file):
             assert float(row[f"{column}_ci"]) == pytest.approx(half, rel=1e-6, abs=1e-9), column
         assert row["seeds"] == "3" and float(row["labels"]) == 16
         reward = statistics.mean(s["after"]["reward"] for s in summaries)
-        assert f"{reward:.3f} ± " in next(line for line in table.splitlines() if line.startswith(f"| {row['system']} |"))
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| {row['system']} |"))
+        assert f"{reward:.3f} ± " in line
     # α-interpolated KL: α·KL for DAR, the whole of it for a system that knows π_0 alone
     dar, grpo = report
     assert float(dar["kl_interpolated"]) == pytest.approx(0.1 * float(dar["kl"]), abs=1e-9)
@@ -152,7 +153,11 @@ def test_the_best_rate_is_selected_on_a_seed_of_its_own(grid_file):
 
 
 def test_an_ablation_moves_one_key_and_shares_the_base(grid_file):
-    axes = {"algo.alpha": [0.0, 0.1], "algo.beta": [0.05, 0.5], "rollout.k": [{"rollout.k": 1, "algo.baseline": "batch"}, 4]}
+    axes = {
+        "algo.alpha": [0.0, 0.1],
+        "algo.beta": [0.05, 0.5],
+        "rollout.k": [{"rollout.k": 1, "algo.baseline": "batch"}, 4],
+    }
     grid = load(grid_file(systems={"dar": {"axes": axes}}, seeds=[0]))
     found = cells(grid, {})
     settings = [(c.axis, c.value, c.config.algo.alpha, c.config.algo.beta, c.config.rollout.k) for c in found]
@@ -236,6 +241,4 @@ def wait_for(condition, seconds=90):
 
 
 def grid_out(grid):
-    from pathlib import Path
-
     return Path(grid.out)

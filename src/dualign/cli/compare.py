@@ -75,7 +75,7 @@ def sft(
     data: Annotated[str | None, typer.Option(help="demonstrations, or preferences (their chosen responses)")] = None,
     model: Annotated[str | None, typer.Option(help="the model to start from")] = None,
     out: Annotated[Path | None, typer.Option(help="the run's folder; the model is OUT/model")] = None,
-    epochs: Annotated[float | None, typer.Option(min=0, help="passes over the data; default: the recipe's batches, or 1")] = None,
+    epochs: Annotated[float | None, typer.Option(help="passes over the data; default: the recipe's, or 1")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
 ) -> None:
     """Make π_0: supervised fine-tuning on demonstrations or chosen responses."""
@@ -84,7 +84,7 @@ def sft(
     # `dualign sft key=value --data ...`: without a recipe, the first argument is an override
     given = list(overrides or ())
     if recipe and "=" in recipe and not Path(recipe).exists():
-        recipe, given = None, [recipe, *given]
+        given, recipe = [recipe, *given], None
     config = sft_config(recipe, given, data, model, str(out) if out else None, epochs)
     if dry_run:
         from dualign.plan import print_plan
@@ -103,7 +103,7 @@ def pairs(
     out: Annotated[Path, typer.Option(help="where the pairs go (.jsonl)")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value")] = None,
 ) -> None:
-    """Make a preference set for the offline systems: of π_0's K answers to each training prompt, the best and the worst."""
+    """Make a preference set for the offline systems: of π_0's K answers to a prompt, the best and the worst."""
     from dualign import config as configs
     from dualign.cli.train import _quiet
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import subprocess
@@ -18,11 +17,11 @@ from dualign.config import dump
 from dualign.errors import UserError
 
 State = Literal["finished", "interrupted", "to do"]
-Execute = Callable[[Cell, bool], None]  # runs a cell, or resumes it; raises FailedCell
+Execute = Callable[[Cell, bool], None]  # runs a cell, or resumes it; raises CellError
 Say = Callable[[str], None]
 
 
-class FailedCell(Exception):
+class CellError(Exception):
     """A run that ended without its summary; the message is the last it said."""
 
 
@@ -80,7 +79,7 @@ def run_cells(todo: Sequence[Cell], execute: Execute, say: Say) -> dict[str, str
         say(f"{where}: {'resumed' if before == 'interrupted' else 'started'}, in {cell.folder}")
         try:
             execute(cell, before == "interrupted")
-        except FailedCell as error:
+        except CellError as error:
             failed[cell.name] = str(error)
             say(f"{where}: FAILED: {error}")
     return failed
@@ -107,10 +106,9 @@ def subprocesses(launch: str) -> Execute:
         recipe.write_text(dump(cell.config), encoding="utf-8")
         command = [*start, "dualign", *(["resume", str(cell.folder)] if resume else ["train", str(recipe)])]
         with log.open("a", encoding="utf-8") as out:
-            child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=_plain())
-            code = _wait(child)
+            code = _wait(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True))
         if code or not (cell.folder / "summary.json").is_file():
-            raise FailedCell(f"exit code {code}: {_last_line(log)} ({log})")
+            raise CellError(f"exit code {code}: {_last_line(log)} ({log})")
 
     return execute
 
@@ -128,11 +126,6 @@ def _wait(child: subprocess.Popen[Any]) -> int:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _plain() -> dict[str, str]:
-    """The environment, with lines instead of a live table in the log."""
-    return os.environ | {"PYTHONUNBUFFERED": "1"}
 
 
 def _last_line(log: Path) -> str:

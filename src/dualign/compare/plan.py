@@ -9,7 +9,7 @@ import numpy as np
 
 from dualign.compare.cells import selected, state
 from dualign.compare.grid import Cell, Grid, cells, selection_cells, unique
-from dualign.compare.results import read
+from dualign.compare.results import is_online, read
 from dualign.config import Config
 
 
@@ -29,7 +29,7 @@ def plan_lines(grid: Grid) -> list[str]:
         labels, evaluated = labels_of(cell.config)
         price = f", at most about {cost:.2f} dollars" if (cost := dollars(cell.config)) else ""
         lines.append(
-            f"  {cell.name}: {cell.config.algo.name}, {t.online_batches} × {t.online_batch}, lr {t.lr:g}; "
+            f"  {cell.name}: {t.online_batches} × {t.online_batch}, lr {t.lr:g}; "
             f"{labels} labels to train, {evaluated} to evaluate{price}; {states[cell.folder]}"
         )
     todo = [cell for cell in every if states[cell.folder] != "finished"]
@@ -46,7 +46,7 @@ def labels_of(config: Config) -> tuple[int, int]:
     """Labels that a run buys to train and to evaluate."""
     t, e = config.train, config.eval
     evaluations = 2 + ((t.online_batches - 1) // e.every if e.every else 0)
-    train = t.online_batches * t.online_batch if config.algo.source == "online" else 0
+    train = t.online_batches * t.online_batch if is_online(config) else 0
     return train, evaluations * e.prompts * e.k if config.data.eval and config.reward else 0
 
 

@@ -13,6 +13,13 @@ from dualign.compare.results import Mean, Result, groups, mean_curve
 from dualign.errors import UserError
 
 MARKERS = "osD^vP*XhpdH8<>"
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
+KEYS = {
+    "reward": "held-out reward",
+    "kl": "KL(π_θ‖π_0), nats",
+    "length": "length, tokens",
+    "missing_eos": "missing EOS, share",
+}
 WIDTH, HEIGHT = 4.2, 3.2  # inches, of one panel
 
 
@@ -21,9 +28,11 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("figures need matplotlib: pip install 'dualign[plots]' (the table and the CSVs are written)") from None
+        raise UserError(
+            "figures need matplotlib: pip install 'dualign[plots]' (the table and the CSVs are written)"
+        ) from None
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
+    matplotlib.rcParams.update(STYLE)
     plain = [r for r in results if r.cell.axis is None]
     moved = [r for r in results if r.cell.axis is not None]
     drawn = []
@@ -60,12 +69,11 @@ def curves(results: Sequence[Result]) -> Any:
 
 
 def behaviour(results: Sequence[Result]) -> Any:
-    """Length, missing EOS and KL to π_0 along training."""
+    """KL to π_0, length and missing EOS along training."""
     figure, axes = _panels(3)
-    keys = {"length": "length, tokens", "missing_eos": "missing EOS, share", "kl": "KL(π_θ‖π_0), nats"}
     for name, look, seeds in _looks(results):
         points = [p for p, _ in mean_curve(seeds)]
-        for axis, (key, label) in zip(axes, keys.items(), strict=True):
+        for axis, (key, label) in zip(axes, list(KEYS.items())[1:], strict=True):
             axis.plot([p.batches for p in points], [getattr(p, key) for p in points], label=name, ms=3, lw=1.2, **look)
             axis.set(xlabel="online batches", ylabel=label)
     return _legend(figure, axes[0])
@@ -74,10 +82,9 @@ def behaviour(results: Sequence[Result]) -> Any:
 def ablation(results: Sequence[Result], axis: str) -> Any:
     """Final reward, KL, length and missing EOS against one setting."""
     figure, panels = _panels(4)
-    keys = {"reward": "held-out reward", "kl": "KL(π_θ‖π_0), nats", "length": "length, tokens", "missing_eos": "missing EOS, share"}
     values = list(dict.fromkeys(str(r.cell.value) for r in results))
     for name, look, seeds in _looks(results):
-        for panel, (key, label) in zip(panels, keys.items(), strict=True):
+        for panel, (key, label) in zip(panels, KEYS.items(), strict=True):
             means = [Mean.of(getattr(r.last, key) for r in seeds if str(r.cell.value) == v and r.last) for v in values]
             known = [(i, m) for i, m in enumerate(means) if m]
             panel.errorbar(
@@ -95,9 +102,9 @@ def pareto(plain: Sequence[Result], moved: Sequence[Result]) -> Any:
     figure, panels = _panels(2)
     labels = ("KL(π_θ‖π_0), nats", "α-interpolated KL, nats")
     readings: tuple[Callable[[Result], float], ...] = (_kl, lambda r: r.alpha * _kl(r))
-    for first, (name, look, seeds) in enumerate(_looks([*(moved or plain)])):
+    for first, (name, look, seeds) in enumerate(_looks(moved or plain)):
         for panel, label, reading in zip(panels, labels, readings, strict=True):
-            settings = [s for s in groups([r for r in seeds if r.last]).values()]
+            settings = list(groups([r for r in seeds if r.last]).values())
             x = [float(np.mean([reading(r) for r in s])) for s in settings]
             y = [float(np.mean([r.last.reward for r in s if r.last])) for s in settings]
             panel.plot(x, y, label=name, ms=5, **(look | {"ls": ""}))
@@ -113,13 +120,12 @@ def pareto(plain: Sequence[Result], moved: Sequence[Result]) -> Any:
 
 def batch_seconds(results: Sequence[Result]) -> Any:
     """Seconds of one online batch by system (ICLR 2026, Table 8)."""
-    looks = _looks(results)
     figure, (panel,) = _panels(1)
-    means = [(name, look, Mean.of(r.batch_seconds for r in seeds)) for name, look, seeds in looks]
-    for i, (_, look, mean) in enumerate(sorted(((n, k, m) for n, k, m in means if m), key=lambda t: t[2].value)):
+    means = [(name, look, Mean.of(r.batch_seconds for r in seeds)) for name, look, seeds in _looks(results)]
+    bars = sorted(((mean, name, look) for name, look, mean in means if mean), key=lambda bar: bar[0].value)
+    for i, (mean, _, look) in enumerate(bars):
         panel.barh(i, mean.value, xerr=np.nan_to_num(mean.half), color=look["color"], capsize=2)
-    names = [n for n, _, _ in sorted(((n, k, m) for n, k, m in means if m), key=lambda t: t[2].value)]
-    panel.set_yticks(range(len(names)), names)
+    panel.set_yticks(range(len(bars)), [name for _, name, _ in bars])
     panel.set(xlabel="seconds per online batch")
     return figure
 
@@ -133,7 +139,8 @@ def _looks(results: Sequence[Result]) -> list[tuple[str, dict[str, Any], list[Re
     import matplotlib
 
     names = list(dict.fromkeys(r.cell.system for r in results))
-    palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"].colors
+    colours: Any = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    palette = colours.colors
     return [
         (
             name,
@@ -144,7 +151,9 @@ def _looks(results: Sequence[Result]) -> list[tuple[str, dict[str, Any], list[Re
     ]
 
 
-def _band(axis: Any, x: Sequence[float], y: np.ndarray, half: np.ndarray, name: str | None, look: dict[str, Any]) -> None:
+def _band(
+    axis: Any, x: Sequence[float], y: np.ndarray, half: np.ndarray, name: str | None, look: dict[str, Any]
+) -> None:
     axis.plot(x, y, label=name, ms=3, lw=1.3, **look)
     axis.fill_between(x, y - half, y + half, color=look["color"], alpha=0.15, lw=0)
 

@@ -32,8 +32,9 @@ def write_report(grid: Grid, failed: dict[str, str]) -> str:
     fits = pareto_lines(results)
     parts = [
         f"# {Path(grid.out).name}\n",
-        f"Base recipe `{grid.base}`, seeds {', '.join(map(str, grid.seeds))}. Means over seeds ± half the 95 % t-interval; "
-        "rewards, KL, length and missing EOS on held-out prompts after the last online batch; seconds: median online batch.\n",
+        f"Base recipe `{grid.base}`, seeds {', '.join(map(str, grid.seeds))}. Means over seeds ± half the 95 % "
+        "t-interval; rewards, KL, length and missing EOS on held-out prompts after the last online batch; seconds of "
+        "the median online batch. α-interpolated KL: α·KL(π_θ‖π_0), for systems without α the whole of it.\n",
         table,
         *_target(results, grid),
         *_selection(grid),
@@ -69,8 +70,8 @@ def _target(results: Sequence[Result], grid: Grid) -> list[str]:
     if target is None:
         return []
     return [
-        f"Labels are counted until the mean curve over seeds first reaches {grid.reference}'s mean final reward, {target:.3f}, "
-        "linearly between evaluations.\n"
+        f"Labels are counted until the mean curve over seeds first reaches {grid.reference}'s mean final reward, "
+        f"{target:.3f}, linearly between evaluations.\n"
     ]
 
 

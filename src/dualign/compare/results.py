@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dualign.algos import Algorithm
 from dualign.compare.grid import Cell
+from dualign.config import Config
 from dualign.heldout import half_width
 from dualign.runs import Run
 
@@ -39,7 +42,7 @@ class Result:
 
     @property
     def online(self) -> bool:
-        return self.cell.config.algo.source == "online"
+        return is_online(self.cell.config)
 
     @property
     def last(self) -> Point | None:
@@ -67,6 +70,12 @@ class Mean:
         return Mean(float(known.mean()), half_width(known) if len(known) > 1 else float("nan"), len(known))
 
 
+def is_online(config: Config) -> bool:
+    """Whether the run buys labels, rather than reading a fixed set."""
+    algo: Algorithm = config.algo
+    return algo.source == "online"
+
+
 def final_reward(folder: Path) -> float | None:
     """The held-out reward that a run ended with; None where it did not end, or measured none."""
     path = folder / "summary.json"
@@ -83,7 +92,7 @@ def read(cell: Cell) -> Result | None:
         return None
     run = Run.open(cell.folder)
     spent = [sum(record["seconds"].values()) for record in run.metrics()]
-    labels = [record["labels"] if cell.config.algo.source == "online" else 0 for record in run.metrics()]
+    labels = [record["labels"] if is_online(cell.config) else 0 for record in run.metrics()]
     curve = tuple(_points(run, [0, *labels], np.cumsum([0.0, *spent])))
     return Result(cell, json.loads(path.read_text(encoding="utf-8")), curve, float(np.median(spent or [np.nan])))
 
@@ -94,9 +103,8 @@ def _points(run: Run, labels: Sequence[int], seconds: np.ndarray) -> Iterable[Po
     for path in sorted(run.evaluations.glob("*.parquet")):
         e = json.loads(pq.read_schema(path).metadata[b"dualign"])["stats"]
         done = e["batches"]
-        yield Point(
-            done, labels[done], float(seconds[done]), e["reward"], e["kl"], e["length"], e["missing_eos"]
-        )  # fmt: skip
+        measured = {key: e[key] for key in ("reward", "kl", "length", "missing_eos")}
+        yield Point(done, labels[done], float(seconds[done]), **measured)
 
 
 def groups(results: Sequence[Result]) -> dict[tuple[str, str | None, str], list[Result]]:
@@ -117,7 +125,8 @@ def mean_curve(seeds: Sequence[Result]) -> list[tuple[Point, Mean]]:
     for batches, points in sorted(by_batches.items()):
         reward = Mean.of(p.reward for p in points)
         if reward is not None and len(points) == len(seeds):
-            means = {k: float(np.mean([getattr(p, k) for p in points])) for k in ("seconds", "kl", "length", "missing_eos")}
+            rest = ("seconds", "kl", "length", "missing_eos")
+            means = {key: float(np.mean([getattr(p, key) for p in points])) for key in rest}
             labels = round(np.mean([p.labels for p in points]))
             out.append((Point(batches=batches, labels=labels, reward=reward.value, **means), reward))
     return out
@@ -125,7 +134,7 @@ def mean_curve(seeds: Sequence[Result]) -> list[tuple[Point, Mean]]:
 
 def labels_to_reach(curve: Sequence[Point], target: float) -> float | None:
     """Labels at which the curve first reaches `target`, linear between evaluations; None if it never does."""
-    for before, after in zip(curve, curve[1:], strict=False):
+    for before, after in pairwise(curve):
         if before.reward >= target:
             return float(before.labels)
         if after.reward >= target:

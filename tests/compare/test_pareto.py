@@ -1,0 +1,51 @@
+"""The second-order fit and the count of labels, against values worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dualign.compare.pareto import fit
+from dualign.compare.results import Mean, Point, labels_to_reach
+
+
+def test_a_parabola_is_found_again_with_its_peak():
+    x = np.array([1.0, 2, 4, 7])
+    found = fit(x, 3 - 0.5 * (x - 3) ** 2)
+    assert (found.a, found.b, found.c) == pytest.approx((-0.5, 3.0, -1.5))
+    assert (found.peak_kl, found.peak_reward) == pytest.approx((3.0, 3.0))
+
+
+def test_the_peak_stays_within_the_points():
+    rising = fit([0, 1, 2], [0, 3, 4])  # its vertex lies at 2
+    assert rising.peak_kl == 2 and rising.peak_reward == pytest.approx(4)
+    convex = fit([0, 1, 2], [4, 1, 0.5])
+    assert convex.a > 0 and convex.peak_kl == 0 and convex.peak_reward == pytest.approx(4)
+    beyond = fit([0, 1, 2], [0, 2.5, 4.5])  # vertex at 5.5, where no run has been
+    assert beyond.peak_kl == 2 and beyond.peak_reward == pytest.approx(4.5)
+
+
+def test_too_few_points_give_no_fit():
+    assert fit([1, 2], [1, 2]) is None
+    assert fit([1, 2, 2, 1], [1, 2, 3, 4]) is None
+    assert fit([1, 2, float("nan")], [1, 2, 3]) is None
+
+
+def point(labels, reward):
+    return Point(labels // 10, labels, 0.0, reward, 0.0, 0.0, 0.0)
+
+
+def test_labels_are_counted_to_the_first_crossing():
+    curve = [point(0, 0.0), point(100, 1.0), point(200, 0.5), point(300, 2.0)]
+    assert labels_to_reach(curve, 0.25) == 25
+    assert labels_to_reach(curve, 1.4) == pytest.approx(260)
+    assert labels_to_reach(curve, 2.0) == 300
+    assert labels_to_reach(curve, 2.1) is None
+    assert labels_to_reach(curve, -1) == 0
+
+
+def test_intervals_of_a_mean():
+    mean = Mean.of([1.0, 3.0, None, float("nan")])
+    assert (mean.value, mean.n) == (2.0, 2)
+    assert mean.half == pytest.approx(12.706204736 * np.sqrt(2) / np.sqrt(2))
+    assert np.isnan(Mean.of([1.0]).half) and Mean.of([None]) is None

@@ -1,0 +1,99 @@
+"""π_0 by SFT, and preference pairs made from π_0: what one command leaves is what the next one reads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import dualign
+from dualign import config as configs
+from dualign.cli import application
+from dualign.errors import UserError
+from dualign.pairs import make_pairs
+from dualign.sft import sft_config
+from runs_common import metrics, reward_file, tree, vowels, write_demonstrations, write_pairs, write_prompts
+
+
+def call(*arguments):
+    return CliRunner().invoke(application(), [str(a) for a in arguments], catch_exceptions=False)
+
+
+SMALL = ("model.precision=fp32", "train.online_batch=4", "train.update_size=4", "train.lr=3e-3", "train.warmup=1")
+
+
+def test_sft_makes_a_policy_that_the_next_run_starts_from(tiny, tmp_path):
+    out = tmp_path / "pi0"
+    said = call("sft", *SMALL, "--data", write_pairs(tmp_path), "--model", tiny, "--out", out, "--epochs", 10)
+    assert f"model.name={out / 'model'}" in said.output
+    losses = [r["loss"] for r in metrics(out)]
+    assert len(losses) == 30  # 12 rows, 4 at a step, ten times
+    assert losses[-1] < losses[0] - 0.5
+    assert AutoTokenizer.from_pretrained(out / "model").chat_template
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert not (model.lm_head.weight == AutoModelForCausalLM.from_pretrained(tiny).lm_head.weight).all()
+    prompts = write_prompts(tmp_path)
+    run = dualign.train(tree(out / "model", prompts, tmp_path / "next", {"name": "dar"}), reward=vowels, quiet=True)
+    assert len(metrics(run.folder)) == 3
+
+
+def test_sft_learns_the_chosen_and_not_the_rejected(tiny, tmp_path):
+    config = sft_config(None, SMALL, str(write_pairs(tmp_path)), str(tiny), str(tmp_path / "run"), 2)
+    run = dualign.train(config, quiet=True)
+    texts = {row.rollout.text for row in run.read_batch(0).rows}
+    assert texts and all(set(text) == set("aei") for text in texts)
+
+
+def test_sft_takes_demonstrations_recipes_and_overrides(tiny, tmp_path):
+    data = str(write_demonstrations(tmp_path))
+    one = sft_config(None, ["train.online_batch=6", "train.update_size=6"], data, str(tiny), "d")
+    assert (one.train.online_batches, one.train.lr, one.algo.name) == (2, 5e-6, "sft")
+    recipe = sft_config("paper/sft-tldr", ["run.dir=here"], data, None, None)
+    assert (recipe.train.online_batches, recipe.data.train, recipe.run.dir) == (912, data, "here")
+    assert sft_config("paper/sft-tldr", [], data, None, None, epochs=2).train.online_batches == 1
+    with pytest.raises(UserError, match="needs --model, --out"):
+        sft_config(data=data)
+    with pytest.raises(UserError, match="its algo is dar"):
+        sft_config("quickstart")
+
+
+def test_sft_goes_on_and_refuses_another_run(tiny, tmp_path):
+    from dualign.sft import make
+
+    config = sft_config(None, SMALL, str(write_pairs(tmp_path)), str(tiny), str(tmp_path / "run"), 1)
+    link = make(config)
+    (tmp_path / "run" / "summary.json").unlink()
+    link.unlink()
+    assert make(config).resolve().name == "000003" and (tmp_path / "run" / "summary.json").is_file()
+    with pytest.raises(UserError, match="other settings"):
+        make(configs.build(configs.merge(config.model_dump(), {"train": {"lr": 1e-4}})))
+
+
+def test_pairs_are_the_best_and_the_worst_by_the_runs_reward(tiny, tmp_path):
+    base = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}) | {"reward": [reward_file()]}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    out = tmp_path / "made" / "pairs.jsonl"
+    said = call("pairs", tmp_path / "base.yaml", "--out", out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert f"{len(rows)} pairs of 12 prompts" in said.output and "48 labels of 48 completions" in said.output
+    assert 6 <= len(rows) <= 12
+    for row in rows:
+        best, worst = vowels([row["chosen"], row["rejected"]])
+        assert row["rewards"] == pytest.approx([best, worst]) and best > worst
+    offline = configs.load(tmp_path / "base.yaml", ["algo.name=offline_dpo", f"data.train={out}"])
+    assert len(metrics(dualign.train(offline, quiet=True).folder)) == 3
+
+
+def test_pairs_need_a_reward_and_a_difference(tiny, tmp_path):
+    config = configs.build(tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}))
+    with pytest.raises(UserError, match="reward: none given"):
+        make_pairs(config, tmp_path / "pairs.jsonl")
+    constant = tmp_path / "constant.py"
+    constant.write_text("def same(completions, **columns):\n    return [1.0] * len(completions)\n")
+    tied = configs.merge(config.model_dump(), {"reward": [{"type": "function", "path": f"{constant}:same"}]})
+    with pytest.raises(UserError, match="no pair was made"):
+        make_pairs(configs.build(tied), tmp_path / "pairs.jsonl")
+    assert not (tmp_path / "pairs.jsonl").exists()
