@@ -44,4 +44,6 @@ def resumed_config(folder: Path, overrides: Iterable[str]) -> Config:
             raise UserError(
                 f"{key} cannot change on resume: what is stored was made with its old value. These can: {', '.join(ALLOWED)}"
             )
-    return configs.load(run.folder / "config.yaml", [*overrides, f"run.dir={folder}"])
+    run.check(run.config_file, "A run's configuration is changed by overrides: dualign resume RUN key.sub=value")
+    config = configs.load(run.config_file, overrides)
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder)})})

@@ -249,9 +249,14 @@ class Run:
         return records
 
     def forget_metrics_from(self, step: int) -> None:
-        """Drop the records of batches that are about to be replayed."""
-        kept = [json.dumps(r) + "\n" for r in self.metrics() if r["step"] < step]
-        self.write_text("metrics.jsonl", "".join(kept))
+        """Drop the records of batches that are about to be replayed. Raises UserError if an earlier one is missing."""
+        kept = [r for r in self.metrics() if r["step"] < step]
+        if [r["step"] for r in kept] != list(range(step)):
+            raise UserError(
+                f"{self.metrics_file}: does not hold every batch before {step}. Delete it and {self.checkpoints}/* and "
+                "resume: the stored batches are replayed from the first"
+            )
+        self.write_text("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
         self.__dict__.pop("_metrics_sha", None)
 
     # --- checkpoints ---

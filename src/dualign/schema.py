@@ -79,7 +79,7 @@ class EvalConfig(Settings):
 
 class RunConfig(Settings):
     dir: str = "runs/run"
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     checkpoints: int = Field(10, ge=1, description="how many over the run, at equal distances; the last batch always has one")
     keep_last: int | None = Field(None, ge=1, description="how many checkpoints to keep; none: all")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)

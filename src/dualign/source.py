@@ -17,7 +17,7 @@ from dualign.annotate.base import Annotator, Item, Session
 from dualign.batch import Row
 from dualign.config import Config
 from dualign.engine import Engine
-from dualign.errors import StopRun, UserError
+from dualign.errors import StopRun, UserError, out_of_memory
 from dualign.journal import Journal
 from dualign.models.policy import Tokenizer
 from dualign.rollout.base import Request, Sampler, Sampling
@@ -113,7 +113,12 @@ class Labeller:
         for rollout in held.values():
             take(rollout)
         with clock("sample"):
-            self.sampler.sample(requests, sampling, seed, done, held)
+            try:
+                self.sampler.sample(requests, sampling, seed, done, held)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                raise StopRun("out of memory while sampling; resume with a smaller rollout.rows") from None
         with clock("label"):
             labels = self._labels(session)
         return [Row(rollout, labels[index]) for index, rollout in sorted(rollouts.items())]

@@ -1,0 +1,42 @@
+"""Killed anywhere, a run goes on to the very weights and numbers of an undisturbed one, and pays for no label twice.
+
+benchmarks/kills.py does the same a hundred times, and at every single write.
+"""
+
+import pytest
+
+from killing import Case, Zygote, at_random
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    started = Zygote()
+    yield started
+    started.close()
+
+
+@pytest.mark.parametrize(("algo", "processes"), [("dar", 1), ("grpo", 2), ("ppo", 1), ("dpo", 2)])
+def test_a_killed_run_is_the_same_run(algo, processes, zygote, tiny, tmp_path):
+    case = Case(zygote, tmp_path, tiny, algo, processes)
+    result = case.disturbed(at_random(processes, case.seconds, 3))
+    assert result.kills > 0
+    assert (result.unreadable, result.different, result.bought_twice) == ([], [], 0)
+
+
+def test_killed_before_and_after_writes(zygote, tiny, tmp_path):
+    """The one window in which a label can be lost is between the reward function's own last act and the journal's
+    write; of the points tried here none is in it."""
+    case = Case(zygote, tmp_path, tiny, "dar", 1)
+    points = range(40, case.writes, case.writes // 6)
+    result = case.disturbed(iter([{"kill_at": point} for point in points]))
+    assert result.kills >= 2
+    assert (result.unreadable, result.different) == ([], [])
+
+
+def test_dropout_does_not_break_it(zygote, tmp_path, tiny):
+    """LoRA adapters with dropout draw random numbers in every update."""
+    pytest.importorskip("peft")
+    case = Case(zygote, tmp_path, tiny, "dar", 1, lora={"r": 4, "dropout": 0.2})
+    result = case.disturbed(at_random(7, case.seconds, 2))
+    assert result.kills > 0
+    assert (result.unreadable, result.different, result.bought_twice) == ([], [], 0)
