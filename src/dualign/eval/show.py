@@ -20,7 +20,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def percent(e: dict[str, Any]) -> str:
-    return f"{e['value']:.1%} [{e['low']:.1%}, {e['high']:.1%}]" if e["n"] else "-"
+    return f"{e['value']:.1%} [{e['low']:.0%}, {e['high']:.0%}]" if e["n"] else "-"
 
 
 def number(e: dict[str, Any]) -> str:
@@ -28,11 +28,11 @@ def number(e: dict[str, Any]) -> str:
 
 
 def winrate(result: dict[str, Any], path: Path) -> None:
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     for system in result["systems"]:
         title = f"{system['source']} against {system['points'][0]['b']}, judged by {result['judge']['name']}"
         table = _table(title, "policy", "labels", "win rate [95 %]", "length-controlled", "won/tied/lost", "absent",
-                       "chars A/B", "both orders agree")  # fmt: skip
+                       "characters", "orders agree")  # fmt: skip
         for p in system["points"]:
             same = "-" if p["swap_consistency"] is None else f"{p['swap_consistency']:.0%}"
             table.add_row(clean(p["a"]), _or(p["labels"]), percent(p["win_rate"]), percent(p["length_controlled"]),
@@ -69,7 +69,7 @@ def _cost(system: dict[str, Any]) -> str:
 
 
 def reward(result: dict[str, Any], path: Path) -> None:
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     for system in result["systems"]:
         for key, judge in (("points", "judge"), ("second_points", "second")):
             if key not in system:
@@ -97,7 +97,7 @@ def _r(c: dict[str, float]) -> str:
 
 
 def cheat(result: dict[str, Any], path: Path) -> None:
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     table = _table(f"batch by batch; second reward: {result['second']}", "batch", "reward (sd)", "second (sd)", "KL",
                    "no EOS", "length", "distinct-2", "repeats", "refusals", "same opening")  # fmt: skip
     for row in result["batches"]:

@@ -1,0 +1,176 @@
+"""What the page shows of a run, read from its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from dualign.errors import UserError
+from dualign.eval import results
+from dualign.runs import Run, read_table
+
+TEXT_BUDGET = 2_400_000  # characters of prompts and completions in one page, all runs together
+LONGEST = 4000  # characters shown of one text
+HISTOGRAMS = 60  # batches in the figure of weights
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunData:
+    folder: Path
+    name: str
+    config_text: str
+    metrics: list[Json]
+    summary: Json
+    heldout: list[Json]  # the means of each evaluation, by batches done
+    answers: dict[int, list[Json]]  # held-out groups, by batches done
+    batches: dict[int, list[Json]]  # groups of the training batches that the page holds
+    batch_count: int
+    weights: dict[int, np.ndarray]  # positive weights of some batches
+    results: list[Json] = field(default_factory=list)
+
+    def of_kind(self, kind: str) -> list[Json]:
+        return [r for r in self.results if r["kind"] == kind]
+
+    def winrates(self) -> list[tuple[str, list[Json]]]:
+        """(judge, points over the labels bought) of every win rate that was measured of this run."""
+        found = []
+        for result in self.of_kind("winrate"):
+            for system in result["systems"]:
+                if Path(system["source"]).resolve().name == self.folder.resolve().name and system.get("cost"):
+                    found.append((result["judge"]["name"], [p for p in system["points"] if p["labels"] is not None]))
+        return [(judge, points) for judge, points in found if points]
+
+
+def collect(folders: Sequence[Path]) -> list[RunData]:
+    """Raises UserError where a folder is no run or holds nothing yet."""
+    names = _names(folders)
+    runs = [_run(f, name, TEXT_BUDGET // len(folders)) for f, name in zip(folders, names, strict=True)]
+    for folder, run in zip(folders, runs, strict=True):
+        if not run.metrics and not run.heldout:
+            raise UserError(f"{folder}: the run has no finished batch yet; nothing to report")
+    return runs
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' last parts; whole paths where two share one."""
+    last = [f.resolve().name for f in folders]
+    return [name if last.count(name) == 1 else str(f) for f, name in zip(folders, last, strict=True)]
+
+
+def _run(folder: Path, name: str, budget: int) -> RunData:
+    run = Run.open(folder)
+    summary = folder / "summary.json"
+    steps = sorted(int(p.stem) for p in run.batches.glob("*.parquet"))
+    done = sorted(int(p.stem) for p in run.evaluations.glob("*.parquet"))
+    tables = {step: run.evaluations / f"{step:06d}.parquet" for step in done}
+    return RunData(
+        folder=folder,
+        name=name,
+        config_text=(folder / "config.yaml").read_text(encoding="utf-8"),
+        metrics=run.metrics(),
+        summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
+        heldout=[{"batches": step, **_stats(path)} for step, path in tables.items()],
+        answers=_within(tables, budget // 3),
+        batches=_within({step: run.batch_path(step) for step in steps}, budget - budget // 3),
+        batch_count=len(steps),
+        weights={step: _weights(run.batch_path(step)) for step in evenly(steps, HISTOGRAMS)},
+        results=results.read_all(folder / "eval"),
+    )
+
+
+def evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of the items at equal distances, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))]
+
+
+def _stats(path: Path) -> Json:
+    stats: Json = json.loads(pq.read_schema(path).metadata[b"dualign"])["stats"]
+    return stats
+
+
+def _weights(path: Path) -> np.ndarray:
+    if "algo.weight" not in pq.read_schema(path).names:
+        return np.empty(0)
+    values = pq.read_table(path, columns=["algo.weight"])["algo.weight"].drop_null().to_numpy()
+    return values[values > 0]
+
+
+def _within(paths: dict[int, Path], budget: int) -> dict[int, list[Json]]:
+    """Groups by step: all files where their texts fit, else the first, the last and as many between them as do; of a
+    file that is too long by itself, its first groups."""
+    if not paths:
+        return {}
+    steps = list(paths)
+    first = _groups(paths[steps[0]])
+    size = max(1, sum(map(_size, first)))
+    chosen = evenly(steps, max(2, budget // size))
+    each = budget // len(chosen)
+    return {step: _fit(first if step == steps[0] else _groups(paths[step]), each) for step in chosen}
+
+
+def _fit(groups: list[Json], budget: int) -> list[Json]:
+    ends = np.cumsum([_size(g) for g in groups])
+    return groups[: max(1, int(np.searchsorted(ends, budget, "right")))]
+
+
+def _size(group: Json) -> int:
+    return len(group["prompt"]) + sum(len(a["text"]) + len(a.get("note", "")) + 120 for a in group["answers"])
+
+
+def _groups(path: Path) -> list[Json]:
+    """A batch's completions by prompt. Per-token columns are left out."""
+    schema = pq.read_schema(path)
+    flat = [n for n in schema.names if n.startswith("algo.") and not str(schema.field(n).type).startswith("list")]
+    wanted = ["group", "prompt_id", "prompt", "completion", "finish", "reward", "absent", "note", "parts", *flat]
+    groups: dict[int, Json] = {}
+    for row in read_table(path).select(wanted).to_pylist():
+        group = groups.setdefault(
+            row["group"], {"id": row["prompt_id"], "prompt": _prompt(row["prompt"]), "answers": []}
+        )
+        group["answers"].append(_answer(row))
+    return list(groups.values())
+
+
+def _prompt(text: str) -> str:
+    content = json.loads(text)
+    if isinstance(content, str):
+        return _cut(content)
+    return _cut(
+        "\n\n".join(f"{m['role']}: {m['content']}" for m in content) if len(content) > 1 else content[0]["content"]
+    )
+
+
+def _answer(row: Json) -> Json:
+    """Only what there is: a page of ten thousand answers is mostly keys."""
+    answer: Json = {"text": _cut(row["completion"]), "reward": _round(row["reward"])}
+    if row["finish"] == "length":
+        answer["cut"] = True
+    for key in ("absent", "note"):
+        if row[key]:
+            answer[key] = _cut(row[key])
+    parts = json.loads(row["parts"])
+    if len(parts) > 1:
+        answer["parts"] = {k: _round(v) for k, v in parts.items()}
+    names = {"algo.weight": "weight", "algo.advantage": "advantage", "algo.log_w_reg": "pull", "algo.log_w_adv": "push"}
+    answer |= {short: _round(row[name]) for name, short in names.items() if row.get(name) is not None}
+    if row.get("algo.clipped"):
+        answer["clipped"] = True
+    return answer
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None or not np.isfinite(value) else float(f"{value:.4g}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST:,} more characters)"

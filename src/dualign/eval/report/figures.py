@@ -1,0 +1,112 @@
+"""The report's figures: drawn once by matplotlib, kept as inline SVG, PNG and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dualign.errors import UserError
+from dualign.eval.report.data import Json, RunData
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe & Ito's colours, told apart by people of every kind of colour vision; black and yellow left out, which vanish
+# on a dark or a light page. Lines differ by dash and marker too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
+MARKERS = "osD^vP"
+INK = "#010203"  # in the SVG it becomes the page's own colour of text, light or dark
+
+
+@dataclass(frozen=True)
+class Drawn:
+    name: str
+    title: str
+    about: str  # what it shows, for those who cannot see it
+    svg: str
+    png: bytes
+    rows: list[list[Any]]  # the numbers, a header first
+
+    def save(self, folder: Path) -> None:
+        from dualign.runs import durable, write_text
+
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(self.rows)
+        write_text(folder / f"{self.name}.csv", text.getvalue())
+        durable(folder / f"{self.name}.png", lambda aside: aside.write_bytes(self.png))
+
+
+Rows = list[list[Any]]
+Plot = Callable[["Figure", Sequence[RunData]], Rows | None]
+
+
+def draw_all(runs: Sequence[RunData]) -> list[Drawn]:
+    """Every figure that the runs have numbers for."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise UserError("the report needs matplotlib: pip install 'dualign[plots]'") from None
+    from dualign.eval.report.plots import PLOTS
+
+    style = {
+        "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "axes.spines.top": False,
+        "axes.spines.right": False, "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
+        "xtick.color": INK, "ytick.color": INK, "grid.color": "#8888", "axes.grid": True, "grid.linewidth": 0.4,
+        "legend.frameon": False, "legend.fontsize": 10, "axes.facecolor": "none", "figure.facecolor": "none",
+    }  # fmt: skip
+    drawn = []
+    for name, (title, about, plot) in PLOTS.items():
+        with matplotlib.rc_context(style | {"svg.hashsalt": name}):
+            found = _draw(name, title, about, plot, runs)
+        drawn += [found] if found else []
+    return drawn
+
+
+def _draw(name: str, title: str, about: str, plot: Plot, runs: Sequence[RunData]) -> Drawn | None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4, 3.5), layout="constrained")
+    rows = plot(figure, runs)
+    if not rows or len(rows) < 2:
+        return None
+    png, svg = io.BytesIO(), io.StringIO()
+    figure.savefig(png, format="png", dpi=160, facecolor="white")
+    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    return Drawn(name, title, about, _inline(svg.getvalue(), name, about), png.getvalue(), rows)
+
+
+def _inline(svg: str, name: str, about: str) -> str:
+    """An SVG fit to stand in a page beside others: scaled by its viewBox, its ids its own, its ink the page's."""
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r"(xlink:href=\"#|url\(#)", rf"\g<1>{name}-", svg)
+    return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>',
+                  rf'<svg viewBox="\1" role="img" aria-label="{about}" xmlns="http://www.w3.org/2000/svg" '
+                  r'xmlns:xlink="http://www.w3.org/1999/xlink">', svg, count=1)  # fmt: skip
+
+
+def style_of(i: int) -> dict[str, Any]:
+    n = len(COLOURS)
+    return {"color": COLOURS[i % n], "linestyle": DASHES[i % n], "marker": MARKERS[i % n], "markersize": 4}
+
+
+def series(metrics: Sequence[Json], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(batches done when it was sampled, value) where a value was logged."""
+    found = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
+    return np.array([s for s, _ in found]), np.array([float(v) for _, v in found])
+
+
+def legend(axes: Axes, runs: Sequence[RunData]) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if len(handles) > 1 or len(runs) > 1:
+        axes.legend(handles, labels)

@@ -1,0 +1,221 @@
+"""What each figure plots. A plot draws on an empty figure and returns its numbers, a header first; None: no data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dualign.eval.report.data import Json, RunData, evenly
+from dualign.eval.report.figures import COLOURS, Plot, Rows, legend, series, style_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+HATCHES = ("", "//", "..", "xx", "--", "++")
+
+
+def _lines(axes: Axes, runs: Sequence[RunData], key: str, label: str) -> Rows:
+    """A line over batches per run, with the held-out means and their intervals on top."""
+    rows: Rows = [["run", "kind", "batches", key, "half_width_95"]]
+    for i, run in enumerate(runs):
+        x, y = series(run.metrics, key)
+        name = f"{run.name}, in training" if run.heldout else run.name
+        look = style_of(i) | {"markersize": 2.5, "alpha": 0.75, "linewidth": 1.2, "markevery": max(1, len(x) // 12)}
+        axes.plot(x, y, label=name if len(runs) == 1 else None, **look)
+        rows += [[run.name, "training batch", int(a), b, ""] for a, b in zip(x, y, strict=True)]
+        held = [h for h in run.heldout if h.get(key) is not None]
+        if held:
+            at, mean = [h["batches"] for h in held], [h[key] for h in held]
+            half = [h.get(f"{key}_ci") or 0.0 for h in held]
+            shape = style_of(i) | {"markersize": 6}
+            name = f"{run.name}, held out" if len(runs) == 1 else run.name
+            axes.errorbar(at, mean, half, label=name, capsize=4, linewidth=2, **shape)
+            rows += [[run.name, "held out", a, m, h] for a, m, h in zip(at, mean, half, strict=True)]
+        elif len(runs) > 1:
+            axes.plot([], [], label=run.name, **style_of(i))
+    axes.set(xlabel="online batches", ylabel=label)
+    legend(axes, runs)
+    return rows
+
+
+def reward(figure: Figure, runs: Sequence[RunData]) -> Rows:
+    return _lines(figure.subplots(), runs, "reward", "mean reward")
+
+
+def kl(figure: Figure, runs: Sequence[RunData]) -> Rows:
+    return _lines(figure.subplots(), runs, "kl", "KL to π_0, nats")
+
+
+def length(figure: Figure, runs: Sequence[RunData]) -> Rows:
+    return _lines(figure.subplots(), runs, "length", "tokens per completion")
+
+
+def missing_eos(figure: Figure, runs: Sequence[RunData]) -> Rows:
+    axes = figure.subplots()
+    rows = _lines(axes, runs, "missing_eos", "share without EOS")
+    axes.set_ylim(-0.03, 1.03)
+    return rows
+
+
+def pareto(figure: Figure, runs: Sequence[RunData]) -> Rows:
+    """Reward bought per nat: each run's evaluations in order, the last one large."""
+    axes = figure.subplots()
+    rows: Rows = [["run", "batches", "kl", "kl_half_width_95", "reward", "reward_half_width_95"]]
+    for i, run in enumerate(runs):
+        held = [h for h in run.heldout if h.get("kl") is not None and h.get("reward") is not None]
+        if not held:
+            continue
+        x, y = [h["kl"] for h in held], [h["reward"] for h in held]
+        axes.plot(x, y, label=run.name, **style_of(i))
+        last = held[-1]
+        axes.errorbar(x[-1], y[-1], last["reward_ci"], last["kl_ci"], capsize=4, **style_of(i) | {"markersize": 9})
+        for h in evenly(held, 5):
+            axes.annotate(
+                str(h["batches"]), (h["kl"], h["reward"]), xytext=(5, -11), textcoords="offset points", fontsize=9
+            )
+        rows += [[run.name, h["batches"], h["kl"], h["kl_ci"], h["reward"], h["reward_ci"]] for h in held]
+    axes.set(xlabel="KL to π_0, nats", ylabel="held-out reward")
+    legend(axes, runs)
+    return rows
+
+
+def weights(figure: Figure, runs: Sequence[RunData]) -> Rows | None:
+    """Share of a batch's completions by the size of their weight, batch by batch."""
+    shown = [run for run in runs if any(len(w) for w in run.weights.values())][:4]
+    if not shown:
+        return None
+    rows: Rows = [["run", "batch", "log10_weight_from", "log10_weight_to", "share"]]
+    edges = np.linspace(-6, np.log10(max(w.max() for r in shown for w in r.weights.values() if len(w))) + 0.01, 25)
+    grid: Any = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    image: Any = None
+    for axes, run in zip(grid, shown, strict=True):
+        steps = list(run.weights)
+        share_BH = np.array([_shares(run.weights[s], edges) for s in steps])
+        at = np.append(np.array(steps) - 0.5, steps[-1] + 0.5)
+        image = axes.pcolormesh(
+            at, edges, share_BH.T, cmap="cividis", vmin=0, vmax=1 if share_BH.max() > 0.5 else 0.5, rasterized=True
+        )
+        axes.set(xlabel="online batches", title=run.name if len(runs) > 1 else None)
+        axes.grid(False)
+        for step, shares in zip(steps, share_BH, strict=True):
+            rows += [[run.name, step, *edges[i : i + 2].round(3), round(v, 4)] for i, v in enumerate(shares)]
+    grid[0].set_ylabel("weight w, log$_{10}$")
+    figure.colorbar(image, ax=list(grid), label="share of the batch")
+    return rows
+
+
+def _shares(weight: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """What lies below the lowest edge is counted in the lowest bin."""
+    if not len(weight):
+        return np.zeros(len(edges) - 1)
+    counts, _ = np.histogram(np.clip(np.log10(weight), edges[0], edges[-1]), edges)
+    return counts / len(weight)
+
+
+def health(figure: Figure, runs: Sequence[RunData]) -> Rows:
+    """How many completions carry the update."""
+    names = {"clip_rate": "clipped", "ess": "effective sample size", "tied": "in tied groups"}
+    axes = figure.subplots()
+    rows: Rows = [["run", "share", "batch", "value"]]
+    for i, run in enumerate(runs):
+        for j, (key, label) in enumerate(names.items()):
+            x, y = series(run.metrics, key)
+            if not len(x):
+                continue
+            look = style_of(j if len(runs) == 1 else i) | {
+                "linestyle": ["-", "--", ":"][j],
+                "markevery": max(1, len(x) // 12),
+            }
+            axes.plot(x, y, label=label if len(runs) == 1 else f"{run.name}: {label}", **look)
+            rows += [[run.name, label, int(a), b] for a, b in zip(x, y, strict=True)]
+    axes.set(xlabel="online batches", ylabel="share of the batch", ylim=(-0.03, 1.03))
+    if len(rows) > 1:
+        axes.legend(fontsize=10 if len(runs) == 1 else 7)
+    return rows
+
+
+def timings(figure: Figure, runs: Sequence[RunData]) -> Rows:
+    """Mean seconds per online batch by phase, a bar per run."""
+    axes = figure.subplots()
+    rows: Rows = [["run", "phase", "seconds_per_batch"]]
+    seconds = [_seconds(run.metrics) for run in runs]
+    phases = list(dict.fromkeys(p for s in seconds for p in s if s[p] >= 0.01))
+    left = np.zeros(len(runs))
+    for j, phase in enumerate(phases):
+        values = np.array([s.get(phase, 0.0) for s in seconds])
+        label = f"{phase} {values[0]:.1f}" if len(runs) == 1 else phase
+        look: Json = {"color": COLOURS[j % 6], "hatch": HATCHES[j % 6], "edgecolor": "#ffffff88", "label": label}
+        axes.barh(range(len(runs)), values, 0.55, left, **look)
+        left += values
+        rows += [[run.name, phase, v] for run, v in zip(runs, values, strict=True)]
+    axes.set(xlabel="seconds per online batch", yticks=range(len(runs)), yticklabels=[r.name for r in runs])
+    axes.set_ylim(-0.6, len(runs) - 0.4)
+    if phases:
+        axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return rows
+
+
+def _seconds(metrics: Sequence[Json]) -> dict[str, float]:
+    phases = dict.fromkeys(p for m in metrics for p in m["seconds"])
+    return {p: float(np.mean([m["seconds"].get(p, 0.0) for m in metrics])) for p in phases}
+
+
+def winrate(figure: Figure, runs: Sequence[RunData]) -> Rows:
+    """Win rate against π_0 over labels bought, raw and length-controlled, with 95 % intervals."""
+    axes = figure.subplots()
+    rows: Rows = [["run", "judge", "kind", "batches", "labels", "win_rate", "low", "high"]]
+    drawn = 0
+    for run in runs:
+        for judge, points in run.winrates():
+            for kind, label in (("win_rate", "raw"), ("length_controlled", "length-controlled")):
+                e = np.array([[p["labels"], *(p[kind][k] for k in ("value", "low", "high"))] for p in points], float)
+                name = f"{judge}, {label}" if len(runs) == 1 else f"{run.name}, {judge}, {label}"
+                at = e[:, 0] * (1 + 0.012 * (drawn % 6))  # intervals side by side
+                axes.errorbar(
+                    at, e[:, 1], [e[:, 1] - e[:, 2], e[:, 3] - e[:, 1]], capsize=3, label=name, **style_of(drawn)
+                )
+                rows += [[run.name, judge, label, p["batches"], *v] for p, v in zip(points, e.tolist(), strict=True)]
+                drawn += 1
+    axes.axhline(0.5, color="#888888", linewidth=1)
+    axes.set(xlabel="labels bought", ylabel="win rate against π_0", ylim=(-0.03, 1.03))
+    if drawn:
+        axes.legend(fontsize=8 if drawn > 2 else 10)
+    return rows
+
+
+def second(figure: Figure, runs: Sequence[RunData]) -> Rows:
+    """The reward trained on and an independent one, in standard deviations of the first batch: do they part?"""
+    axes = figure.subplots()
+    rows: Rows = [["run", "batch", "reward_sd", "second_sd"]]
+    for i, run in enumerate(runs):
+        for result in run.of_kind("cheat"):
+            table = result["batches"]
+            x = [b["batch"] for b in table]
+            for j, key in enumerate(("reward_sd", "second_sd")):
+                label = ("reward trained on", result["second"])[j]
+                look = style_of(2 * i + j) | {"markevery": max(1, len(x) // 12)}
+                axes.plot(x, [np.nan if b[key] is None else b[key] for b in table],
+                          label=label if len(runs) == 1 else f"{run.name}: {label}", **look)  # fmt: skip
+            if result.get("from_batch") is not None:
+                axes.axvline(result["from_batch"], color="#888888", linestyle=":")
+            rows += [[run.name, b["batch"], b["reward_sd"], b["second_sd"]] for b in table]
+    axes.set(xlabel="online batches", ylabel="change, standard deviations")
+    legend(axes, runs)
+    return rows
+
+
+PLOTS: dict[str, tuple[str, str, Plot]] = {
+    "reward": ("Reward", "Mean reward over online batches, and on held-out prompts with 95 % intervals", reward),
+    "winrate": ("Win rate against π_0", "Win rate against labels bought, raw and length-controlled", winrate),
+    "pareto": ("Reward against KL", "Held-out reward against KL to π_0; numbers are online batches", pareto),
+    "kl": ("KL to π_0", "KL divergence to the initial policy over online batches", kl),
+    "second": ("An independent reward", "The reward trained on beside a second one that was not", second),
+    "length": ("Length", "Tokens per completion over online batches", length),
+    "missing_eos": ("Completions without EOS", "Share of completions that were cut off", missing_eos),
+    "weights": ("Weights", "Share of each batch's completions by the size of their weight", weights),
+    "health": ("What carries the update", "Share of clipped weights, effective sample size, tied groups", health),
+    "timings": ("Time", "Mean seconds per online batch by phase", timings),
+}
