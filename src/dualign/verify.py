@@ -86,7 +86,7 @@ def _mend(run: Run, path: Path) -> str:
 def _again(run: Run, path: Path) -> str:
     found = run.resumable()
     if found and path.stem.isdigit() and int(path.stem) < int(found.name.split("+")[0]):
-        return f"Training is past it ({found}) and needs it no more. To make it again, delete checkpoints/*, too, and resume"
+        return f"Training is past it ({found}). To make it again, delete it and checkpoints/*, and resume"
     return AGAIN
 
 
@@ -131,7 +131,10 @@ def _batches_and_metrics(run: Run, spoilt: Callable[[Path], bool]) -> Iterator[F
         path = run.batch_path(missing)
         if path.relative_to(run.folder).as_posix() not in run.manifest.files:  # else it is named already
             yield Finding("damaged", f"{path}: missing, though what follows it is there", _again(run, path))
-    if len(steps) > len(records):
+    found = run.resumable()
+    if found and len(records) < int(found.name.split("+")[0]):
+        yield Finding("damaged", f"{run.metrics_file}: ends at {len(records)} batches, before {found}", REPLAY)
+    elif len(steps) > len(records):
         yield Finding("unfinished", f"online batch {len(records)} is stored, its updates are not finished")
     for path in run.evaluations.glob("*.parquet"):
         if not spoilt(path):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from dualign.replay import Effect
 
 RunFolder = Annotated[Path, typer.Argument(help="the run's folder")]
 
 
 def register(app: typer.Typer) -> None:
     app.command()(verify)
+    app.command()(replay)
+    app.command("what-if")(what_if)
 
 
 def verify(run: RunFolder) -> None:
@@ -25,3 +32,87 @@ def verify(run: RunFolder) -> None:
     if damaged:
         raise typer.Exit(1)
     print(f"{run}: every file is what was written" + ("; the run is not finished" if findings else ""))
+
+
+def replay(run: RunFolder) -> None:
+    """Compute advantages and weights again from the stored batches, and compare. Exit code 1: different."""
+    from dualign import replay as stored
+    from dualign.config import load
+    from dualign.runs import Run
+
+    opened = Run.open(run)
+    algo = load(opened.config_file).algo
+    different = 0
+    for b in stored.stored(opened):
+        found = stored.replay(b, algo)
+        more = (
+            "" if found.difference == 0 else f": {found.where} by {found.difference:.1e}, relative to its largest value"
+        )
+        print(f"batch {found.step:4d}  {len(b.tokens)} rows  {found.verdict}{more}")
+        different += found.verdict == "different"
+    if different:
+        print(f"{different} batches do not hold what {algo.name} makes of their rewards and log-probs")
+        raise typer.Exit(1)
+
+
+def what_if(
+    run: RunFolder,
+    settings: Annotated[list[str], typer.Argument(help="of the algorithm, for example alpha=0.5 beta=0.1 w_clip=50")],
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="also the cosine of true gradients, at every checkpoint that is kept")
+    ] = False,
+) -> None:
+    """What other settings of the algorithm would have made of the stored batches. No model, no label."""
+    from dualign import replay as stored
+    from dualign.runs import Run
+
+    opened = Run.open(run)
+    config, other = stored.changed(opened, settings)
+    batches = list(stored.stored(opened))
+    print(f"stored -> with {' '.join(settings)}")
+    for line in _effects([stored.what_if(b, config.algo, other.algo) for b in batches]):
+        print(line)
+    if gradients:
+        models = {0: Path(config.model.name)} | {int(p.name): p for p in opened.saved() if "+" not in p.name}
+        for b in batches:
+            if b.step in models:
+                found = stored.gradient_cosine(str(models[b.step]), config, b, other.algo)
+                print(f"batch {b.step:4d}  cosine of the gradients of {models[b.step]}: {found:+.4f}")
+
+
+def _effects(effects: Sequence[Effect]) -> Iterator[str]:
+    """A line per batch, one for the run, and how the weights are spread."""
+    from dualign.replay import EDGES, cosine, histogram
+
+    for e in effects:
+        yield f"batch {e.step:4d}  {_shares([e])}  direction {e.cosine:+.4f}"
+    total = cosine((e.push for e in effects), (e.other_push for e in effects))
+    yield f"run         {_shares(effects)}  direction {total:+.4f}"
+    bounds = [f"<{high:.2%}" for high in EDGES[1:]] + ["largest"]
+    yield f"rows by weight, as a share of their batch's largest ({', '.join(bounds)}):"
+    for name, sizes in (("stored ", [e.size_N for e in effects]), ("what if", [e.other_size_N for e in effects])):
+        shares = histogram(sizes)
+        yield f"  {name} |{_sparkline(shares)}|  " + "  ".join(f"{share:.0%}" for share in shares)
+    yield (
+        "direction: the cosine between the two losses' derivatives by log π(token), at π_θ = π_t, over all completion "
+        "tokens;\n  that of the gradients themselves where those of different tokens are orthogonal and equally long "
+        "(--gradients computes them)"
+    )
+
+
+def _shares(effects: Sequence[Effect]) -> str:
+    """Mean over batches of each share that either setting has, before and after."""
+
+    def mean(stats: Sequence[dict[str, float]], key: str) -> str:
+        found = [s[key] for s in stats if key in s]
+        return f"{sum(found) / len(found):4.0%}" if found else "   -"
+
+    names = {"clip_rate": "clipped", "ess": "ESS", "tied": "tied", "no_signal": "tied groups"}
+    before, after = [e.stats for e in effects], [e.other_stats for e in effects]
+    shown = [key for key in names if any(key in stats for stats in (*before, *after))]
+    return "  ".join(f"{names[key]} {mean(before, key)} ->{mean(after, key)}" for key in shown)
+
+
+def _sparkline(shares: Sequence[float]) -> str:
+    bars = " ▁▂▃▄▅▆▇█"
+    return "".join(bars[math.ceil(share / max(*shares, 1e-9) * (len(bars) - 1))] for share in shares)
