@@ -26,6 +26,11 @@ REPLIES = ("SCORE: {}", "{}", "The answer is fair.\n\nSCORE: {}", "**{}**", "{}/
 HEAD = b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%s\r\n"
 
 
+def key_of(text: str) -> str:
+    """What a success is counted under: its judged text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
 def true_score(text: str) -> int:
     found = re.search(r"quality-(\d+)", text)
     return int(found[1]) if found else 1 + int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10
@@ -43,7 +48,7 @@ class Stats:
     at_once: int = 0
     most_at_once: int = 0
     faults: Counter[str] = field(default_factory=Counter)
-    bought: Counter[str] = field(default_factory=Counter)  # right answers served, by the request's content
+    bought: Counter[str] = field(default_factory=Counter)  # right answers served, by `key_of` what was judged
 
     def as_json(self) -> dict[str, Any]:
         twice = sum(n - 1 for n in self.bought.values())
@@ -106,9 +111,9 @@ class FaultServer:
                 if path == "/stats":
                     self._send(writer, 200, json.dumps(self.stats.as_json()).encode())
                 else:
-                    await self._answer(path, head, json.loads(body), writer)
+                    await self._answer(path, head, json.loads(body), reader, writer)
                 await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             return
         finally:
             writer.close()
@@ -116,12 +121,16 @@ class FaultServer:
     def _send(self, writer: asyncio.StreamWriter, status: int, body: bytes, header: bytes = b"") -> None:
         writer.write(HEAD % (status, len(body), header) + body)
 
-    async def _answer(self, path: str, head: str, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    async def _answer(
+        self, path: str, head: str, request: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self.stats.calls += 1
         self.stats.at_once += 1
         self.stats.most_at_once = max(self.stats.most_at_once, self.stats.at_once)
         try:
             await asyncio.sleep(self.latency)
+            if reader.at_eof():  # the client is gone; as vLLM does, nothing is generated for it
+                raise ConnectionError
             if self.key and f"Bearer {self.key}" not in head:
                 error = {"error": {"message": f"Incorrect API key provided: {head}"}}
                 return self._send(writer, 401, json.dumps(error).encode())
@@ -162,22 +171,19 @@ class FaultServer:
 
     def _succeed(self, path: str, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         text = request["messages"][-1]["content"] if "messages" in request else request["input"]
-        content = json.dumps(request, sort_keys=True).encode()
-        if writer.transport.is_closing():
-            return
         if path.endswith("/classify"):
             body = {"data": [{"index": 0, "label": "LABEL_0", "probs": [float(true_score(text))], "num_classes": 1}]}
         elif path.endswith("/pooling"):
             body = {"data": [{"index": 0, "object": "pooling", "data": [float(true_score(text))]}]}
         else:
             pair = len(re.findall(r"quality-\d+", text)) == 2
-            shape = REPLIES[content[-2] % len(REPLIES)]
+            shape = REPLIES[len(text) % len(REPLIES)]
             reply = str(true_choice(text)) if pair else shape.format(true_score(text))
             body = json.loads(self._chat(request, self.reply or reply, "stop"))
         body.setdefault("usage", {"prompt_tokens": 40, "completion_tokens": 0})
         self.stats.tokens += 0 if "choices" in body else 40
         self._send(writer, 200, json.dumps(body).encode())
-        self.stats.bought[hashlib.sha256(content).hexdigest()[:24]] += 1
+        self.stats.bought[key_of(text)] += 1
 
     def _chat(self, request: dict[str, Any], text: str, finish: str) -> bytes:
         prompt = sum(len(m["content"]) for m in request["messages"]) // 4

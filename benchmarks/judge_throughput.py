@@ -1,0 +1,111 @@
+"""Labels per second beside a bare HTTP loop against the same server in the same run, and memory over many labels.
+
+    python benchmarks/judge_throughput.py [--requests 3000] [--labels 20000]
+
+The server answers in 50 ms and 64 requests run at once, so 1280 a second is the most there can be. The bare loops post
+the same bodies with httpx, and with the HTTP library that the openai package itself uses, and do nothing else: no
+cache, no ledger, no extraction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dualign.annotate.base import Item
+from dualign.annotate.judge import JudgeAnnotator, windowed
+from dualign.annotate.rubric import load
+from dualign.annotate.settings import JudgeReward
+from dualign.types import Prompt
+
+SERVER = Path(__file__).resolve().parents[1] / "tests" / "fault_server.py"
+CONCURRENCY, LATENCY = 64, 0.05
+
+
+def items(n: int, start: int = 0) -> Iterator[Item]:
+    for i in range(start, start + n):
+        yield Item(i, i // 4, Prompt(str(i), f"question {i}"), f"answer {i} quality-{1 + i % 10} " + "word " * 100)
+
+
+def bodies(n: int, start: int) -> list[dict[str, Any]]:
+    rubric = load("helpfulness")
+    sampling = {"model": "m", "temperature": 0.0, "max_tokens": 256}
+    return [{"messages": rubric.reward_messages(i.prompt, i.completion), **sampling} for i in items(n, start)]
+
+
+async def bare(http: ModuleType, url: str, requests: list[dict[str, Any]]) -> float:
+    """Requests per second of 64 loops that post and read JSON."""
+    limits = http.Limits(max_connections=CONCURRENCY, max_keepalive_connections=CONCURRENCY)
+    async with http.AsyncClient(limits=limits, timeout=60) as client:
+        todo = iter(requests)
+
+        async def loop() -> None:
+            for body in todo:
+                reply = await client.post(f"{url}/chat/completions", json=body)
+                assert reply.json()["choices"]
+
+        start = time.monotonic()
+        await asyncio.gather(*(loop() for _ in range(CONCURRENCY)))
+        return len(requests) / (time.monotonic() - start)
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+
+def ours(judge: JudgeAnnotator, n: int, start: int) -> float:
+    began = time.monotonic()
+    for item, asked in windowed(items(n, start), judge.ask, 4 * CONCURRENCY):
+        assert judge.combine(asked).value == 1 + item.index % 10
+    return n / (time.monotonic() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=3000)
+    parser.add_argument("--labels", type=int, default=20_000)
+    options = parser.parse_args()
+    command = [sys.executable, str(SERVER), "--latency", str(LATENCY)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout
+    url, n = server.stdout.readline().strip(), options.requests
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = JudgeReward(
+                base_url=url, model="m", rubric="helpfulness", concurrency=CONCURRENCY, cache=f"{folder}/c.sqlite"
+            )
+            judge = JudgeAnnotator(settings, ledger=Path(folder, "spent.sqlite"))
+            ours(judge, 200, 0)  # connections open, modules loaded
+            speeds: dict[str, list[float]] = {}
+            for turn in range(3):
+                speeds.setdefault("dualign", []).append(ours(judge, n, 1000 + turn * n))
+                for name in ("httpx", "httpx2"):
+                    try:
+                        http = __import__(name)
+                    except ImportError:
+                        continue
+                    speeds.setdefault(name, []).append(asyncio.run(bare(http, url, bodies(n, 10**6))))
+            best = {name: max(found) for name, found in speeds.items()}
+            print(json.dumps({"requests_per_second": {k: [round(x) for x in v] for k, v in speeds.items()}}))
+            print(json.dumps({f"of_{name}": round(best["dualign"] / x, 3) for name, x in best.items()}), flush=True)
+            memory = []
+            for part in range(10):
+                ours(judge, options.labels // 10, 10**7 + part * options.labels)
+                memory.append(round(resident_mb(), 1))
+            print(json.dumps({"labels": options.labels, "resident_mb_after_each_tenth": memory}))
+            judge.close()
+    finally:
+        server.terminate()
+
+
+if __name__ == "__main__":
+    main()
