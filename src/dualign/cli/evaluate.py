@@ -33,6 +33,9 @@ app = typer.Typer(no_args_is_help=True, help="Is it better, by how much, how sur
 
 
 def register(parent: typer.Typer) -> None:
+    from dualign.cli import eval_benchmarks
+
+    eval_benchmarks.register(app)
     parent.add_typer(app, name="eval")
     parent.command()(report)
 

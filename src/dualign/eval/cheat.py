@@ -190,7 +190,9 @@ def verdict(table: Sequence[Json]) -> Json:
     ]
     if opposed:
         r = first["agreement"]
-        signs.append(f"the second reward opposes the first in π_0's own answers (r = {r:.2f}): a fall of it proves nothing")
+        signs.append(
+            f"the second reward opposes the first in π_0's own answers (r = {r:.2f}): a fall of it proves nothing"
+        )
     return {"verdict": _words(first, last, rose, grave, start), "signs": signs, "from_batch": start}
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from dualign.annotate.base import Annotator, Item, label_all
-from dualign.annotate.settings import RewardConfig
+from dualign.annotate.settings import JudgeSampling, RewardConfig
 from dualign.errors import UserError
 from dualign.eval.outputs import Answer, Outputs
 from dualign.types import Label, Prompt
+
+if TYPE_CHECKING:
+    from dualign.annotate.client import Client
 
 HELP = (
     "builtin:NAME or a head file; FILE.py:FUNCTION; a YAML file or an inline mapping of reward settings "
@@ -70,8 +73,31 @@ def _settings(spec: str, run: str | None) -> list[RewardConfig]:
     try:
         return TypeAdapter(list[RewardConfig]).validate_python(tree if isinstance(tree, list) else [tree])
     except ValidationError as error:
-        lines = [f"{'.'.join(str(p) for p in e['loc'][1:])}: {e['msg']}" for e in error.errors()]
-        raise UserError(f"judge {spec}: {'; '.join(lines)}") from None
+        raise UserError(f"judge {spec}: {'; '.join(_faults(error, 1))}") from None
+
+
+def open_client(spec: str, ledger: Path | None, **defaults: Any) -> tuple[Client, JudgeSampling]:
+    """A client to ask a model with prompts of one's own: `spec` as for judges, without a rubric. Raises UserError."""
+    from dualign.annotate.client import Client
+    from dualign.config import parse_yaml
+
+    path = Path(spec)
+    inline = spec.lstrip().startswith("{")
+    if not inline and not path.is_file():
+        raise UserError(f"--judge {spec}: neither a file nor a mapping such as {{base_url: ..., model: ...}}")
+    tree = parse_yaml(spec if inline else path.read_text(encoding="utf-8"), "--judge" if inline else spec)
+    try:
+        kept = {k: v for k, v in dict(tree).items() if k not in ("type", "rubric")}
+        settings = JudgeSampling.model_validate(defaults | kept)
+    except ValidationError as error:
+        raise UserError(f"--judge: {'; '.join(_faults(error, 0))}") from None
+    except (TypeError, ValueError):
+        raise UserError(f"--judge {spec}: expected a mapping such as {{base_url: ..., model: ...}}") from None
+    return Client(settings, ledger=ledger), settings
+
+
+def _faults(error: ValidationError, skip: int) -> list[str]:
+    return [f"{'.'.join(str(p) for p in e['loc'][skip:])}: {e['msg']}" for e in error.errors()]
 
 
 def score(judge: Judge, answers: Sequence[Answer]) -> list[Label]:

@@ -110,6 +110,29 @@ def cheat(result: dict[str, Any], path: Path) -> None:
     console.print(f"in {path}")
 
 
+def mtbench(result: dict[str, Any], path: Path) -> None:
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    table = _table(f"MT-Bench: {result['source']}", "category", "turn 1", "turn 2", "both [95 %]", "questions")
+    for name, row in result["rows"].items():
+        both = row["both"]
+        interval = f"{both['value']:.2f} [{both['low']:.2f}, {both['high']:.2f}]" if both["n"] else "-"
+        table.add_row(name, _plain(row["turn_1"]["value"]), _plain(row["turn_2"]["value"]), interval, str(both["n"]))
+    console.print(table)
+    console.print(f"{result['absent']} ratings absent; in {path}")
+
+
+def ifeval(result: dict[str, Any], path: Path) -> None:
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    table = _table(f"IFEval: {result['source']}", "accuracy", "over prompts [95 %]", "over instructions")
+    for kind in ("strict", "loose"):
+        share = result[f"instruction_{kind}"]
+        table.add_row(kind, percent(result[f"prompt_{kind}"]), "-" if share is None else f"{share:.1%}")
+    console.print(table)
+    console.print(f"{result['checked']} checked, {result['absent']} not; in {path}")
+    for reason in result["absent_reasons"]:
+        console.print(Text(clean(reason)))
+
+
 def _signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.2f}"
 

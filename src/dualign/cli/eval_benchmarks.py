@@ -1,0 +1,161 @@
+"""eval mtbench | alpaca | ifeval: published benchmarks, from their own files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dualign.eval.outputs import Generation, Outputs
+
+Source = Annotated[str, typer.Argument(help="a run (its last checkpoint), a checkpoint, a model")]
+JudgeModel = Annotated[
+    str, typer.Option("--judge", help="a YAML file or an inline mapping: {base_url: ..., model: ...}")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="so many, always the same draw")]
+Tokens = Annotated[int, typer.Option(min=1, help="longest answer")]
+Out = Annotated[Path | None, typer.Option(help="a .json file; default: RUN/eval/NAME.json, or eval/NAME.json")]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (mtbench, alpaca, ifeval):
+        app.command()(command)
+
+
+def mtbench(
+    source: Source,
+    judge: JudgeModel,
+    questions: Annotated[Path, typer.Option(help="FastChat's question.jsonl")],
+    judge_prompts: Annotated[Path, typer.Option(help="FastChat's judge_prompts.jsonl")],
+    max_new_tokens: Tokens = 1024,
+    limit: Limit = None,
+    out: Out = None,
+) -> None:
+    """MT-Bench: two turns, greedy, each graded 1-10; by category and turn."""
+    from dualign.eval import judges, mtbench, results, show
+
+    path, how = _setting(source, "mtbench", max_new_tokens, out)
+    prompts = mtbench.load_prompts(judge_prompts)
+    chosen = mtbench.load_questions(questions)
+    chosen = _draw(chosen, limit)
+    answers = mtbench.answer(_model(source), chosen, how)
+    client, settings = judges.open_client(judge, ledger=path.parent / "spent.sqlite", max_tokens=2048)
+    try:
+        ratings = mtbench.grade(client, settings, prompts, chosen, answers)
+    finally:
+        client.close()
+    result = results.provenance("mtbench", settings.model_dump(mode="json"), 0) | {"source": source}
+    result |= mtbench.table(chosen, ratings)
+    rows = [
+        {"id": q.id, "category": q.category, "turn": t + 1, "answer": a[t], "rating": r[t].value, "reason": r[t].reason,
+         "note": r[t].note}
+        for q, a, r in zip(chosen, answers, ratings, strict=True) for t in (0, 1)
+    ]  # fmt: skip
+    results.write(path, result, rows)
+    show.mtbench(result, path)
+
+
+def alpaca(
+    source: Source,
+    instructions: Annotated[str, typer.Option(help="AlpacaEval's instructions: a .jsonl[.gz] file or a data set")],
+    judge: Annotated[
+        str | None, typer.Option(help="any annotator, as for eval winrate; none: only write outputs")
+    ] = None,
+    reference: Annotated[Path | None, typer.Option(help="the baseline's outputs, in AlpacaEval's JSON")] = None,
+    column: Annotated[str | None, typer.Option(help="or the column of the instructions that holds them")] = None,
+    official: Annotated[
+        str | None, typer.Option(help="run the installed alpaca_eval package with this annotators_config")
+    ] = None,
+    max_new_tokens: Tokens = 1024,
+    limit: Limit = None,
+    out: Out = None,
+) -> None:
+    """AlpacaEval: outputs in its JSON format, win rate against the baseline, raw and length-controlled."""
+    from dualign import data
+    from dualign.eval import alpaca, judges, results, show, winrate
+    from dualign.schema import DataConfig
+
+    path, how = _setting(source, "alpaca", max_new_tokens, out)
+    prompts = _draw(data.load_prompts(instructions, DataConfig(train=instructions), "eval"), limit)
+    theirs = alpaca.baseline(prompts, column, reference)
+    ours = _answers(source, prompts, how)
+    files = path.with_name(f"{path.stem}-outputs.json"), path.with_name(f"{path.stem}-reference.json")
+    for file, outputs in zip(files, (ours, theirs), strict=True):
+        alpaca.write_outputs(file, outputs)
+    print(f"outputs in AlpacaEval's format: {files[0]}, {files[1]}")
+    if official is not None:
+        raise typer.Exit(alpaca.official(*files, official))
+    if judge is None:
+        return
+    with judges.open_judge(judge, ledger=path.parent) as chosen:
+        pairs = judges.judge_pairs(chosen, ours, theirs)
+    point = winrate.measure(ours, theirs, pairs)
+    result = results.provenance("alpaca", {"name": chosen.name, "settings": chosen.settings}, 0)
+    result |= {"prompts": len(prompts), "headline": alpaca.headline(point)}
+    result["systems"] = [{"source": source, "points": [point]}]
+    results.write(path, result, [winrate.row(ours.name, pair) for pair in pairs])
+    show.winrate(result, path)
+
+
+def ifeval(
+    source: Source,
+    prompts: Annotated[str, typer.Option(help="IFEval's prompts, with instruction_id_list and kwargs")],
+    max_new_tokens: Tokens = 512,
+    limit: Limit = None,
+    out: Out = None,
+) -> None:
+    """IFEval: instructions that a program checks; no judge (needs lm-eval[ifeval])."""
+    from dualign import data
+    from dualign.eval import ifeval, results, show
+    from dualign.schema import DataConfig
+
+    path, how = _setting(source, "ifeval", max_new_tokens, out)
+    chosen = _draw(data.load_prompts(prompts, DataConfig(train=prompts), "train"), limit)
+    ours = _answers(source, chosen, how)
+    rows = ifeval.check([a for answers in ours.answers.values() for a in answers])
+    result = results.provenance("ifeval", None, 0) | {"source": source, **ifeval.table(rows)}
+    results.write(path, result, rows)
+    show.ifeval(result, path)
+
+
+def _setting(source: str, name: str, max_new_tokens: int, out: Path | None) -> tuple[Path, Generation]:
+    from dualign.eval import outputs
+
+    folder = Path(source) / "eval" if outputs.is_run(source) else Path("eval")
+    path = out or folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path, outputs.Generation(None, max_new_tokens, 0.0, 1, 0, path.parent / "outputs")
+
+
+def _model(source: str) -> str:
+    """What is sampled: a run's last checkpoint, else what was named. Raises UserError for a run without one."""
+    from dualign.errors import UserError
+    from dualign.eval import outputs
+    from dualign.runs import Run
+
+    if not outputs.is_run(source):
+        return source
+    saved = Run.open(Path(source)).saved()
+    if not saved:
+        raise UserError(f"{source}: the run has no checkpoint yet")
+    return str(saved[-1])
+
+
+def _answers(source: str, prompts: list[Any], how: Generation) -> Outputs:
+    """Greedy answers, carrying the prompts' own columns (a kept file of outputs does not)."""
+    from dataclasses import replace
+
+    from dualign.eval import outputs
+
+    found = outputs.grouped(outputs.generate(_model(source), replace(how, prompts=prompts)))
+    by_key = {outputs.key_of(p): p for p in prompts}
+    named = {key: tuple(replace(a, prompt=by_key[key]) for a in answers) for key, answers in found.items()}
+    return outputs.Outputs(Path(source).name, named)
+
+
+def _draw(items: list[Any], limit: int | None) -> list[Any]:
+    from dualign.eval import outputs
+
+    return outputs.draw(items, limit)

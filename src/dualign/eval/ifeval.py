@@ -1,0 +1,61 @@
+"""IFEval (Zhou et al. 2023, arXiv 2311.07911): instructions that a program can check, so that no judge is needed.
+
+The checks are those of EleutherAI's lm-evaluation-harness (`pip install 'lm-eval[ifeval]'`), called as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dualign.errors import UserError
+from dualign.eval.outputs import Answer
+from dualign.eval.statistics import share
+
+MISSING = "counting sentences needs NLTK's data: python -m nltk.downloader punkt punkt_tab"
+
+
+def _library() -> Any:
+    try:
+        from lm_eval.tasks.ifeval import utils
+    except ImportError as error:
+        raise UserError(f"eval ifeval needs lm-evaluation-harness: pip install 'lm-eval[ifeval]' ({error})") from None
+    return utils
+
+
+def check(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Per answer: which of its instructions it follows, strictly and loosely (loosely: also without its first or last
+    line, or asterisks). `followed` is None, with the reason, where a check could not be run. Raises UserError for
+    prompts without IFEval's columns."""
+    library = _library()
+    return [_one(library, answer) for answer in answers]
+
+
+def _one(library: Any, answer: Answer) -> dict[str, Any]:
+    columns = answer.prompt.columns
+    if not {"instruction_id_list", "kwargs"} <= set(columns):
+        raise UserError(f"prompt {answer.prompt.id}: IFEval's columns instruction_id_list and kwargs are missing")
+    doc = {"key": answer.prompt.id, "prompt": answer.prompt.text,
+           "instruction_id_list": columns["instruction_id_list"], "kwargs": columns["kwargs"]}  # fmt: skip
+    row = {"id": answer.prompt.id, "instructions": list(columns["instruction_id_list"])}
+    try:
+        found = library.process_results(doc, [answer.text])
+    except LookupError:  # NLTK's sentence model, which the library fetches when it can
+        return row | {"strict": None, "loose": None, "reason": MISSING}
+    return row | {"strict": found["inst_level_strict_acc"], "loose": found["inst_level_loose_acc"], "reason": None}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The four accuracies, over prompts and over instructions, strict and loose. Unchecked answers are left out."""
+    checked = [r for r in rows if r["strict"] is not None]
+    result: dict[str, Any] = {"checked": len(checked), "absent": len(rows) - len(checked)}
+    for kind in ("strict", "loose"):
+        result[f"prompt_{kind}"] = share([float(all(r[kind])) for r in checked]).record()
+        every = [ok for r in checked for ok in r[kind]]
+        result[f"instruction_{kind}"] = sum(every) / len(every) if every else None
+    result["absent_reasons"] = sorted({r["reason"] for r in rows if r["reason"]})[:3]
+    strict = result["prompt_strict"]
+    result["headline"] = (
+        f"prompt-level strict accuracy {strict['value']:.1%} [{strict['low']:.1%}, {strict['high']:.1%}]"
+    )
+    return result
