@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ from dualign.errors import UserError
 from dualign.plan import print_plan
 from runs_common import metrics, vowels, write_pairs
 
+ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = configs.recipes()
 GRIDS = sorted(name for name in SHIPPED if name.startswith("compare/"))
 RECIPES = sorted(name for name in SHIPPED if name not in GRIDS)
@@ -102,6 +105,28 @@ def test_a_base_is_laid_under_and_its_system_not_mixed_in(tmp_path):
     (tmp_path / "loop.yaml").write_text("base: loop.yaml\n")
     with pytest.raises(UserError, match="its own base"):
         configs.load(tmp_path / "loop.yaml")
+
+
+def test_the_documents_name_what_ships():
+    """Every recipe and grid that docs/ names exists, every one that ships is named, and no table is left out."""
+    text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("recipes.md", "systems.md"))
+    named = set(re.findall(r"\b(?:paper|small)/[a-z0-9._-]+[a-z0-9]", text))
+    assert named <= set(SHIPPED) | {name.removeprefix("compare/") for name in GRIDS}
+    assert set(SMALL) <= named and {name.removeprefix("compare/") for name in GRIDS if "/paper/" in name} <= named
+    for grid in re.findall(r"dualign (?:compare|sweep) ([a-z0-9/._-]+)", text):
+        assert f"compare/{grid}" in SHIPPED
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith(("| ICLR", "| v1"))]
+    tables = {int(n) for row in rows if "ICLR" in row for n in numbers(row.split("v1")[0], "Table")}
+    assert tables == set(range(1, 15))
+    figures = {int(n) for row in rows if "ICLR" in row for n in numbers(row.split("v1")[0], "Fig")}
+    assert figures == {1, 3, 4, 5, 6, 7, 8}  # 2 is a drawing
+
+
+def numbers(text, what):
+    """The numbers after Table(s) or Fig(s)., ranges spelled out: "Tables 9-14", "Figs. 5 a-b, 7, 8"."""
+    listed = re.search(rf"{what}\w*\.? ((?:\d+(?:-\d+)?(?: [a-f](?:-[a-f])?\b)?(?:, | and )?)+)", text)
+    for first, last in re.findall(r"(\d+)(?:-(\d+))?", listed[1] if listed else ""):
+        yield from range(int(first), int(last or first) + 1)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -106,4 +106,16 @@ def updates(
         for part in np.array_split(order, min(count, len(groups)) or 1):
             rows = [row for i in sorted(part.tolist()) for row in members[groups[i]]]
             if rows:
-                yield b.tokens.select(rows), b.batch.select(torch.tensor(rows))
+                tokens = b.tokens.select(rows)
+                yield tokens, trim(b.batch.select(torch.tensor(rows)), tokens.width)
+
+
+def trim(batch: Batch, width: int) -> Batch:
+    """The first `width` tokens of every row: without the padding that only longer completions needed, elsewhere in the
+    online batch."""
+
+    def cut(value: Tensor) -> Tensor:
+        return value[:, :width] if value.dim() > 1 else value
+
+    tensors = {f.name: cut(value) for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
+    return replace(batch, **tensors, columns={name: cut(value) for name, value in batch.columns.items()})

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dualign.compare.pareto import fit
-from dualign.compare.results import Mean, Result, groups, mean_curve
+from dualign.compare.results import Mean, Result, finals, mean_curve
 from dualign.errors import UserError
 
 MARKERS = "osD^vP*XhpdH8<>"
@@ -82,7 +82,9 @@ def behaviour(results: Sequence[Result]) -> Any:
 def ablation(results: Sequence[Result], axis: str) -> Any:
     """Final reward, KL, length and missing EOS against one setting."""
     figure, panels = _panels(4)
-    values = list(dict.fromkeys(str(r.cell.value) for r in results))
+    numbers = all(isinstance(r.cell.value, int | float) for r in results)
+    found = {str(r.cell.value): r.cell.value for r in results}
+    values = sorted(found, key=lambda v: found[v]) if numbers else list(found)
     for name, look, seeds in _looks(results):
         for panel, (key, label) in zip(panels, KEYS.items(), strict=True):
             means = [Mean.of(getattr(r.last, key) for r in seeds if str(r.cell.value) == v and r.last) for v in values]
@@ -97,19 +99,18 @@ def ablation(results: Sequence[Result], axis: str) -> Any:
 
 
 def pareto(plain: Sequence[Result], moved: Sequence[Result]) -> Any:
-    """Final reward against KL to π_0 (left) and against the α-interpolated KL (right), one marker per setting. With a
-    sweep: second-order fits, and a dashed line at the first system's peak (ICLR 2026, Fig. 4)."""
+    """Reward against KL to π_0 (left) and against the α-interpolated KL (right). With a sweep: the final reward of each
+    setting, second-order fits, and a dashed line at the first system's peak (ICLR 2026, Fig. 4). Without: each
+    system's way through training."""
     figure, panels = _panels(2)
-    labels = ("KL(π_θ‖π_0), nats", "α-interpolated KL, nats")
-    readings: tuple[Callable[[Result], float], ...] = (_kl, lambda r: r.alpha * _kl(r))
+    labels = {"kl": "KL(π_θ‖π_0), nats", "kl_interpolated": "α-interpolated KL, nats"}
     for first, (name, look, seeds) in enumerate(_looks(moved or plain)):
-        for panel, label, reading in zip(panels, labels, readings, strict=True):
-            settings = list(groups([r for r in seeds if r.last]).values())
-            x = [float(np.mean([reading(r) for r in s])) for s in settings]
-            y = [float(np.mean([r.last.reward for r in s if r.last])) for s in settings]
-            panel.plot(x, y, label=name, ms=5, **(look | {"ls": ""}))
+        points = finals(seeds) if moved else [p for p, _ in mean_curve(seeds)]
+        for panel, (key, label) in zip(panels, labels.items(), strict=True):
+            x, y = [getattr(p, key) for p in points], [p.reward for p in points]
+            panel.plot(x, y, label=name, ms=4, lw=1.2, **(look | {"ls": ""} if moved else look))
             panel.set(xlabel=label, ylabel="held-out reward")
-            found = fit(x, y)
+            found = fit(x, y) if moved else None
             if found:
                 grid = np.linspace(found.low, found.high, 50)
                 panel.plot(grid, found.at(grid), lw=1.2, color=look["color"])
@@ -128,10 +129,6 @@ def batch_seconds(results: Sequence[Result]) -> Any:
     panel.set_yticks(range(len(bars)), [name for _, name, _ in bars])
     panel.set(xlabel="seconds per online batch")
     return figure
-
-
-def _kl(r: Result) -> float:
-    return r.last.kl if r.last else float("nan")
 
 
 def _looks(results: Sequence[Result]) -> list[tuple[str, dict[str, Any], list[Result]]]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from dualign.compare import plots
 from dualign.compare.cells import selected, state
 from dualign.compare.grid import Cell, Grid, cells, selection_cells, unique
 from dualign.compare.pareto import fit
-from dualign.compare.results import Result, final_reward, groups, read
+from dualign.compare.results import Result, final_reward, finals, read
 from dualign.compare.table import curves_csv, markdown, rows, table_csv, target_reward
 from dualign.errors import UserError
 from dualign.runs import write_text
@@ -51,12 +49,9 @@ def pareto_lines(results: Sequence[Result]) -> list[str]:
     """The fit of each system over its settings, against KL(π_θ‖π_0) and α·KL(π_θ‖π_0), as Markdown items."""
     lines = []
     for name in dict.fromkeys(r.cell.system for r in results):
-        settings = [s for (n, _, _), s in groups([r for r in results if r.last]).items() if n == name]
-        reward = [float(np.mean([r.last.reward for r in s if r.last])) for s in settings]
-        kl = [float(np.mean([r.last.kl for r in s if r.last])) for s in settings]
-        interpolated = [float(np.mean([r.alpha * r.last.kl for r in s if r.last])) for s in settings]
-        for label, x in (("KL(π_θ‖π_0)", kl), ("α-interpolated KL", interpolated)):
-            found = fit(x, reward)
+        points = finals([r for r in results if r.cell.system == name])
+        for key, label in (("kl", "KL(π_θ‖π_0)"), ("kl_interpolated", "α-interpolated KL")):
+            found = fit([getattr(p, key) for p in points], [p.reward for p in points])
             if found:
                 lines.append(
                     f"- {name}: reward = {found.a:.4g}·x² + {found.b:.4g}·x + {found.c:.4g} with x = {label} in "

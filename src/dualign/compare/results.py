@@ -27,6 +27,7 @@ class Point:
     seconds: float  # spent on training so far, evaluations and checkpoints aside
     reward: float
     kl: float  # KL(π_θ‖π_0), nats per completion
+    kl_interpolated: float  # α·KL(π_θ‖π_0): what DAR's objective charges at π_θ = π_t; no α: the whole of it
     length: float  # tokens
     missing_eos: float  # share
 
@@ -47,11 +48,6 @@ class Result:
     @property
     def last(self) -> Point | None:
         return self.curve[-1] if self.curve else None
-
-    @property
-    def alpha(self) -> float:
-        """The share of π_0 in what the system is held to: its α; 1 for systems that know π_0 alone."""
-        return float(getattr(self.cell.config.algo, "alpha", 1.0))
 
 
 @dataclass(frozen=True)
@@ -93,18 +89,19 @@ def read(cell: Cell) -> Result | None:
     run = Run.open(cell.folder)
     spent = [sum(record["seconds"].values()) for record in run.metrics()]
     labels = [record["labels"] if is_online(cell.config) else 0 for record in run.metrics()]
-    curve = tuple(_points(run, [0, *labels], np.cumsum([0.0, *spent])))
+    alpha = float(getattr(cell.config.algo, "alpha", 1.0))
+    curve = tuple(_points(run, [0, *labels], np.cumsum([0.0, *spent]), alpha))
     return Result(cell, json.loads(path.read_text(encoding="utf-8")), curve, float(np.median(spent or [np.nan])))
 
 
-def _points(run: Run, labels: Sequence[int], seconds: np.ndarray) -> Iterable[Point]:
+def _points(run: Run, labels: Sequence[int], seconds: np.ndarray, alpha: float) -> Iterable[Point]:
     import pyarrow.parquet as pq
 
     for path in sorted(run.evaluations.glob("*.parquet")):
         e = json.loads(pq.read_schema(path).metadata[b"dualign"])["stats"]
         done = e["batches"]
         measured = {key: e[key] for key in ("reward", "kl", "length", "missing_eos")}
-        yield Point(done, labels[done], float(seconds[done]), **measured)
+        yield Point(done, labels[done], float(seconds[done]), kl_interpolated=alpha * e["kl"], **measured)
 
 
 def groups(results: Sequence[Result]) -> dict[tuple[str, str | None, str], list[Result]]:
@@ -125,11 +122,17 @@ def mean_curve(seeds: Sequence[Result]) -> list[tuple[Point, Mean]]:
     for batches, points in sorted(by_batches.items()):
         reward = Mean.of(p.reward for p in points)
         if reward is not None and len(points) == len(seeds):
-            rest = ("seconds", "kl", "length", "missing_eos")
+            rest = ("seconds", "kl", "kl_interpolated", "length", "missing_eos")
             means = {key: float(np.mean([getattr(p, key) for p in points])) for key in rest}
             labels = round(np.mean([p.labels for p in points]))
             out.append((Point(batches=batches, labels=labels, reward=reward.value, **means), reward))
     return out
+
+
+def finals(results: Sequence[Result]) -> list[Point]:
+    """The mean final point over seeds of each setting."""
+    curves = (mean_curve([r for r in seeds if r.last]) for seeds in groups(results).values())
+    return [curve[-1][0] for curve in curves if curve]
 
 
 def labels_to_reach(curve: Sequence[Point], target: float) -> float | None:

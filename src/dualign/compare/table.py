@@ -59,9 +59,7 @@ def _value(r: Result, name: str) -> float | None:
         return float(r.summary["labels"]) if r.online else 0.0
     if name == "gain_sd":
         return r.summary.get("gain_sd")
-    if r.last is None:
-        return None
-    return r.alpha * r.last.kl if name == "kl_interpolated" else float(getattr(r.last, name))
+    return float(getattr(r.last, name)) if r.last else None
 
 
 def markdown(table: Sequence[Row], reference: str | None) -> str:
