@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -38,23 +39,52 @@ def packed_attention(
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("sliding_window") is not None:
         raise ValueError("packed attention knows no soft caps, sinks or windows")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (L, heads, d)
-    of_prompts = _attend(
-        _block(q, layout.prompt_PA), _block(k, layout.prompt_PA), _block(v, layout.prompt_PA), layout.prompt_mask, scale, dropout
-    )
+    prompts, rows = layout.prompt_PA.shape, layout.row_nC.shape
+    cut = layout.prompt_PA.numel()
+
+    def blocks(x: Tensor) -> tuple[Tensor, Tensor]:  # (1, heads, L, d) -> (P, heads, A, d), (n, heads, C, d)
+        padded = _Spread.apply(x[0].transpose(0, 1), layout.spread, layout.back_L)
+        of_prompts, of_rows = padded[:cut].unflatten(0, prompts), padded[cut:].unflatten(0, rows)
+        return of_prompts.transpose(1, 2), of_rows.transpose(1, 2)
+
+    (q_P, q_n), (k_P, k_n), (v_P, v_n) = blocks(query), blocks(key), blocks(value)
+    out_P = _attend(q_P, k_P, v_P, layout.prompt_mask, scale, dropout)
     # a completion's keys are its prompt's, then its own
-    k_nS, v_nS = (
-        torch.cat([_block(x, layout.prompt_PA).index_select(0, layout.row_prompt_n), _block(x, layout.row_nC)], 2)
-        for x in (k, v)
+    k_n, v_n = (
+        torch.cat([of_prompts.index_select(0, layout.row_prompt_n), own], 2) for of_prompts, own in ((k_P, k_n), (v_P, v_n))
     )
-    of_rows = _attend(_block(q, layout.row_nC), k_nS, v_nS, layout.row_mask, scale, dropout)
-    both = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (of_prompts, of_rows)])  # (P*A + n*C, heads, d)
-    return both.index_select(0, layout.back_L)[None], None
+    out_n = _attend(q_n, k_n, v_n, layout.row_mask, scale, dropout)
+    both = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (out_P, out_n)])  # (P*A + n*C, heads, d)
+    return _Collect.apply(both, layout.back_L)[None], None
 
 
-def _block(x: Tensor, where: Tensor) -> Tensor:
-    """(L, heads, d) flat -> (B, heads, S, d) padded."""
-    return x.index_select(0, where.flatten()).unflatten(0, where.shape).transpose(1, 2)
+class _Spread(Function):
+    """Flat tokens -> padded slots. Every token has one slot of its own; what flows back through padding is zero (it is
+    masked as a key and never read as an output), so the gradient is a gather too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spread: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(0, spread)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Collect(Function):
+    """Padded slots -> flat tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.slots = len(padded)
+        return padded.index_select(0, back)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        out = grads[0].new_zeros(ctx.slots, *grads[0].shape[1:])
+        return out.index_copy_(0, ctx.saved_tensors[0], grads[0]), None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dropout: float) -> Tensor:

@@ -46,7 +46,8 @@ class _TokenLogProb(Function):
             d = ctx.kept[i] if ctx.kept else h @ weight.T
             for part in _slices(len(d), _block(d)):
                 d[part] = torch.softmax(d[part], -1).mul_(-g[part])
-            d.scatter_add_(1, target_M[rows, None], g)
+            at = torch.arange(len(d), device=d.device)
+            d[at, target_M[rows]] += g[:, 0]
             grad_hidden[rows] = (d @ weight).to(grad_hidden.dtype)
             if grad_weight is not None:
                 grad_weight += d.T @ h

@@ -44,6 +44,7 @@ class Layout:
     """Where the flat tokens stand in padded blocks. P prompts of at most A tokens, n completions of at most C."""
 
     prompt_PA: Tensor  # flat position of each prompt token; padding repeats the first
+    spread: Tensor  # the flat positions of both kinds of blocks, one after the other
     prompt_mask: Tensor  # (P, 1, A, A) bool: causal
     row_nC: Tensor  # flat position of each completion token; padding repeats the first
     row_prompt_n: Tensor  # which prompt a completion answers
@@ -155,7 +156,15 @@ def _layout(length: int, prompts: list[range], completions: list[range], row_pro
         at = len(prompts) * a + i * c
         back[r.start : r.stop] = torch.arange(at, at + len(r))
     causal = torch.ones(a, a, dtype=torch.bool).tril()
-    return Layout(prompt_PA, causal.expand(len(prompts), 1, -1, -1), row_nC, row_prompt_n, row_mask[:, None], back)
+    return Layout(
+        prompt_PA=prompt_PA,
+        spread=torch.cat([prompt_PA.flatten(), row_nC.flatten()]),
+        prompt_mask=causal.expand(len(prompts), 1, -1, -1),
+        row_nC=row_nC,
+        row_prompt_n=row_prompt_n,
+        row_mask=row_mask[:, None],
+        back_L=back,
+    )
 
 
 def _padded(tokens: Tokens, rows: Sequence[int], width: int, pad_id: int) -> MicroBatch:

@@ -102,6 +102,8 @@ class Policy(nn.Module):
         self.plain_head = self._head_is_linear()
         if share and model.config._attn_implementation == "sdpa":
             self.share = self._try_sharing()
+        if precision == "bf16":
+            self._round_norms()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -163,6 +165,16 @@ class Policy(nn.Module):
             return False
         return True
 
+    def _round_norms(self) -> None:
+        """The norms before a layer's linear maps hand on bf16: what autocast makes of their output anyway, once instead
+        of once for each of q, k, v, gate and up."""
+        layers = dict(self.base.named_modules())
+        if any(name.endswith("feedforward_layernorm") for name in layers):
+            return  # a family whose norms also feed the residual stream, which stays in fp32
+        for name, module in layers.items():
+            if name.endswith((".input_layernorm", ".post_attention_layernorm")):
+                module.register_forward_hook(_to_bf16)
+
     def frozen_copy(self) -> Policy:
         """The same policy, to be kept as it is; in bf16 with its linear layers rounded: the same numbers from half
         the memory."""
@@ -175,6 +187,10 @@ class Policy(nn.Module):
         if self.precision != "bf16":
             return {}
         return round_linears(self, keep=self.head.weight if self.head is not None else None)
+
+
+def _to_bf16(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.to(torch.bfloat16) if torch.is_autocast_enabled(output.device.type) else output
 
 
 def _inputs(micro: MicroBatch) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+# Every target does its own set-up in .venv on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help venv quickstart test check format bench bench-gpu profile clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: $(STAMP)  ## make the virtual environment
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dualign needs Python 3.11 or newer; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+quickstart: $(STAMP)  ## align a 135M model by DAR and read its answers before and after
+	$(BIN)/python -m dualign.assets
+	$(BIN)/dualign train quickstart run.dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
+
+test: $(STAMP)  ## run the test suite
+	$(BIN)/python -m dualign.assets
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+check: $(STAMP)  ## lint, types, dependency audit
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pip-audit --skip-editable --progress-spinner off || echo "pip-audit: see above (needs the network)"
+
+format: $(STAMP)  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## dualign against TRL on this machine (installs trl)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m dualign.assets
+	$(BIN)/python benchmarks/against_trl.py
+
+bench-gpu: $(STAMP)  ## the update phase and decoding on one CUDA device
+	$(BIN)/python benchmarks/gpu.py
+
+profile: $(STAMP)  ## where the time of one online batch goes
+	$(BIN)/python -m dualign.assets
+	$(BIN)/python benchmarks/profile_batch.py
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build
