@@ -78,7 +78,7 @@ def local_file(source: str, split: str = "train") -> Path | None:
     if source.startswith("builtin:"):
         name, _, part = source.removeprefix("builtin:").partition("/")
         path = Path(str(files("dualign"))) / "prompts" / f"{name}_{part or split}.jsonl"
-        if not path.is_file():
+        if path.name != f"{name}_{part or split}.jsonl" or not path.is_file():  # no way out of the package
             have = ", ".join(f"builtin:{p.stem.replace('_', '/')}" for p in sorted(path.parent.glob("*.jsonl")))
             raise UserError(f"{source}: no such data in the package; it has {have or 'none'}")
         return path

@@ -1,4 +1,9 @@
-"""The two ways in which dualign stops on purpose, neither with a traceback, and the one fault that it rides out."""
+"""The two ways in which dualign stops on purpose, neither with a traceback, the one fault that it rides out, and
+how text from outside is shown."""
+
+import re
+
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class UserError(Exception):
@@ -20,3 +25,8 @@ def out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or any(words in str(error) for words in ("not enough memory", "can't allocate memory", "out of memory"))
     )
+
+
+def clean(text: str) -> str:
+    """Text from outside, made inert: nothing that a terminal obeys, nothing that turns the reading direction."""
+    return UNPRINTABLE.sub("�", text)

@@ -284,6 +284,12 @@ class Run:
         found = [p for p in self.checkpoints.iterdir() if re.fullmatch(r"\d{6,}(\+\d+)?", p.name)]
         return sorted(found, key=lambda p: [int(part) for part in p.name.split("+")])
 
+    def slim(self, weights: bool) -> None:
+        """Drops the training state of a finished run that will not go on, and without `weights` every checkpoint."""
+        saved = self.saved()
+        state = [p for folder in saved for name in STATE_FILES if (p := folder / name).exists()]
+        self._drop(state if weights else saved)
+
     def resumable(self) -> Path | None:
         """The newest checkpoint that training can go on from."""
         whole = [p for p in self.saved() if (p / STATE_FILES[0]).exists()]

@@ -33,7 +33,7 @@ def sample_from(model: str, prompts: Sequence[Prompt], sampling: Sampling, seed:
 def sample_to(
     model: str, source: str, out: Path | None, k: int, max_new_tokens: int, temperature: float, top_p: float, limit: int | None, seed: int
 ) -> None:
-    from dualign.view import clean
+    from dualign.errors import clean
 
     known = Path(source).exists() or source.startswith("builtin:") or ("/" in source and " " not in source)
     prompts = (

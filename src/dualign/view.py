@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from types import TracebackType
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from dualign.algos import Algorithm
 from dualign.config import Config
+from dualign.errors import clean
 
 if TYPE_CHECKING:
     from dualign.engine import Engine
@@ -35,11 +35,6 @@ COLUMNS = {  # column: (key, format); shown when the key is there
     "loss": ("loss", "{:.3g}"),
     "grad": ("grad_norm", "{:.2g}"),
 }
-
-
-def clean(text: str) -> str:
-    """Text from outside, made inert: no terminal control codes."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", text)
 
 
 class View:

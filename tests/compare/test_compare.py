@@ -24,6 +24,7 @@ from dualign.compare.plan import plan_lines
 from dualign.compare.report import write_report
 from dualign.errors import UserError
 from dualign.resume import resumed_config
+from dualign.verify import verify
 from runs_common import launch, reward_file, tree, write_prompts
 
 T95 = {2: 12.706204736432095, 3: 4.302652729696142}  # t quantiles for two and three seeds
@@ -145,7 +146,10 @@ def test_the_best_rate_is_selected_on_a_seed_of_its_own(grid_file):
 
     assert run_grid(grid, pretend, print) == {}
     assert [c.config.run.seed for c in selection_cells(grid)] == [7, 7]
+    assert not any(list((c.folder / "checkpoints").iterdir()) for c in selection_cells(grid))  # weights not wanted
     (cell,) = cells(grid, running.selected(grid))
+    kept = {p.name for p in (cell.folder / "checkpoints").rglob("*.safetensors")}
+    assert kept == {"model.safetensors"} and not [f for f in verify(cell.folder) if f.kind == "damaged"]
     assert cell.config.train.lr == 3e-3 and cell.config.run.seed == 0 and state(cell) == "finished"
     write_report(grid, {})
     text = (grid_out(grid) / "report" / "report.md").read_text()

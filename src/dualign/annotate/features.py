@@ -32,7 +32,7 @@ class Encoder:
         logging.disable_progress_bar()
         folder = resolve(model)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self._model: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+        self._model: Any = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
         self._cache: dict[tuple[str, str], Array] = {}
         self._lock = threading.Lock()
 

@@ -88,7 +88,7 @@ def _find(path: str) -> Path:
         return Path(path).expanduser()
     folder = Path(str(files("dualign"))) / "heads"
     file = folder / f"{path.removeprefix('builtin:')}.safetensors"
-    if not file.is_file():
+    if file.name != f"{path.removeprefix('builtin:')}.safetensors" or not file.is_file():  # no way out of the package
         have = ", ".join(f"builtin:{p.stem}" for p in sorted(folder.glob("*.safetensors")))
         raise UserError(f"reward head {path}: no such head in the package; it has {have}")
     return file

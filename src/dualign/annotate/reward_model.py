@@ -85,7 +85,7 @@ def _load(settings: ClassifierReward) -> tuple[Any, Any]:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, **source)
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=getattr(torch, settings.dtype), output_loading_info=True, **source
+            name, dtype=getattr(torch, settings.dtype), output_loading_info=True, use_safetensors=True, **source
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"reward model {settings.model}: cannot be loaded: {error}") from error

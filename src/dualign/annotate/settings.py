@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Settings(BaseModel):
@@ -69,6 +70,20 @@ class Endpoint(RewardSettings):
     max_tokens_total: int | None = Field(None, ge=0, description="ceiling for the run")
     max_calls: int | None = Field(None, ge=0, description="ceiling for the run")
     cache: str | None = Field(None, description="SQLite file of labels; default: one in the user's cache folder")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _names_a_variable(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):  # a key itself must not get into copies of the configuration
+            raise ValueError("expected the NAME of an environment variable in capitals, never the key itself")
+        return name
+
+    @field_validator("base_url")
+    @classmethod
+    def _holds_no_secret(cls, url: str) -> str:
+        if re.search(r"//[^/]*@|[?&][^=&]*(key|token|secret|password)[^=&]*=", url, re.IGNORECASE):
+            raise ValueError("holds a password or key; put it into the environment variable that api_key_env names")
+        return url
 
 
 class ServedReward(Endpoint):

@@ -29,7 +29,7 @@ def application() -> typer.Typer:
 
 def main() -> None:
     """Exit codes: 0 done; 2 bad input; 3 stopped cleanly and can be resumed; 130 interrupted."""
-    from dualign.errors import StopRun, UserError
+    from dualign.errors import StopRun, UserError, clean
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a busy neighbour must not make small operations crawl
@@ -39,7 +39,7 @@ def main() -> None:
         application()()
     except (UserError, StopRun) as error:
         if first:
-            print(f"dualign: {error}", file=sys.stderr)
+            print(clean(f"dualign: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         if first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +59,7 @@ def _run(path: str, base: str | None, out: Path | None, report_only: bool, dry_r
     from dualign.compare.cells import run_grid, subprocesses
     from dualign.compare.report import write_report
 
-    failed = {} if report_only else run_grid(grid, subprocesses(grid.launch), print)
+    failed = {} if report_only else run_grid(grid, subprocesses(grid.launch), partial(print, flush=True))
     try:
         print(write_report(grid, failed))
         print(f"report: {grid.out}/report/report.md")

@@ -15,6 +15,7 @@ from dualign.compare.grid import Cell, Grid, cells, selection_cells, unique
 from dualign.compare.results import final_reward
 from dualign.config import dump
 from dualign.errors import UserError
+from dualign.runs import Run
 
 State = Literal["finished", "interrupted", "to do"]
 Execute = Callable[[Cell, bool], None]  # runs a cell, or resumes it; raises CellError
@@ -53,7 +54,7 @@ def run_grid(grid: Grid, execute: Execute, say: Say) -> dict[str, str]:
     first = selection_cells(grid)
     for cell in first:
         state(cell)
-    failed = run_cells(first, execute, say)
+    failed = run_cells(first, execute, say, keep_weights=False)
     chosen = selected(grid)
     if grid.select:
         for name in grid.systems:
@@ -62,11 +63,11 @@ def run_grid(grid: Grid, execute: Execute, say: Say) -> dict[str, str]:
                 say(f"{where} = {chosen[name]} selected on seed {grid.select.seed}")
             else:
                 failed[where] = "no run of the selection finished with a held-out reward, so the system is left out"
-    return failed | run_cells(cells(grid, chosen), execute, say)
+    return failed | run_cells(cells(grid, chosen), execute, say, grid.keep_weights)
 
 
-def run_cells(todo: Sequence[Cell], execute: Execute, say: Say) -> dict[str, str]:
-    """The failed cells by name, each with its reason."""
+def run_cells(todo: Sequence[Cell], execute: Execute, say: Say, keep_weights: bool) -> dict[str, str]:
+    """The failed cells by name, each with its reason. A finished one will not go on: its training state is dropped."""
     failed: dict[str, str] = {}
     states = {cell.folder: state(cell) for cell in todo}
     every = unique(todo)
@@ -79,6 +80,7 @@ def run_cells(todo: Sequence[Cell], execute: Execute, say: Say) -> dict[str, str
         say(f"{where}: {'resumed' if before == 'interrupted' else 'started'}, in {cell.folder}")
         try:
             execute(cell, before == "interrupted")
+            Run.open(cell.folder).slim(keep_weights)
         except CellError as error:
             failed[cell.name] = str(error)
             say(f"{where}: FAILED: {error}")

@@ -47,6 +47,7 @@ class Grid(Settings):
     )
     select: Select | None = None
     reference: str | None = Field(None, description="the system to whose final reward labels are counted")
+    keep_weights: bool = Field(True, description="of the finished cells; those of the selection are always dropped")
     launch: str = Field("", description="what starts a run, where not this Python: `accelerate launch -m`")
 
     def system(self, name: str) -> System:

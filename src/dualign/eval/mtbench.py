@@ -146,8 +146,7 @@ def table(questions: Sequence[Question], ratings: Sequence[tuple[Label, Label]])
     }
     absent = sum(label.value is None for pair in ratings for label in pair)
     overall = rows["all"]["both"]
-    return {
-        "rows": rows,
-        "absent": absent,
-        "headline": f"{overall['value']:.2f} [{overall['low']:.2f}, {overall['high']:.2f}] of 10",
-    }
+    headline = "no rating in any reply of the judge"
+    if overall["n"]:
+        headline = f"{overall['value']:.2f} [{overall['low']:.2f}, {overall['high']:.2f}] of 10"
+    return {"rows": rows, "absent": absent, "headline": headline}

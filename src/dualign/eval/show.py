@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dualign.view import clean
+from dualign.errors import clean
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -118,7 +118,7 @@ def mtbench(result: dict[str, Any], path: Path) -> None:
         interval = f"{both['value']:.2f} [{both['low']:.2f}, {both['high']:.2f}]" if both["n"] else "-"
         table.add_row(name, _plain(row["turn_1"]["value"]), _plain(row["turn_2"]["value"]), interval, str(both["n"]))
     console.print(table)
-    console.print(f"{result['absent']} ratings absent; in {path}")
+    console.print(f"{result['headline']}; {result['absent']} ratings absent; in {path}")
 
 
 def ifeval(result: dict[str, Any], path: Path) -> None:
@@ -138,7 +138,7 @@ def _signed(value: float | None) -> str:
 
 
 def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None or value != value else f"{value:.2f}"
 
 
 def _or(value: int | None) -> str:

@@ -213,10 +213,14 @@ class _BranchLayer(CacheLayerMixin):  # type: ignore[misc]
         self.room, self.length = room, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.device = key_states.device
+        # attention under autocast rounds keys and values at every step: keep them rounded
+        kind = self.device.type
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else key_states.dtype
         n, heads, length, _ = key_states.shape
-        self.keys = key_states.new_empty(n, heads, length + self.room, key_states.shape[-1])
-        self.values = value_states.new_empty(n, heads, length + self.room, value_states.shape[-1])
+        self.keys, self.values = (
+            x.new_empty(n, heads, length + self.room, x.shape[-1], dtype=self.dtype) for x in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
