@@ -123,3 +123,16 @@ def test_same_seed_same_bits_other_seed_other_run(tiny, tmp_path):
         runs.append(dualign.train(config, reward=vowels, quiet=True).folder)
     assert metrics(runs[0]) == metrics(runs[1]) != metrics(runs[2])
     assert all(torch.equal(v, weights(runs[1])[k]) for k, v in weights(runs[0]).items())
+
+
+def test_a_cut_completion_is_penalised_and_its_parts_say_so(tiny, tmp_path):
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"})
+    config["rollout"] |= {"missing_eos_penalty": 0.5, "max_new_tokens": 30}
+    run = dualign.train(config, reward=vowels, quiet=True)
+    rows = [r for step in range(3) for r in pq.read_table(run.batch_path(step)).to_pylist()]
+    assert {r["finish"] for r in rows} == {"eos", "length"}
+    for r in rows:
+        own = vowels([r["completion"]])[0]
+        assert r["reward"] == pytest.approx(own - 0.5 * (r["finish"] == "length"))
+        if r["finish"] == "length":
+            assert json.loads(r["parts"]) == pytest.approx({"reward": own, "missing_eos": -0.5})

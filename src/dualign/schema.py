@@ -50,6 +50,9 @@ class RolloutConfig(Settings):
     max_new_tokens: int = Field(64, ge=1)
     temperature: float = Field(0.9, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
+    missing_eos_penalty: float = Field(
+        0.0, ge=0, description="subtracted from the training reward of a completion cut off at max_new_tokens"
+    )
     rows: int = Field(256, ge=1, description="completions decoded side by side in one process")
 
 

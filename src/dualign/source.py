@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -74,12 +74,22 @@ class OnlineSource:
         self.engine, self.labeller = engine, labeller
         r = config.rollout
         self.sampling = Sampling(r.k, r.max_new_tokens, r.temperature, r.top_p)
-        self.seed = config.run.seed
+        self.seed, self.penalty = config.run.seed, r.missing_eos_penalty
         self.stream = Stream(requests, config.prompts_per_batch, self.seed, config.data.shuffle)
 
     def collect(self, step: int, clock: Clock) -> list[Row]:
         requests = [Request(g, r.prompt, r.prompt_ids) for g, r in enumerate(self.stream.at(step))]
-        return self.labeller.rows(self.engine.mine(requests), self.sampling, (self.seed, step), clock)
+        rows = self.labeller.rows(self.engine.mine(requests), self.sampling, (self.seed, step), clock)
+        return [penalised(row, self.penalty) for row in rows]
+
+
+def penalised(row: Row, penalty: float) -> Row:
+    """A completion that was cut off is worth `penalty` less; the label's parts keep what it was made of."""
+    label = row.label
+    if not penalty or row.rollout.finish == "eos" or label.value is None:
+        return row
+    parts = {**(label.parts or {"reward": label.value}), "missing_eos": -penalty}
+    return Row(row.rollout, replace(label, value=label.value - penalty, parts=parts))
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,14 @@ def length_controlled(
 
     fitted by maximum likelihood on the scores as soft labels; its value at Δ = 0 is σ(θ). The paper's third term, the
     instruction's difficulty, is estimated from a leaderboard of many models and does not exist for one pair of them.
-    The interval is a bootstrap over prompts that fits anew in every resample.
+    The interval is a bootstrap over prompts that fits anew in every resample; equal outcomes get what `share` gives.
     """
     score, delta = np.asarray(score_n, float), np.asarray(chars_a_n, float) - np.asarray(chars_b_n, float)
     n = len(score)
     if not n:
         return LengthControlled(NOTHING, NOTHING)
+    if score.min() == score.max():  # nothing to tell length's part by
+        return LengthControlled(share(score, seed), NOTHING)
     (theta, phi), draws_B2 = _fit(score, delta, np.ones((1, n)))[0], _fit(score, delta, counts(n, RESAMPLES, seed))
     return LengthControlled(
         percentile(float(_sigmoid(theta)), _sigmoid(draws_B2[:, 0]), n), percentile(float(phi), draws_B2[:, 1], n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from dualign.errors import clean
+
+
+def _console() -> Console:
+    """Wide enough for every table: a narrow terminal wraps lines, which reads better than columns of one word."""
+    width = max(140, shutil.get_terminal_size().columns)
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -28,7 +35,7 @@ def number(e: dict[str, Any]) -> str:
 
 
 def winrate(result: dict[str, Any], path: Path) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = _console()
     for system in result["systems"]:
         title = f"{system['source']} against {system['points'][0]['b']}, judged by {result['judge']['name']}"
         table = _table(title, "policy", "labels", "win rate [95 %]", "length-controlled", "won/tied/lost", "absent",
@@ -69,7 +76,7 @@ def _cost(system: dict[str, Any]) -> str:
 
 
 def reward(result: dict[str, Any], path: Path) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = _console()
     for system in result["systems"]:
         for key, judge in (("points", "judge"), ("second_points", "second")):
             if key not in system:
@@ -97,7 +104,7 @@ def _r(c: dict[str, float]) -> str:
 
 
 def cheat(result: dict[str, Any], path: Path) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = _console()
     table = _table(f"batch by batch; second reward: {result['second']}", "batch", "reward (sd)", "second (sd)", "KL",
                    "no EOS", "length", "distinct-2", "repeats", "refusals", "same opening")  # fmt: skip
     for row in result["batches"]:
@@ -111,7 +118,7 @@ def cheat(result: dict[str, Any], path: Path) -> None:
 
 
 def mtbench(result: dict[str, Any], path: Path) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = _console()
     table = _table(f"MT-Bench: {result['source']}", "category", "turn 1", "turn 2", "both [95 %]", "questions")
     for name, row in result["rows"].items():
         both = row["both"]
@@ -122,7 +129,7 @@ def mtbench(result: dict[str, Any], path: Path) -> None:
 
 
 def ifeval(result: dict[str, Any], path: Path) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = _console()
     table = _table(f"IFEval: {result['source']}", "accuracy", "over prompts [95 %]", "over instructions")
     for kind in ("strict", "loose"):
         share = result[f"instruction_{kind}"]
