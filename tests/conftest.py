@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402
+import pytest
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'][0] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -41,17 +41,35 @@ def make_model(kind: str, vocab: int, eos: int, seed: int = 0):
     if kind == "llama":
         model = LlamaForCausalLM(
             LlamaConfig(
-                hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                vocab_size=vocab, max_position_embeddings=256, tie_word_embeddings=True, eos_token_id=eos, pad_token_id=eos,
-                bos_token_id=None, initializer_range=0.2,
-            )  # fmt: skip
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                vocab_size=vocab,
+                max_position_embeddings=256,
+                tie_word_embeddings=True,
+                eos_token_id=eos,
+                pad_token_id=eos,
+                bos_token_id=None,
+                initializer_range=0.2,
+            )
         )
     else:
         model = GPT2LMHeadModel(
             GPT2Config(
-                n_embd=32, n_layer=2, n_head=4, vocab_size=vocab, n_positions=256, eos_token_id=eos, bos_token_id=eos,
-                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.2,
-            )  # fmt: skip
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                vocab_size=vocab,
+                n_positions=256,
+                eos_token_id=eos,
+                bos_token_id=eos,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                initializer_range=0.2,
+            )
         )
     model.generation_config.eos_token_id = eos
     return model

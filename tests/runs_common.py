@@ -55,7 +55,15 @@ def tree(model: Path, data: Path, run: Path, algo: dict[str, Any], **train: Any)
         "data": {"train": str(data), "eval": str(data)},
         "rollout": {"k": 4, "max_new_tokens": 12},
         "algo": algo,
-        "train": {"online_batches": 3, "online_batch": 16, "update_size": 8, "lr": 1e-3, "warmup": 2, "micro_batch_tokens": 128, **train},
+        "train": {
+            "online_batches": 3,
+            "online_batch": 16,
+            "update_size": 8,
+            "lr": 1e-3,
+            "warmup": 2,
+            "micro_batch_tokens": 128,
+            **train,
+        },
         "eval": {"prompts": 4},
         "run": {"dir": str(run), "checkpoints": 1},
     }
@@ -69,7 +77,13 @@ def launch(recipe: Path, *arguments: str, processes: int = 1, command: str = "tr
     """`dualign train RECIPE` in processes of its own, on gloo where there are several."""
     launcher = [sys.executable, "-m"]
     if processes > 1:
-        launcher += ["torch.distributed.run", f"--nproc-per-node={processes}", "--master-port", str(20000 + os.getpid() % 20000), "-m"]
+        launcher += [
+            "torch.distributed.run",
+            f"--nproc-per-node={processes}",
+            "--master-port",
+            str(20000 + os.getpid() % 20000),
+            "-m",
+        ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     started = subprocess.Popen(
         [*launcher, "dualign", command, str(recipe), *arguments],

@@ -7,12 +7,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from runs_common import launch, metrics, reward_file, tree, vowels, weights, write_demonstrations, write_pairs, write_prompts
 from transformers import AutoModelForCausalLM
 
 import dualign
 from dualign.algos import ALGORITHMS
 from dualign.errors import StopRun, UserError
+from runs_common import (
+    launch,
+    metrics,
+    reward_file,
+    tree,
+    vowels,
+    weights,
+    write_demonstrations,
+    write_pairs,
+    write_prompts,
+)
 
 
 def fit(tiny, folder, algo, reward=vowels, **train):
@@ -68,7 +78,9 @@ def test_absent_labels_leave_the_batch_and_are_counted(tiny, tmp_path):
     # the group's baseline is the mean of the three that have a label
     group = [r for r in rows if r["group"] == rows[5]["group"] and r["reward"] is not None]
     raw = [r["reward"] - sum(g["reward"] for g in group) / 3 for r in group]
-    assert raw[0] - raw[1] == pytest.approx((group[0]["algo.advantage"] - group[1]["algo.advantage"]) * sigma(rows), rel=1e-4)
+    assert raw[0] - raw[1] == pytest.approx(
+        (group[0]["algo.advantage"] - group[1]["algo.advantage"]) * sigma(rows), rel=1e-4
+    )
 
 
 def sigma(rows):

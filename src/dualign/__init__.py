@@ -1,7 +1,7 @@
 """dualign: align language models from online scalar rewards.
 
-    import dualign
-    run = dualign.train(dualign.load("quickstart", ["train.lr=1e-5"]), reward=my_function)
+import dualign
+run = dualign.train(dualign.load("quickstart", ["train.lr=1e-5"]), reward=my_function)
 """
 
 from typing import Any

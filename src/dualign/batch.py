@@ -91,9 +91,7 @@ def check_finite(b: WeightedBatch) -> None:
             )
 
 
-def updates(
-    b: WeightedBatch, algo: Algorithm, update_size: int, seed: int
-) -> Iterator[tuple[Tokens, Batch]]:
+def updates(b: WeightedBatch, algo: Algorithm, update_size: int, seed: int) -> Iterator[tuple[Tokens, Batch]]:
     """The rows of each optimizer step: whole prompts, shuffled anew in every epoch by the run's seed and the batch's
     number alone. The last update takes the remainder where it is no more than half an update."""
     groups = sorted(set(b.tokens.group))

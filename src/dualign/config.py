@@ -9,7 +9,7 @@ from functools import reduce
 from importlib import resources
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -18,11 +18,14 @@ from dualign.algos import ALGORITHMS, Algorithm
 from dualign.errors import UserError
 from dualign.schema import Sections
 
-AlgorithmConfig = Annotated[reduce(or_, ALGORITHMS.values()), Field(discriminator="name")]
+if TYPE_CHECKING:
+    AlgorithmConfig = Algorithm
+else:
+    AlgorithmConfig = Annotated[reduce(or_, ALGORITHMS.values()), Field(discriminator="name")]
 
 
 class Config(Sections):
-    algo: AlgorithmConfig = ALGORITHMS["dar"](name="dar")  # type: ignore[valid-type]
+    algo: AlgorithmConfig = ALGORITHMS["dar"](name="dar")
 
     @model_validator(mode="after")
     def _counts(self) -> Self:
@@ -59,7 +62,7 @@ _Loader.add_implicit_resolver(
 
 def parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -169,9 +172,9 @@ def _explain(tree: Any, item: Any) -> str:
     path: list[str] = []
     node = tree
     for part in item["loc"]:
-        if isinstance(node, dict) and part in node:
-            node = node[part]
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+        if (isinstance(node, dict) and part in node) or (
+            isinstance(node, list) and isinstance(part, int) and part < len(node)
+        ):
             node = node[part]
         elif isinstance(node, dict) and part in (node.get("name"), node.get("type")):
             continue
@@ -189,7 +192,11 @@ def _explain(tree: Any, item: Any) -> str:
         given = item["input"].get(field) if isinstance(item["input"], dict) else item["input"]
         choices = [c.strip(" '") for c in item["ctx"]["expected_tags"].split(",")]
         near = difflib.get_close_matches(str(given), choices, 1, 0.4)
-        return f"{key}.{field}: no {given!r}" + (f"; did you mean {near[0]}?" if near else "") + f" (one of {', '.join(choices)})"
+        return (
+            f"{key}.{field}: no {given!r}"
+            + (f"; did you mean {near[0]}?" if near else "")
+            + f" (one of {', '.join(choices)})"
+        )
     if kind == "union_tag_not_found":
         return f"{key}.{'name' if key == 'algo' else 'type'}: missing"
     if kind == "value_error":
@@ -206,7 +213,7 @@ def _known(path: list[str], tree: Any) -> list[str]:
         model = _model_of(annotation, tree)
         if model is None:
             return []
-    return list(model.model_fields) if isinstance(model, type) else []
+    return list(model.model_fields) if hasattr(model, "model_fields") else []
 
 
 def _model_of(annotation: Any, tree: Any) -> Any:

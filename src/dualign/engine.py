@@ -255,18 +255,18 @@ class Engine:
     def _optimizer(self) -> torch.optim.Optimizer:
         t = self.train
         rates = [t.lr, t.critic_lr or t.lr]
-        groups = [
-            {"params": parameters, "lr": lr} for parameters, lr in zip(self.masters.groups, rates, strict=False)
-        ]
+        groups = [{"params": parameters, "lr": lr} for parameters, lr in zip(self.masters.groups, rates, strict=False)]
         if t.optimizer == "adamw":
             optimizer: Any = torch.optim.AdamW(groups, lr=t.lr, weight_decay=t.weight_decay, fused=True)
         else:
             from transformers.optimization import Adafactor
 
             # the papers' setting: no adaptive learning rate
-            optimizer = Adafactor(groups, lr=t.lr, weight_decay=t.weight_decay, scale_parameter=False, relative_step=False)
+            optimizer = Adafactor(
+                groups, lr=t.lr, weight_decay=t.weight_decay, scale_parameter=False, relative_step=False
+            )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: min(1.0, (u + 1) / max(1, t.warmup)))
-        return optimizer  # type: ignore[no-any-return]
+        return optimizer
 
     def _sum(self, sums: dict[str, float]) -> dict[str, float]:
         if self.world == 1:
@@ -298,5 +298,8 @@ def _with_lora(model: Any, config: Config) -> Any:
     c = config.model.lora
     assert c is not None
     return get_peft_model(
-        model, LoraConfig(r=c.r, lora_alpha=c.alpha, lora_dropout=c.dropout, target_modules=c.target_modules, task_type="CAUSAL_LM")
+        model,
+        LoraConfig(
+            r=c.r, lora_alpha=c.alpha, lora_dropout=c.dropout, target_modules=c.target_modules, task_type="CAUSAL_LM"
+        ),
     )

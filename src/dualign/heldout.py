@@ -96,7 +96,13 @@ def gain(before: Sequence[Row], after: Sequence[Row]) -> dict[str, float]:
     every = np.array([v for g in start for v in start[g]])
     sd = float(every.std(ddof=1)) if len(every) > 1 else 0.0
     mean, half = (float(difference.mean()), half_width(difference)) if len(shared) else (float("nan"), 0.0)
-    return {"gain": mean, "gain_ci": half, "sd": sd, "gain_sd": mean / sd if sd else 0.0, "gain_sd_ci": half / sd if sd else 0.0}
+    return {
+        "gain": mean,
+        "gain_ci": half,
+        "sd": sd,
+        "gain_sd": mean / sd if sd else 0.0,
+        "gain_sd_ci": half / sd if sd else 0.0,
+    }
 
 
 def _rewards(rows: Sequence[Row]) -> dict[int, list[float]]:

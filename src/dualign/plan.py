@@ -56,7 +56,10 @@ def print_plan(config: Config) -> None:
     else:
         print(f"model: {c.model.name}, {count / 1e6:.0f}M parameters, {c.model.precision}")
         estimate = memory_estimate(config, count, hf)
-        print(f"memory, about: {sum(estimate.values()):.1f} GB = " + " + ".join(f"{v:.2f} {k}" for k, v in estimate.items()))
+        print(
+            f"memory, about: {sum(estimate.values()):.1f} GB = "
+            + " + ".join(f"{v:.2f} {k}" for k, v in estimate.items())
+        )
     try:
         if c.algo.source == "online":
             rows = len(data.load_prompts(c.data.train, c.data, c.data.split))

@@ -117,11 +117,22 @@ class Run:
 
     def _is_stillborn(self) -> bool:
         """Whether the folder holds nothing, or no more than `create` leaves when it is killed half-way."""
-        ours = {"batches", "evaluations", "checkpoints", "run.json", "manifest", ".lock"}
+        ours = {"batches", "evaluations", "checkpoints", "run.json", "manifest", ".lock", "spent.sqlite"}
         return all(
             (p.name in ours or p.name.endswith(".partial")) and not (p.is_dir() and any(p.iterdir()))
             for p in self.folder.iterdir()
         )
+
+    def abandon(self) -> None:
+        """Takes back what `create` made, where nothing was sampled yet: an input that is wrong makes no run."""
+        parts = (self.batches, self.evaluations, self.checkpoints)
+        if any(part.is_dir() and any(part.iterdir()) for part in parts):
+            return
+        for name in ("config.yaml", "run.json", "metrics.jsonl", "manifest", ".lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        for part in (*parts, self.folder):
+            with contextlib.suppress(OSError):  # not there, or something else is in it
+                part.rmdir()
 
     @staticmethod
     def open(folder: Path) -> Run:

@@ -16,7 +16,9 @@ from dualign.source import requests_of
 from dualign.types import Prompt, Rollout
 
 
-def sample_from(model: str, prompts: Sequence[Prompt], sampling: Sampling, seed: int, precision: str = "bf16") -> list[Rollout]:
+def sample_from(
+    model: str, prompts: Sequence[Prompt], sampling: Sampling, seed: int, precision: str = "bf16"
+) -> list[Rollout]:
     """K rollouts of each prompt, in order. `model`: as model.name in a recipe."""
     import torch
 
@@ -31,7 +33,15 @@ def sample_from(model: str, prompts: Sequence[Prompt], sampling: Sampling, seed:
 
 
 def sample_to(
-    model: str, source: str, out: Path | None, k: int, max_new_tokens: int, temperature: float, top_p: float, limit: int | None, seed: int
+    model: str,
+    source: str,
+    out: Path | None,
+    k: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    limit: int | None,
+    seed: int,
 ) -> None:
     from dualign.errors import clean
 
@@ -45,7 +55,9 @@ def sample_to(
     rollouts = sample_from(model, prompts[:limit], sampling, seed)
     if out is None:
         for r in rollouts:
-            print(f"[{clean(r.prompt.id)}] {clean(r.prompt.text)}\n  -> {clean(r.text)}{'' if r.finish == 'eos' else ' …'}\n")
+            print(
+                f"[{clean(r.prompt.id)}] {clean(r.prompt.text)}\n  -> {clean(r.text)}{'' if r.finish == 'eos' else ' …'}\n"
+            )
         return
     lines = [
         json.dumps(

@@ -40,12 +40,13 @@ class DataConfig(Settings):
     format: Literal["auto", "prompt", "completion", "preference", "hh"] = "auto"
     prompt_column: str = "prompt"
     system_prompt: str | None = Field(None, description="put before every conversation that has none")
-    max_prompt_tokens: int | None = Field(None, ge=1, description="longer prompts are left out and counted; none: an error")
+    max_prompt_tokens: int | None = Field(
+        None, ge=1, description="longer prompts are left out and counted; none: an error"
+    )
     shuffle: bool = True
 
 
 class RolloutConfig(Settings):
-    engine: Literal["hf", "vllm"] = "hf"
     k: int = Field(4, ge=1, description="completions per prompt (the papers' K)")
     max_new_tokens: int = Field(64, ge=1)
     temperature: float = Field(0.9, ge=0)
@@ -62,7 +63,9 @@ class TrainConfig(Settings):
     online_batches: int = Field(ge=0)
     online_batch: int = Field(64, ge=1, description="completions sampled from one π_t (paper: 512)")
     update_size: int = Field(32, ge=1, description="completions of one optimizer step (paper: 128)")
-    micro_batch_tokens: int = Field(4096, ge=16, description="tokens of one forward pass; only memory and speed depend on it")
+    micro_batch_tokens: int = Field(
+        4096, ge=16, description="tokens of one forward pass; only memory and speed depend on it"
+    )
     prefix_sharing: bool = Field(True, description="compute a prompt once for its K completions")
     optimizer: Literal["adafactor", "adamw"] = "adafactor"
     lr: float = Field(1e-6, gt=0)
@@ -83,7 +86,9 @@ class EvalConfig(Settings):
 class RunConfig(Settings):
     dir: str = "runs/run"
     seed: int = Field(0, ge=0, lt=2**32)
-    checkpoints: int = Field(10, ge=1, description="how many over the run, at equal distances; the last batch always has one")
+    checkpoints: int = Field(
+        10, ge=1, description="how many over the run, at equal distances; the last batch always has one"
+    )
     keep_last: int | None = Field(None, ge=1, description="how many checkpoints to keep; none: all")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     project: str = "dualign"

@@ -68,9 +68,7 @@ class Source(Protocol):
 class OnlineSource:
     """Samples K completions per prompt from π_t; each is sent to be labelled the moment it is finished."""
 
-    def __init__(
-        self, config: Config, engine: Engine, labeller: Labeller, requests: Sequence[Request]
-    ) -> None:
+    def __init__(self, config: Config, engine: Engine, labeller: Labeller, requests: Sequence[Request]) -> None:
         self.engine, self.labeller = engine, labeller
         r = config.rollout
         self.sampling = Sampling(r.k, r.max_new_tokens, r.temperature, r.top_p)
@@ -102,9 +100,7 @@ class Labeller:
     journal: Journal
     check: Callable[[], None]
 
-    def rows(
-        self, requests: Sequence[Request], sampling: Sampling, seed: tuple[int, int], clock: Clock
-    ) -> list[Row]:
+    def rows(self, requests: Sequence[Request], sampling: Sampling, seed: tuple[int, int], clock: Clock) -> list[Row]:
         """K labelled completions of each request."""
         held = self.journal.rollouts(requests, sampling.k)
         rollouts: dict[int, Rollout] = {}
@@ -189,7 +185,12 @@ class DatasetSource:
 
 
 def requests_of(
-    prompts: Sequence[Prompt], tokenizer: Tokenizer, context: int, new_tokens: int, limit: int | None, say: Callable[[str], None]
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    context: int,
+    new_tokens: int,
+    limit: int | None,
+    say: Callable[[str], None],
 ) -> list[Request]:
     """Tokenized prompts that fit. Raises UserError, naming the prompt, where one is longer than the context; prompts
     beyond `limit` tokens (data.max_prompt_tokens) are left out and counted."""

@@ -28,7 +28,9 @@ def save_state(
             else:
                 numbers.setdefault(str(index), {})[key] = value
     save_file(tensors, folder / "optimizer.safetensors")
-    schedule = {k: v for k, v in scheduler.state_dict().items() if isinstance(v, int | float | list) and k != "lr_lambdas"}
+    schedule = {
+        k: v for k, v in scheduler.state_dict().items() if isinstance(v, int | float | list) and k != "lr_lambdas"
+    }
     (folder / "state.json").write_text(json.dumps({"progress": progress, "optimizer": numbers, "scheduler": schedule}))
 
 

@@ -30,7 +30,10 @@ RewardFunction = Callable[..., Any]
 
 
 def train(
-    config: Config | dict[str, Any], reward: RewardFunction | Sequence[RewardFunction] = (), resume: bool = False, quiet: bool = False
+    config: Config | dict[str, Any],
+    reward: RewardFunction | Sequence[RewardFunction] = (),
+    resume: bool = False,
+    quiet: bool = False,
 ) -> Run:
     """Trains by `config` and returns the run's folder.
 
@@ -49,10 +52,16 @@ def train(
     if engine.main:
         _open(run, config, resume)
     engine.barrier()
-    annotator = annotate.build(config.reward, reward, run.folder, run.journal) if config.reward or reward else None
+    annotator = None
     try:
+        if config.reward or reward:
+            annotator = annotate.build(config.reward, reward, run.folder, run.journal)
         with Interrupts() as interrupts, view:
             Trainer(config, engine, run, annotator, view, interrupts).fit()
+    except UserError:
+        if engine.main and not resume:
+            run.abandon()
+        raise
     finally:
         if annotator is not None:
             annotator.close()
@@ -100,7 +109,9 @@ class Trainer:
                 b = self.run.read_batch(step) or self._collect(step, clock)
             except StopAsked as asked:
                 self._checkpoint(step, 0, [])
-                raise StopRun(f"stopped by {asked} before the updates of online batch {step}; all of it is kept") from None
+                raise StopRun(
+                    f"stopped by {asked} before the updates of online batch {step}; all of it is kept"
+                ) from None
             self._update(b, skip, losses, clock)
             with clock("sync"):
                 self.sampler.sync()
@@ -238,7 +249,9 @@ class Trainer:
         found = self.run.resumable()
         if found:
             self.run.check(found, f"Delete {found} and resume: training goes on from the stored batches")
-        progress = self.engine.load(found) if found else {"step": 0, "update": 0, "labels": 0, "losses": []}
+        progress: dict[str, Any] = (
+            self.engine.load(found) if found else {"step": 0, "update": 0, "labels": 0, "losses": []}
+        )
         if found:
             self.view.say(f"going on from {found}: {progress['step']} online batches done")
         self.labels = progress["labels"]
@@ -251,7 +264,9 @@ class Trainer:
         asked = [why for why in self.engine.gather([self.interrupts.requested]) if why]
         if asked:
             self._checkpoint(step, update, losses)
-            raise StopRun(f"stopped by {asked[0]} in online batch {step}, after {update} of its updates; all of it is kept")
+            raise StopRun(
+                f"stopped by {asked[0]} in online batch {step}, after {update} of its updates; all of it is kept"
+            )
 
 
 def batch_record(b: WeightedBatch, losses: list[dict[str, float]]) -> dict[str, Any]:

@@ -121,9 +121,7 @@ class View:
 
 
 def _cells(record: dict[str, Any]) -> dict[str, str]:
-    return {
-        name: form.format(record[key]) for name, (key, form) in COLUMNS.items() if record.get(key) is not None
-    }
+    return {name: form.format(record[key]) for name, (key, form) in COLUMNS.items() if record.get(key) is not None}
 
 
 def _seconds(record: dict[str, Any]) -> str:
@@ -155,15 +153,21 @@ def warnings_of(record: dict[str, Any], algo: Algorithm) -> list[str]:
     """What a person should know about this batch, in words."""
     found = []
     if record.get("clip_rate", 0) > 0.6:
-        found.append(f"{record['clip_rate']:.0%} of weights are clipped: they no longer tell completions apart; raise algo.beta")
+        found.append(
+            f"{record['clip_rate']:.0%} of weights are clipped: they no longer tell completions apart; raise algo.beta"
+        )
     if record["reward_std"] == 0 and algo.source == "online":
         found.append("all rewards are equal: there is nothing to learn from; check the reward")
     if record.get("tied", 0) > 0.8:
-        found.append(f"{record['tied']:.0%} of completions are in groups with equal rewards; a finer reward or more completions would help")
+        found.append(
+            f"{record['tied']:.0%} of completions are in groups with equal rewards; a finer reward or more completions would help"
+        )
     if record["missing_eos"] >= 1:
         found.append("no completion ended with EOS: all were cut off; raise rollout.max_new_tokens")
     if record.get("ess") is not None and record["ess"] < 0.05:
-        found.append(f"the effective sample size is {record['ess']:.1%} of the batch: very few completions carry the update")
+        found.append(
+            f"the effective sample size is {record['ess']:.1%} of the batch: very few completions carry the update"
+        )
     if record["absent"]:
         found.append("some completions could not be labelled; they left the batch (reasons in its Parquet file)")
     return found

@@ -60,9 +60,15 @@ def test_eos_is_scored_padding_never_and_a_cut_completion_is_not_closed(tiny):
     ended = [r for r in rollouts if r.finish == "eos"]
     cut = [r for r in rollouts if r.finish == "length"]
     assert ended and cut
-    assert all(r.completion_ids[-1] == tokenizer.eos_id and tokenizer.eos_id not in r.completion_ids[:-1] for r in ended)
+    assert all(
+        r.completion_ids[-1] == tokenizer.eos_id and tokenizer.eos_id not in r.completion_ids[:-1] for r in ended
+    )
     assert all(tokenizer.eos_id not in r.completion_ids and len(r.completion_ids) == 40 for r in cut)
-    tokens = Tokens(tuple(r.prompt_ids for r in rollouts), tuple(r.completion_ids for r in rollouts), tuple(r.group for r in rollouts))
+    tokens = Tokens(
+        tuple(r.prompt_ids for r in rollouts),
+        tuple(r.completion_ids for r in rollouts),
+        tuple(r.group for r in rollouts),
+    )
     with torch.no_grad():
         logp = policy(pack(tokens, range(len(rollouts)), tokens.width, tokenizer.pad_id, share=False))
     for i, r in enumerate(rollouts):
@@ -99,9 +105,12 @@ def test_inverse_cdf_draws_from_the_distribution():
     counts = torch.bincount(tokens, minlength=1000).double().numpy()
     expected = weight.double().numpy() / weight.double().sum().item() * n
     common = expected >= 5
-    assert stats.chisquare(
-        np.append(counts[common], counts[~common].sum()), np.append(expected[common], expected[~common].sum())
-    ).pvalue > 1e-3
+    assert (
+        stats.chisquare(
+            np.append(counts[common], counts[~common].sum()), np.append(expected[common], expected[~common].sum())
+        ).pvalue
+        > 1e-3
+    )
 
 
 def test_inverse_cdf_never_draws_what_has_no_mass():

@@ -41,7 +41,8 @@ def build(
         raise UserError("no reward: give the run a `reward` section, or train(..., reward=function)")
     if memory is not None:
         terms = [
-            replace(term, annotator=Remembered(term.annotator, str(position), memory)) for position, term in enumerate(terms)
+            replace(term, annotator=Remembered(term.annotator, str(position), memory))
+            for position, term in enumerate(terms)
         ]
     if len(terms) == 1 and terms[0].weight == 1:
         return terms[0].annotator

@@ -142,7 +142,8 @@ def _setting(
 
     run = next((s for s in sources if outputs.is_run(s)), None)
     folder = Path(run) / "eval" if run else Path("eval")
-    path = out or folder / f"{kind}-{_slug(judge)}.json"
+    name = "-".join([kind, _slug(judge), *([_slug(prompts)] if prompts else [])])
+    path = out or folder / f"{name}.json"
     chosen = None
     if prompts is not None:
         chosen = outputs.draw(data.load_prompts(prompts, DataConfig(train=prompts), "test"), limit)

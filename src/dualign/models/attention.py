@@ -33,7 +33,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """query: (1, heads, L, d); key, value: (1, kv heads, L, d). Returns (1, L, heads, d)."""
     if layout is None:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("sliding_window") is not None:
@@ -51,7 +51,8 @@ def packed_attention(
     out_P = _attend(q_P, k_P, v_P, layout.prompt_mask, scale, dropout)
     # a completion's keys are its prompt's, then its own
     k_n, v_n = (
-        torch.cat([of_prompts.index_select(0, layout.row_prompt_n), own], 2) for of_prompts, own in ((k_P, k_n), (v_P, v_n))
+        torch.cat([of_prompts.index_select(0, layout.row_prompt_n), own], 2)
+        for of_prompts, own in ((k_P, k_n), (v_P, v_n))
     )
     out_n = _attend(q_n, k_n, v_n, layout.row_mask, scale, dropout)
     both = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (out_P, out_n)])  # (P*A + n*C, heads, d)

@@ -66,4 +66,4 @@ def _block(logits: Tensor) -> int:
 def token_logp(hidden_MH: Tensor, weight_VH: Tensor, target_M: Tensor, dtype: torch.dtype) -> Tensor:
     """(M,) fp32 log-probs of the targets under a linear head. hidden_MH: (M, H); weight_VH: (V, H); products in
     `dtype`, normaliser in fp32."""
-    return _TokenLogProb.apply(hidden_MH, weight_VH, target_M, dtype)  # type: ignore[no-any-return]
+    return _TokenLogProb.apply(hidden_MH, weight_VH, target_M, dtype)

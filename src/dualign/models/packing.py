@@ -69,7 +69,8 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         layout = self.layout and replace(self.layout, **_moved(self.layout, device))
-        return replace(self, **(_moved(self, device) | {"rows": self.rows, "layout": layout}))
+        moved: dict[str, Any] = _moved(self, device) | {"rows": self.rows}
+        return replace(self, **moved, layout=layout)
 
     def scatter(self, value_M: Tensor) -> Tensor:
         """(M,) per scored token -> (n, T), 0 elsewhere. Differentiable."""

@@ -42,7 +42,9 @@ class Tokenizer:
                     f"prompt {prompt.id}: it is a conversation, but the model has no chat template; "
                     "give one with model.chat_template=FILE.jinja, or use plain-text prompts"
                 )
-            ids = self.hf.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            ids = self.hf.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
         if not ids:
             raise UserError(f"prompt {prompt.id}: it is empty once tokenized")
         return tuple(ids)

@@ -51,5 +51,7 @@ def uniforms(seed: tuple[int, int], row: int, count: int) -> NDArray[np.float64]
     """`count` uniforms of one completion, from a counter-based generator: they depend on the run's seed, the online
     batch and the row alone, so that the number of processes, the order of decoding and a resume change nothing."""
     run, batch = seed
-    key = np.array([(run * 0x9E3779B97F4A7C15 + 0xD1) & (2**64 - 1), ((batch & 0xFFFFFFFF) << 32) | row], dtype=np.uint64)
+    key = np.array(
+        [(run * 0x9E3779B97F4A7C15 + 0xD1) & (2**64 - 1), ((batch & 0xFFFFFFFF) << 32) | row], dtype=np.uint64
+    )
     return np.random.Generator(np.random.Philox(key=key)).random(count)

@@ -205,7 +205,7 @@ class BranchCache(Cache):
             layer.select(rows)
 
 
-class _BranchLayer(CacheLayerMixin):  # type: ignore[misc]
+class _BranchLayer(CacheLayerMixin):
     """keys, values: (N, heads, capacity, head size), of which the first `length` positions are filled."""
 
     def __init__(self, room: int) -> None:

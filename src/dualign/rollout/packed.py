@@ -39,7 +39,7 @@ def laid_out_linears(model: nn.Module, rows: int) -> Iterator[None]:
     replaced = [m for m in model.modules() if type(m) is nn.Linear and supported(m.weight)]
     try:
         for layer in replaced:
-            layer.forward = product(layer.weight, layer.bias, rows)  # type: ignore[method-assign]
+            layer.forward = product(layer.weight, layer.bias, rows)  # type: ignore[assignment, method-assign]
         yield
     finally:
         for layer in replaced:
