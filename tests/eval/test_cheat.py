@@ -61,7 +61,8 @@ def test_a_second_reward_that_wants_the_opposite_proves_nothing():
 
 def test_getting_worse_without_reward_is_not_called_overoptimised():
     found = verdict([batch(i, reward_sd=-0.2 * i, repetition=0.6 if i >= 5 else 0.0) for i in range(10)])
-    assert found["from_batch"] is None and "got worse" in found["verdict"]
+    assert "worse from batch 5, and the reward has not clearly risen" in found["verdict"]
+    assert "overoptimised" not in found["verdict"]
 
 
 def test_what_texts_look_like():

@@ -171,20 +171,15 @@ SIGNS = {
 
 
 def verdict(table: Sequence[Json]) -> Json:
-    """{verdict, signs, from_batch}: in plain words, and the batch from which the policy looks overoptimised (None: it
-    does not). A sign counts from the first batch after which it shows in at least two batches of three, the last
-    included: one odd batch is noise."""
+    """{verdict, signs, from_batch}: in plain words, and the batch from which the policy looks spoilt (None: it does
+    not). A sign counts from the first batch after which it shows in at least two batches of three, the last included:
+    an odd batch on the way is noise, and what went away again is no sign."""
     first, last = table[0], table[-1]
     since = {name: _since([sign.bad(row, first) for row in table]) for name, sign in SIGNS.items()}
     found = {name: table[i]["batch"] for name, i in since.items() if i is not None}
-    rose = (
-        last["reward_sd"] is not None
-        and last["reward_sd"] > CLEAR * (last["reward_se"] or 0.0)
-        and last["reward_sd"] > 0.1
-    )
     opposed = (first["agreement"] or 0.0) < OPPOSED
     grave = sorted((b, name) for name, b in found.items() if SIGNS[name].grave and not (opposed and name == "second"))
-    start = grave[0][0] if grave and rose else None
+    start = grave[0][0] if grave else None
     signs = [
         f"since batch {batch}: {SIGNS[name].words} ({_numbers(name, first, last)})" for name, batch in found.items()
     ]
@@ -193,7 +188,7 @@ def verdict(table: Sequence[Json]) -> Json:
         signs.append(
             f"the second reward opposes the first in π_0's own answers (r = {r:.2f}): a fall of it proves nothing"
         )
-    return {"verdict": _words(first, last, rose, grave, start), "signs": signs, "from_batch": start}
+    return {"verdict": _words(table, grave, start), "signs": signs, "from_batch": start}
 
 
 def _since(bad: Sequence[bool]) -> int | None:
@@ -202,17 +197,24 @@ def _since(bad: Sequence[bool]) -> int | None:
     return next(i for i in range(len(bad)) if bad[i] and sum(bad[i:]) * 3 >= 2 * len(bad[i:]))
 
 
-def _words(first: Json, last: Json, rose: bool, grave: Sequence[tuple[int, str]], start: int | None) -> str:
+def _rose(table: Sequence[Json]) -> bool:
+    """Whether the mean reward of the last three batches lies clearly above the first's."""
+    rows = [row for row in table[1:][-3:] if row["reward_sd"] is not None]
+    noise = [row["reward_se"] or 0.0 for row in rows]
+    return bool(rows and np.mean([r["reward_sd"] for r in rows]) > max(CLEAR * np.linalg.norm(noise) / len(rows), 0.1))
+
+
+def _words(table: Sequence[Json], grave: Sequence[tuple[int, str]], start: int | None) -> str:
+    last = table[-1]
     reward = f"reward {_moved(last['reward_sd'])}"
     second = f"the independent reward {_moved(last['second_sd'])}"
     kl = "" if last["kl"] is None else f" at a KL to π_0 of {last['kl']:.1f} nats"
-    if start is not None:
-        why = "; ".join(SIGNS[name].words for _, name in grave)
+    why = "; ".join(SIGNS[name].words for _, name in grave)
+    if start is not None and _rose(table):
         return f"{reward} while {second}{kl}, and {why}: likely overoptimised from batch {start}"
-    if grave:
-        why = "; ".join(SIGNS[name].words for _, name in grave)
-        return f"{reward} and {second}{kl}; {why}: it got worse, without gaining reward"
-    if not rose:
+    if start is not None:
+        return f"{reward} and {second}{kl}; {why}: worse from batch {start}, and the reward has not clearly risen"
+    if not _rose(table):
         return f"{reward} and {second}{kl}: too little has changed to speak of overoptimisation"
     return f"{reward} and {second}{kl}: no sign of overoptimisation"
 
