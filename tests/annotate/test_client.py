@@ -55,7 +55,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_faults_of_all_kinds(tmp_path: Path) -> None:
     with FaultServer(faults=0.3, slow=0.1, hang=5, seed=1) as server:
-        labels = label(server, tmp_path, 300)
+        labels = label(server, tmp_path, 300, timeout=2.5)  # a late answer would be bought twice
         assert server.stats.as_json()["bought_twice"] == 0
         assert all(server.stats.faults[kind] for kind in PASSING)
     wrong = [i for i, x in enumerate(labels) if x.value not in (None, 1 + i % 10)]
@@ -182,7 +182,7 @@ def test_tokens_per_minute_settle_to_what_was_used() -> None:
             pace.give_back(900)
         return time.monotonic() - start
 
-    assert 0.3 <= asyncio.run(run()) < 0.6
+    assert 0.3 <= asyncio.run(run()) < 2.5  # 3 s and more if nothing were given back
 
 
 def test_add_returns_at_once(tmp_path: Path) -> None:
@@ -192,7 +192,9 @@ def test_add_returns_at_once(tmp_path: Path) -> None:
         for item in items(50):
             session.add(item)
         added = time.monotonic() - start
-        time.sleep(0.5)
+        deadline = time.monotonic() + 10
+        while server.stats.calls < 50 and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert server.stats.calls == 50  # while the caller does something else
         assert len(session.close()) == 50
         assert added < 0.25
@@ -213,7 +215,7 @@ from dualign.annotate.settings import JudgeReward
 from dualign.types import Prompt
 client.FIRST_WAIT = 0.05
 url, cache, out, n = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-judge = JudgeAnnotator(JudgeReward(base_url=url, model="m", rubric="helpfulness", cache=cache, timeout=0.6,
+judge = JudgeAnnotator(JudgeReward(base_url=url, model="m", rubric="helpfulness", cache=cache, timeout=2.5,
                                    concurrency=8))
 items = (Item(i, i, Prompt(str(i), f"question {i}"), f"answer {i} quality-{1 + i % 10}") for i in range(n))
 with open(out, "w") as file:
