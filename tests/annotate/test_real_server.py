@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dualign.annotate import rubric
 from dualign.annotate.base import Item, label_all
@@ -87,3 +88,29 @@ def test_the_bound_holds_against_its_tokenizer(server: tuple[str, str], tmp_path
     annotator.close()
     messages = rubric.load("helpfulness").reward_messages(items([text])[0].prompt, text)
     assert 0 < counted <= prompt_bound([m["content"] for m in messages])
+
+
+def test_two_online_batches_are_trained_and_a_file_is_labelled(
+    server: tuple[str, str], tiny: Path, tmp_path: Path
+) -> None:
+    from runs_common import launch, metrics, tree, write_prompts
+
+    url, model = server
+    judge = {"type": "judge", **settings(server, tmp_path), "max_tokens": 24}
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}, online_batches=2, online_batch=8)
+    config["train"] |= {"max_absent": 1.0}  # this judge often gives no score; that is what absent labels are for
+    config["eval"], config["data"] = {"prompts": 1}, {"train": config["data"]["train"]}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(config | {"reward": [judge]}))
+    done = launch(recipe)
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = metrics(tmp_path / "run")
+    assert [r["step"] for r in records] == [0, 1]
+    assert all(0 <= r["absent"] <= 8 for r in records)
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"prompt": "How do I boil an egg?", "completion": "Eight minutes in boiling water."}\n' * 2)
+    out = tmp_path / "labels.jsonl"
+    arguments = ["--rubric=helpfulness", f"--base-url={url}", f"--model={model}", f"--out={out}"]
+    done = launch(file, *arguments, command="judge")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(out.read_text().splitlines()) == 2

@@ -21,7 +21,7 @@ from dualign.data import load_examples, load_prompts
 from dualign.errors import UserError
 from dualign.replay import replay, stored
 from dualign.runs import Run
-from runs_common import reward_file, tree, write_prompts
+from runs_common import metrics, reward_file, tree, write_prompts
 
 
 def clear(said, *words, code=2):
@@ -242,13 +242,14 @@ def test_a_folder_damaged_at_random_is_never_believed(seed, stopped, tmp_path):
     file.write_bytes(bytes(data))
     said = command("verify", run)
     assert said.code == (1 if changed else 0) or (said.code == 2 and "config.yaml" in file.name), (file, how, said.text)
-    for argv in (["replay", run], ["what-if", run, "beta=1"], ["resume", run, "train.online_batches=4"]):
+    resume = ["resume", run, "train.online_batches=4"]
+    for argv in (["replay", run], ["what-if", run, "beta=1"], *([resume] if seed % 4 == 0 else [])):
         said = command(*argv)
         assert said.code in (0, 1, 2) and "Traceback" not in said.text, (file, how, said.text)
         if said.code == 0 and argv[0] == "replay":
             assert said.out.count("identical") == 3
-    if said.code == 0:  # it went on: from what was not damaged
-        assert Run.open(run).metrics()[3] == pytest.approx(expected_fourth(stopped), nan_ok=True)
+    if argv[0] == "resume" and said.code == 0:  # it went on: from what was not damaged
+        assert metrics(run)[3] == expected_fourth(stopped)
 
 
 FOURTH = {}
@@ -258,7 +259,7 @@ def expected_fourth(stopped):
     if not FOURTH:
         copy = shutil.copytree(stopped, stopped.parent / "fourth")
         assert command("resume", copy, "train.online_batches=4").code == 0
-        FOURTH.update(Run.open(copy).metrics()[3])
+        FOURTH.update(metrics(copy)[3])
     return FOURTH
 
 
