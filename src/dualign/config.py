@@ -101,6 +101,8 @@ def read(recipe: str | Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, An
         kind = type(tree).__name__
         raise UserError(f"{path}: a recipe is a mapping of sections (model, data, algo, ...), not {kind}")
     base = tree.pop("base", None)
+    if not isinstance(base, str | None):
+        raise UserError(f"{path}: base: expected a recipe's name or file, not {base!r}")
     return (merge(read(base, (*above, path))[0], tree) if base else tree), path
 
 

@@ -62,7 +62,7 @@ OVERRIDES = [
     ("algo.alpha=-0.1", "algo.alpha"), ("algo.beta=0", "algo.beta"), ("algo.beta=-1", "algo.beta"), ("algo.w_clip=0", "w_clip"),
     ("algo.gamma=1", "no such key"), ("algo.alhpa=0.1", "did you mean algo.alpha"), ("algo.baseline=median", "baseline"),
     ("algo.skip_below=1", "skip_below"), ("algo=dar", "algo"), ("algo=7", "algo"), ("algo=[]", "algo"),
-    ("model.name=null", "model.name"), ("model.name=/no/such/folder", "model.name"), ("model.name=''", "model.name"),
+    ("model.name=null", "model.name"), ("model.name=/no/such/folder", "no such folder"), ("model.name=''", "model.name"),
     ("model.precision=fp8", "model.precision"), ("model.attention=flash", "model.attention"),
     ("model.chat_template=/no/such/file", "chat_template"), ("model.lora.r=0", "lora.r"), ("model.lora.dropout=1", "dropout"),
     ("model.lora=5", "model.lora"), ("data.train=/no/such/file.jsonl", "no such file"), ("data.train=null", "data.train"),

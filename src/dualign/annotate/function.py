@@ -74,9 +74,10 @@ class FunctionAnnotator:
         where = f"reward function {self.name}, completion {item.index} (prompt {item.prompt.id!r})"
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{where}: returned {value!r}; expected a number (float(...) turns it into one) or None")
-        if not math.isfinite(value):
-            raise UserError(f"{where}: returned {value}; return None where there is no reward")
-        return Label(float(value))
+        number = float(value) if abs(value) <= sys.float_info.max or value != value else math.inf  # an int may be longer
+        if not math.isfinite(number):
+            raise UserError(f"{where}: returned {number}; return None where there is no reward")
+        return Label(number)
 
     def _accepted(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments that the function takes. Raises UserError where it requires one that there is not."""
