@@ -6,8 +6,11 @@ Every process holds the whole online batch (it is small: ids and numbers); only 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -179,6 +182,7 @@ class Engine:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.masters.round()
+        give_back_memory(self.device)
         return norm
 
     def _fitting(self, work: Callable[[], X]) -> X:
@@ -276,6 +280,14 @@ class Engine:
             for name, value in part.items():
                 total[name] = total.get(name, 0.0) + value
         return total
+
+
+def give_back_memory(device: torch.device) -> None:
+    """On a CPU, returns what glibc's allocator holds on to: activations of varying sizes leave its heap full of holes,
+    and a run's memory would grow by a third over a few batches."""
+    if device.type == "cpu" and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to give back
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -169,6 +169,7 @@ class Trainer:
         done = b.step + 1
         self.labels += len(b.tokens)
         record = batch_record(b, losses) | {"labels": self.labels, "seconds": clock.seconds}
+        record |= getattr(self.annotator, "stats", {})
         if self.engine.main:
             self.run.log(record)
         self.engine.track(record)

@@ -240,3 +240,32 @@ def test_build(tmp_path):
     assert [(x.value, x.parts) for x in label_all(halved, ITEMS[:1])] == [(0.5, {"half": 1.0})]
     with pytest.raises(UserError, match="no reward"):
         build([])
+
+
+def test_rewards_by_column_label_their_own_rows_and_no_others():
+    from dualign.annotate.base import Item, label_all
+    from dualign.annotate.combined import CombinedAnnotator, Term
+    from dualign.annotate.function import FunctionAnnotator
+    from dualign.types import Prompt
+
+    seen = []
+
+    def one(completions, kind):
+        seen.append(kind)
+        return [1.0] * len(completions)
+
+    def two(completions):
+        return [2.0] * len(completions)
+
+    rewards = CombinedAnnotator(
+        [
+            Term("one", FunctionAnnotator(one), weight=10.0, where={"kind": "a"}),
+            Term("two", FunctionAnnotator(two), where={"kind": "b"}),
+        ]
+    )
+    kinds = ["a", "b", "c", "a"]
+    labels = label_all(rewards, [Item(i, i, Prompt(str(i), "x", {"kind": k}), "y") for i, k in enumerate(kinds)])
+    assert [label.value for label in labels] == [10.0, 2.0, None, 10.0]
+    assert seen == [["a", "a"]]
+    assert "none of their `where` matches" in labels[2].reason
+    assert labels[0].parts == {"one": 1.0} and labels[1].parts == {"two": 2.0}

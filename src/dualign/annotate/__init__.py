@@ -35,7 +35,9 @@ def build(
     for what cannot be loaded."""
     from dualign.annotate.function import FunctionAnnotator
 
-    terms = [Term("", _one(settings, run_dir), settings.weight, settings.optional) for settings in rewards]
+    terms = [
+        Term("", _one(settings, run_dir), settings.weight, settings.optional, settings.where) for settings in rewards
+    ]
     terms += [Term("", FunctionAnnotator(function)) for function in functions]
     if not terms:
         raise UserError("no reward: give the run a `reward` section, or train(..., reward=function)")
@@ -44,12 +46,10 @@ def build(
             replace(term, annotator=Remembered(term.annotator, str(position), memory))
             for position, term in enumerate(terms)
         ]
-    if len(terms) == 1 and terms[0].weight == 1:
+    if len(terms) == 1 and terms[0].weight == 1 and not terms[0].where:
         return terms[0].annotator
     names = _unique([term.annotator.name for term in terms])
-    return CombinedAnnotator(
-        [Term(name, t.annotator, t.weight, t.optional) for name, t in zip(names, terms, strict=True)]
-    )
+    return CombinedAnnotator([replace(t, name=name) for name, t in zip(names, terms, strict=True)])
 
 
 def _one(settings: RewardConfig, run_dir: Path | None) -> Annotator:

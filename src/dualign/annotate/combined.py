@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from dualign.annotate.base import Annotator, Item, Session
 from dualign.types import Label
@@ -20,6 +21,10 @@ class Term:
     annotator: Annotator
     weight: float = 1.0
     optional: bool = False  # where it has no label the others decide; otherwise such a row is absent
+    where: Mapping[str, Any] = field(default_factory=dict)  # rows whose columns have these values; empty: all
+
+    def applies(self, item: Item) -> bool:
+        return all(item.prompt.columns.get(column) == value for column, value in self.where.items())
 
 
 class CombinedAnnotator:
@@ -44,10 +49,13 @@ class _CombinedSession:
     def __init__(self, combined: CombinedAnnotator) -> None:
         self._combined = combined
         self._sessions = [term.annotator.open() for term in combined.terms]
+        self._indices: list[int] = []
 
     def add(self, item: Item) -> None:
-        for session in self._sessions:
-            session.add(item)
+        self._indices.append(item.index)
+        for term, session in zip(self._combined.terms, self._sessions, strict=True):
+            if term.applies(item):
+                session.add(item)
 
     def close(self) -> dict[int, Label]:
         terms = self._combined.terms
@@ -56,7 +64,7 @@ class _CombinedSession:
         for term, (labels, seconds) in zip(terms, closed, strict=True):
             absent = sum(label.value is None for label in labels.values()) / max(len(labels), 1)
             self._combined.stats |= {f"{term.name}/seconds": seconds, f"{term.name}/absent": absent}
-        return {index: combine(terms, [labels[index] for labels, _ in closed]) for index in closed[0][0]}
+        return {index: combine(terms, [labels.get(index) for labels, _ in closed]) for index in sorted(self._indices)}
 
 
 def _timed_close(session: Session) -> tuple[dict[int, Label], float]:
@@ -64,8 +72,13 @@ def _timed_close(session: Session) -> tuple[dict[int, Label], float]:
     return session.close(), time.perf_counter() - start
 
 
-def combine(terms: Sequence[Term], labels: Sequence[Label]) -> Label:
-    """One completion's label from each term's. Absent where a term that is not optional is absent, or all are."""
+def combine(terms: Sequence[Term], given: Sequence[Label | None]) -> Label:
+    """One completion's label from each term's (None: the term does not apply to it). Absent where a term that is not
+    optional is absent, or all are."""
+    both = [(term, label) for term, label in zip(terms, given, strict=True) if label is not None]
+    if not both:
+        return Label.absent("no reward applies to this row: none of their `where` matches its columns")
+    terms, labels = [term for term, _ in both], [label for _, label in both]
     parts = {term.name: label.value for term, label in zip(terms, labels, strict=True)}
     reasons = [(t, f"{t.name}: {x.reason}") for t, x in zip(terms, labels, strict=True) if x.value is None]
     needed = [reason for term, reason in reasons if not term.optional]

@@ -74,7 +74,9 @@ class FunctionAnnotator:
         where = f"reward function {self.name}, completion {item.index} (prompt {item.prompt.id!r})"
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{where}: returned {value!r}; expected a number (float(...) turns it into one) or None")
-        number = float(value) if abs(value) <= sys.float_info.max or value != value else math.inf  # an int may be longer
+        number = (
+            float(value) if abs(value) <= sys.float_info.max or value != value else math.inf
+        )  # an int may be longer
         if not math.isfinite(number):
             raise UserError(f"{where}: returned {number}; return None where there is no reward")
         return Label(number)

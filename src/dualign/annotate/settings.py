@@ -17,6 +17,10 @@ class RewardSettings(Settings):
 
     name: str | None = Field(None, description="its name in logs and Parquet; default: from the function or model")
     weight: float = Field(1.0, description="its factor in the sum of rewards")
+    where: dict[str, str | int | bool] = Field(
+        default_factory=dict,
+        description="only rows whose data columns have these values; the other rewards decide the rest",
+    )
     optional: bool = Field(
         False,
         description="None means 'does not apply to this row': the other rewards decide. Otherwise a row that one "
