@@ -169,7 +169,12 @@ class Trainer:
         done = b.step + 1
         self.labels += len(b.tokens)
         record = batch_record(b, losses) | {"labels": self.labels, "seconds": clock.seconds}
-        record |= getattr(self.annotator, "stats", {})
+        for name, value in getattr(self.labeller and self.labeller.annotator, "stats", {}).items():
+            reward, _, what = name.rpartition("/")
+            if what == "seconds":
+                clock.seconds[f"label/{reward}"] = value
+            else:
+                record[name] = value
         if self.engine.main:
             self.run.log(record)
         self.engine.track(record)

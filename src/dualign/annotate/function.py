@@ -13,7 +13,6 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import math
 import os
 import queue
 import sys
@@ -74,12 +73,9 @@ class FunctionAnnotator:
         where = f"reward function {self.name}, completion {item.index} (prompt {item.prompt.id!r})"
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{where}: returned {value!r}; expected a number (float(...) turns it into one) or None")
-        number = (
-            float(value) if abs(value) <= sys.float_info.max or value != value else math.inf
-        )  # an int may be longer
-        if not math.isfinite(number):
-            raise UserError(f"{where}: returned {number}; return None where there is no reward")
-        return Label(number)
+        if not abs(value) <= sys.float_info.max:  # NaN, infinite, or an int that no float holds
+            raise UserError(f"{where}: returned {str(value)[:20]}; return None where there is no reward")
+        return Label(float(value))
 
     def _accepted(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments that the function takes. Raises UserError where it requires one that there is not."""
