@@ -31,6 +31,9 @@ def score(completions, id, **columns):
     os.write(log, lines.encode())
     os.close(log)
     return values
+
+def length(completions, **columns):
+    return [len(c[0]["content"]) if len(c[0]["content"]) > 9 else None for c in completions]
 '''
 
 
@@ -64,7 +67,7 @@ class Zygote:
 
 
 def prepare(
-    folder: Path, model: Path, algo: str, name: str, lora: dict[str, Any] | None = None
+    folder: Path, model: Path, algo: str, name: str, lora: dict[str, Any] | None = None, twice: bool = False
 ) -> tuple[Path, Path, Path]:
     """A recipe of a few batches, held-out evaluations and checkpoints; (recipe, run, label log)."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +79,8 @@ def prepare(
     config["eval"] = {"prompts": 4, "every": 2}
     config["run"] |= {"checkpoints": 3, "keep_last": 2}
     config["reward"] = [{"type": "function", "path": f"{reward}:score"}]
+    if twice:  # a second reward, which has no label for some rows
+        config["reward"].append({"type": "function", "path": f"{reward}:length", "weight": 0.1, "optional": True})
     recipe = folder / f"{name}.yaml"
     recipe.write_text(yaml.safe_dump(config))
     return recipe, folder / name, log

@@ -17,7 +17,7 @@ from dualign import annotate, data
 from dualign.annotate.base import Annotator
 from dualign.batch import WeightedBatch, check_finite, labelled, updates, weigh
 from dualign.config import Config, build, dump
-from dualign.engine import Engine
+from dualign.engine import Engine, give_back_memory
 from dualign.errors import StopRun, UserError
 from dualign.heldout import HeldOut, evaluate, gain
 from dualign.interrupt import Interrupts, StopAsked
@@ -115,6 +115,7 @@ class Trainer:
             self._update(b, skip, losses, clock)
             with clock("sync"):
                 self.sampler.sync()
+                give_back_memory(self.engine.device)
             self._finish_batch(b, losses, clock)
             skip, losses = 0, []
         self._summarise()
@@ -173,8 +174,6 @@ class Trainer:
             reward, _, what = name.rpartition("/")
             if what == "seconds":
                 clock.seconds[f"label/{reward}"] = value
-            else:
-                record[name] = value
         if self.engine.main:
             self.run.log(record)
         self.engine.track(record)
@@ -288,6 +287,9 @@ def batch_record(b: WeightedBatch, losses: list[dict[str, float]]) -> dict[str, 
         "absent": b.absent,
         **b.stats,
     }
+    terms = {name for row in b.rows for name in row.label.parts}
+    for name in sorted(terms) if len(terms) > 1 else ():  # each reward of a sum; from the rows, so that a replay agrees
+        record[f"{name}/absent"] = float(np.mean([row.label.parts.get(name) is None for row in b.rows]))
     if batch.logp_old_NT is not None and batch.logp_ref_NT is not None:
         record["kl"] = float((batch.seq_old_N - batch.seq_ref_N).mean())
     sampled = [sum(row.rollout.sampler_logp) for row in b.rows if row.label.value is not None]

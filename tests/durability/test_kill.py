@@ -3,9 +3,12 @@
 benchmarks/kills.py does the same a hundred times, and at every single write.
 """
 
+import random
+
 import pytest
 
 from killing import Case, Zygote, at_random
+from runs_common import metrics
 
 
 @pytest.fixture(scope="module")
@@ -15,10 +18,16 @@ def zygote():
     started.close()
 
 
+def surely(seed, case):
+    """Two kills at random instants; before them one at a random write, which comes however fast the machine is."""
+    yield {"kill_at": random.Random(seed).randrange(case.writes // 4, case.writes)}
+    yield from at_random(seed, case.seconds, 2)
+
+
 @pytest.mark.parametrize(("algo", "processes"), [("dar", 1), ("grpo", 2), ("ppo", 1), ("dpo", 2)])
 def test_a_killed_run_is_the_same_run(algo, processes, zygote, tiny, tmp_path):
     case = Case(zygote, tmp_path, tiny, algo, processes)
-    result = case.disturbed(at_random(processes, case.seconds, 3))
+    result = case.disturbed(surely(processes, case))
     assert result.kills > 0
     assert (result.unreadable, result.different, result.bought_twice) == ([], [], 0)
 
@@ -37,6 +46,14 @@ def test_dropout_does_not_break_it(zygote, tmp_path, tiny):
     """LoRA adapters with dropout draw random numbers in every update."""
     pytest.importorskip("peft")
     case = Case(zygote, tmp_path, tiny, "dar", 1, lora={"r": 4, "dropout": 0.2})
-    result = case.disturbed(at_random(7, case.seconds, 2))
+    result = case.disturbed(surely(7, case))
     assert result.kills > 0
+    assert (result.unreadable, result.different, result.bought_twice) == ([], [], 0)
+
+
+def test_a_sum_of_rewards_is_the_same_sum_after_a_kill(zygote, tiny, tmp_path):
+    """What is logged of each reward comes from the stored rows, not from a labelling that a replay does not do."""
+    case = Case(zygote, tmp_path, tiny, "dar", 1, twice=True)
+    assert all("length/absent" in record for record in metrics(case.still))
+    result = case.disturbed(surely(11, case))
     assert (result.unreadable, result.different, result.bought_twice) == ([], [], 0)
