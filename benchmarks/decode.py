@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, machine, save, spread, table
 
+from common import RESULTS, machine, save, spread, table
 from dualign import assets, data
 from dualign.models.policy import Policy, Tokenizer, load_model
 from dualign.rollout.base import Request, Sampling
@@ -48,7 +48,9 @@ def decode_ours(sampler: HFSampler, requests: list[Request], k: int, tokens: int
 
 
 @torch.inference_mode()
-def decode_theirs(hf: Any, pad: int, stop: set[int], requests: list[Request], k: int, tokens: int, seed: int) -> Lengths:
+def decode_theirs(
+    hf: Any, pad: int, stop: set[int], requests: list[Request], k: int, tokens: int, seed: int
+) -> Lengths:
     width = max(len(r.prompt_ids) for r in requests)
     ids = torch.full((len(requests), width), pad)
     seen = torch.zeros_like(ids)

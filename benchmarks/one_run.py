@@ -17,7 +17,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from against_trl import RANDOM, SYSTEMS, Work
 from common import forward_flops, matmul_rate, pairs_of
-
 from dualign import assets
 from dualign.data import load_prompts
 from dualign.schema import DataConfig
@@ -46,12 +45,14 @@ def run_dualign(overrides: list[str], work: Work, model: str, prompts: Path, fol
             pairs = pairs_of(b)
             tokens.append(sum(sum(lengths) for _, lengths in pairs))
             tflop.append(PASSES * forward_flops(self.engine.policy.model.config, pairs) / 1e12)
+            peaks.append(peak_mb())
             super()._finish_batch(b, losses, clock)
 
     ends: list[float] = []
     seconds: list[dict[str, float]] = []
     tokens: list[int] = []
     tflop: list[float] = []
+    peaks: list[float] = []
     trainer.Trainer = Timed  # type: ignore[misc]
     n = work.prompts * work.k
     train = {"online_batches": work.batches + 1, "online_batch": n, "update_size": n // 2, "lr": LR, "warmup": WARMUP}
@@ -77,9 +78,10 @@ def run_dualign(overrides: list[str], work: Work, model: str, prompts: Path, fol
         "seconds": (ends[-1] - ends[0]) / work.batches,
         "tokens": sum(tokens[1:]) / work.batches,
         "phases": phases,
-        "peak_mb": peak_mb(),
+        "peak_mb": peaks[-1],
+        "peak_with_checkpoint_mb": peak_mb(),  # TRL writes none here
         "tflop": sum(tflop[1:]) / work.batches,
-        "tflop_per_second": rate(model),  # after the peak was read
+        "tflop_per_second": rate(model),
     }
 
 

@@ -41,7 +41,10 @@ def plot_scaling(file: Path) -> list[Path]:
 def _curve(part: Any, points: list[Any], system: str, value: Any) -> None:
     found = [[value(run) for run in point["runs"][system]] for point in points]
     middle = [statistics.median(x) for x in found]
-    errors = [[m - min(x) for m, x in zip(middle, found, strict=True)], [max(x) - m for m, x in zip(middle, found, strict=True)]]
+    errors = [
+        [m - min(x) for m, x in zip(middle, found, strict=True)],
+        [max(x) - m for m, x in zip(middle, found, strict=True)],
+    ]
     part.errorbar([p["at"] for p in points], middle, yerr=errors, marker="o", capsize=3, label=system)
 
 

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from common import online_batch
 from torch.profiler import ProfilerActivity, profile
 
+from common import online_batch
 from dualign.config import load
 from dualign.engine import Engine
 from dualign.rollout.base import Request
