@@ -182,7 +182,6 @@ class Engine:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.masters.round()
-        give_back_memory(self.device)
         return norm
 
     def _fitting(self, work: Callable[[], X]) -> X:
@@ -283,7 +282,7 @@ class Engine:
 
 
 def give_back_memory(device: torch.device) -> None:
-    """On a CPU, returns what glibc's allocator holds on to: activations of varying sizes leave its heap full of holes,
+    """Once per online batch, on a CPU: returns what glibc's allocator holds on to: activations of varying sizes leave its heap full of holes,
     and a run's memory would grow by a third over a few batches."""
     if device.type == "cpu" and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to give back
