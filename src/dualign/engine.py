@@ -26,6 +26,7 @@ from dualign.models.critic import Critic
 from dualign.models.master import Masters
 from dualign.models.packing import Tokens, pack, plan
 from dualign.models.policy import Policy, load_model
+from dualign.optim import Adafactor
 from dualign.rollout.base import Sampler
 from dualign.state import load_state, save_state
 
@@ -262,12 +263,7 @@ class Engine:
         if t.optimizer == "adamw":
             optimizer: Any = torch.optim.AdamW(groups, lr=t.lr, weight_decay=t.weight_decay, fused=True)
         else:
-            from transformers.optimization import Adafactor
-
-            # the papers' setting: no adaptive learning rate
-            optimizer = Adafactor(
-                groups, lr=t.lr, weight_decay=t.weight_decay, scale_parameter=False, relative_step=False
-            )
+            optimizer = Adafactor(groups, lr=t.lr, weight_decay=t.weight_decay)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: min(1.0, (u + 1) / max(1, t.warmup)))
         return optimizer
 
@@ -282,8 +278,8 @@ class Engine:
 
 
 def give_back_memory(device: torch.device) -> None:
-    """Once per online batch, on a CPU: returns what glibc's allocator holds on to: activations of varying sizes leave its heap full of holes,
-    and a run's memory would grow by a third over a few batches."""
+    """On a CPU, returns what glibc's allocator holds on to, once per online batch: activations of varying sizes leave
+    its heap full of holes, and a run's memory would grow by a third over a few batches."""
     if device.type == "cpu" and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to give back
             ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,0 +1,54 @@
+"""Adafactor at a fixed learning rate, as the papers set it: no first moment, no scaling by the parameter, no relative
+step. The library version makes about a dozen passes over memory for each weight, this one half as many, and at 135M
+parameters on two cores the optimizer is a fifth of an update. A test holds it to the library's numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EPS = 1e-30  # added to squared gradients
+CLIP = 1.0  # an update's root mean square is at most this, times the learning rate
+DECAY = 0.8  # the running mean's weight is 1 - step^-DECAY
+
+
+class Adafactor(torch.optim.Optimizer):
+    """Shazeer & Stern 2018, Algorithms 4 and 5: squared gradients of a matrix are kept as row and column means."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._step(p, p.grad, group["lr"], group["weight_decay"])
+
+    def _step(self, p: Tensor, g: Tensor, lr: float, weight_decay: float) -> None:
+        state = self.state[p]
+        state["step"] = state.get("step", 0) + 1
+        keep = 1 - state["step"] ** -DECAY
+        if g.dim() >= 2:
+            row, col = (self._mean_square(state, name, g, dim, keep) for name, dim in (("row", -1), ("col", -2)))
+            # V = R C / mean(R);  U = G / sqrt(V)
+            update = g * (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1)
+            update *= col.rsqrt().unsqueeze(-2)
+        else:
+            update = g * self._mean_square(state, "all", g, None, keep).rsqrt()
+        rms = torch.linalg.vector_norm(update) / math.sqrt(update.numel())
+        if weight_decay:
+            p.mul_(1 - weight_decay * lr)
+        p.addcmul_(update, (rms / CLIP).clamp(min=1.0).reciprocal(), value=-lr)
+
+    def _mean_square(self, state: dict[str, Any], name: str, g: Tensor, dim: int | None, keep: float) -> Tensor:
+        """The running mean of g² over `dim` (None: of each entry), updated."""
+        now = g.square() if dim is None else torch.linalg.vector_norm(g, dim=dim).square_().div_(g.shape[dim])
+        if name not in state:
+            state[name] = torch.zeros_like(now)
+        mean: Tensor = state[name]
+        return mean.mul_(keep).add_(now.add_(EPS), alpha=1 - keep)
