@@ -17,8 +17,7 @@ def relevance(prompts: list[Any], completions: list[Any], **columns: Any) -> lis
 
     questions = [p if isinstance(p, str) else p[-1]["content"] for p in prompts]
     answers = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    q_ND, a_ND = (_unit(encoder().encode(x, keep=k)) for x, k in ((questions, "end"), (answers, "start")))
-    cosine_N = (q_ND * a_ND).sum(-1)
+    cosine_N = (_unit(encoder().encode(questions, keep="end")) * _unit(encoder().encode(answers, keep="start"))).sum(-1)
     return [float(r) for r in (np.minimum(cosine_N, ON_TOPIC) - ON_TOPIC) / SPREAD]
 
 

@@ -50,7 +50,7 @@ def load_state(folder: Path, parameters: Mapping[str, Tensor], optimizer: Any, s
     scheduler.load_state_dict(scheduler.state_dict() | plain["scheduler"])
     for group, lr in zip(optimizer.param_groups, plain["scheduler"]["_last_lr"], strict=True):
         group["lr"] = lr
-    return plain["progress"]  # type: ignore[no-any-return]
+    return plain["progress"]
 
 
 def _plain(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
