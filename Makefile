@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help venv quickstart test check format bench bench-gpu profile clean
+.PHONY: help venv quickstart test test-slow check format bench bench-gpu profile clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,7 +25,11 @@ quickstart: $(STAMP)  ## align a 135M model by DAR and read its answers before a
 
 test: $(STAMP)  ## run the test suite
 	$(BIN)/python -m dualign.assets
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow" --durations 8
+
+test-slow: $(STAMP)  ## every small recipe for two steps on the embedded model
+	$(BIN)/python -m dualign.assets
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 check: $(STAMP)  ## lint, types, dependency audit
 	$(BIN)/ruff check .

@@ -23,10 +23,7 @@ from dualign.annotate.preference import PreferenceAnnotator
 from dualign.annotate.settings import JudgeReward, PreferenceReward
 from dualign.types import Prompt
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, reason="needs the extra dualign[serve]"),
-]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, reason="needs the extra dualign[serve]")
 
 
 @pytest.fixture(scope="module")
