@@ -93,9 +93,9 @@ def check_finite(b: WeightedBatch) -> None:
 
 def updates(b: WeightedBatch, algo: Algorithm, update_size: int, seed: int) -> Iterator[tuple[Tokens, Batch]]:
     """The rows of each optimizer step: whole prompts, shuffled anew in every epoch by the run's seed and the batch's
-    number alone. The last update takes the remainder where it is no more than half an update."""
+    number alone. The prompts are split as evenly as the number of updates allows."""
     groups = sorted(set(b.tokens.group))
-    members = {g: [] for g in groups}  # type: dict[int, list[int]]
+    members: dict[int, list[int]] = {g: [] for g in groups}
     for row, g in enumerate(b.tokens.group):
         members[g].append(row)
     count = algo.updates_per_batch or max(1, round(len(b.rows) / update_size))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -204,7 +203,3 @@ def _answer(row: Any) -> Text:
     value = "absent" if row.label.value is None else f"{row.label.value:+.2f}"
     cut = "" if row.rollout.finish == "eos" else " …"
     return Text.assemble((f"[{value}] ", "dim"), clean(row.rollout.text.strip()) + cut)
-
-
-def stderr(text: str) -> None:
-    print(clean(text), file=sys.stderr)
