@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse
@@ -166,8 +166,10 @@ def main() -> None:
         scaling(o.only or ["dualign-grpo", "dualign-dar", "trl-grpo"], work, o.repeats, o.out)
         return
     about, runs = machine(), {}  # type: dict[str, Any], dict[str, list[Any]]
-    for _ in range(o.repeats):  # saved after each, so that an interrupted benchmark leaves what it has
-        repeated(list(o.only or SYSTEMS), work, 1, runs)
+    systems = list(o.only or SYSTEMS)
+    for repeat in range(o.repeats):  # saved after each, so that an interrupted benchmark leaves what it has
+        print(f"repeat {repeat + 1} of {o.repeats}", flush=True)
+        repeated(systems[::-1] if repeat % 2 else systems, work, 1, runs)
         tables = "\n\n".join([figures(runs), ratios(runs), limit(runs)])
         page = save("against_trl", {"machine": about, "work": asdict(work), "runs": runs}, tables, o.out)
     print(f"{tables}\n{page}")

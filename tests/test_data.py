@@ -173,3 +173,17 @@ def test_real_files():
     assert len(pairs) == 1493 and all(e.prompt.messages[-1]["role"] == "user" for e in pairs)
     maths = load_prompts(str(shared("data/prompts/gsm8k_test.jsonl")))
     assert len(maths) == 200 and all("answer" in p.columns for p in maths)
+
+
+def test_bad_rows_are_left_out_and_counted_where_that_is_asked_for(tmp_path, caplog):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    source = write(tmp_path / "x.jsonl", [good, good | {"chosen": ""}, good, good | {"rejected": 3}])
+    config = DataConfig(train=source, bad_rows="skip")
+    assert [p.id for p in load_prompts(source, config)] == ["x.jsonl:1", "x.jsonl:3"]
+    assert len(load_examples(source, config)) == 2
+    assert "2 of 4 rows left out" in caplog.text and "row 2: 'chosen' is empty" in caplog.text
+    with pytest.raises(UserError, match="bad_rows=skip"):
+        load_examples(source)
+    worse = write(tmp_path / "y.jsonl", [good | {"chosen": ""}])
+    with pytest.raises(UserError, match="none of its 1 rows"):
+        load_examples(worse, DataConfig(train=worse, bad_rows="skip"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+ENDING = " Answer in one sentence."  # of every prompt, so that an answer can be whole within the quickstart's 40 tokens
 SPLITS = {"train": 240, "test": 80}  # at least so many rows
 
 
@@ -19,7 +20,10 @@ def rows(split: str) -> list[dict[str, Any]]:
 
 
 def text(row: dict[str, Any]) -> str:
-    return row["prompt"][-1]["content"]
+    """What is asked, without the ending that all prompts share."""
+    content = row["prompt"][-1]["content"]
+    assert content.endswith(ENDING), row["id"]
+    return content.removesuffix(ENDING)
 
 
 def words(prompt: str) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import gzip
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,8 @@ from typing import Any
 from dualign.errors import UserError
 from dualign.schema import DataConfig
 from dualign.types import Example, Message, Prompt
+
+log = logging.getLogger(__name__)
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 Content = str | tuple[Message, ...]
@@ -43,7 +46,7 @@ def load_prompts(source: str, config: DataConfig | None = None, split: str | Non
     """
     config = config or DataConfig(train=source)
     rows, layout = _read(source, config, split)
-    return [_prompt(row, _parse(row, layout, config)[0], config) for row in rows]
+    return [_prompt(row, content, config) for row, content, _ in _parsed(source, rows, layout, config)]
 
 
 def load_examples(source: str, config: DataConfig | None = None, split: str | None = None) -> list[Example]:
@@ -54,11 +57,31 @@ def load_examples(source: str, config: DataConfig | None = None, split: str | No
     if layout == "prompt":
         have = ", ".join(rows[0].values)
         raise UserError(f"{source}: needs chosen and rejected, or completion, in every row; its columns are {have}")
-    examples = []
+    return [
+        Example(_prompt(row, content, config), completions)
+        for row, content, completions in _parsed(source, rows, layout, config)
+    ]
+
+
+def _parsed(
+    source: str, rows: list[Row], layout: str, config: DataConfig
+) -> Iterator[tuple[Row, Content, tuple[str, ...]]]:
+    """Each row's prompt and completions. A row that is not of the layout stops it, or is left out and counted."""
+    first: UserError | None = None
+    skipped = 0
     for row in rows:
-        content, completions = _parse(row, layout, config)
-        examples.append(Example(_prompt(row, content, config), completions))
-    return examples
+        try:
+            content, completions = _parse(row, layout, config)
+        except UserError as error:
+            if config.bad_rows == "stop":
+                raise UserError(f"{error} (data.bad_rows=skip leaves such rows out)") from None
+            first, skipped = first or error, skipped + 1
+            continue
+        yield row, content, completions
+    if skipped == len(rows):
+        raise UserError(f"{source}: none of its {skipped:,} rows can be used; the first: {first}")
+    if skipped:
+        log.warning("%s: %s of %s rows left out; the first: %s", source, f"{skipped:,}", f"{len(rows):,}", first)
 
 
 # ---- rows of a source ------------------------------------------------------------------------------------------------

@@ -43,6 +43,9 @@ class DataConfig(Settings):
     max_prompt_tokens: int | None = Field(
         None, ge=1, description="longer prompts are left out and counted; none: an error"
     )
+    bad_rows: Literal["stop", "skip"] = Field(
+        "stop", description="a row that is not of the data's format stops the run, or is left out and counted"
+    )
     shuffle: bool = True
 
 

@@ -115,7 +115,8 @@ class Trainer:
             self._update(b, skip, losses, clock)
             with clock("sync"):
                 self.sampler.sync()
-                give_back_memory(self.engine.device)
+                if step % 4 == 3:
+                    give_back_memory(self.engine.device)
             self._finish_batch(b, losses, clock)
             skip, losses = 0, []
         self._summarise()

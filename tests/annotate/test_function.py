@@ -14,7 +14,7 @@ from dualign.annotate import build
 from dualign.annotate.base import BatchSession, Item, label_all
 from dualign.annotate.combined import CombinedAnnotator, Term
 from dualign.annotate.function import FunctionAnnotator, load_function
-from dualign.annotate.settings import FunctionReward
+from dualign.annotate.settings import FunctionReward, HeadReward
 from dualign.errors import StopRun, UserError
 from dualign.types import Label, Prompt
 
@@ -269,3 +269,16 @@ def test_rewards_by_column_label_their_own_rows_and_no_others():
     assert seen == [["a", "a"]]
     assert "none of their `where` matches" in labels[2].reason
     assert labels[0].parts == {"one": 1.0} and labels[1].parts == {"two": 2.0}
+
+
+def test_a_bounded_reward_is_clipped_before_it_is_weighted_and_kept_as_it_was() -> None:
+    rewards = CombinedAnnotator([Term("a", fixed("a", -5, 0.5, 9), weight=2.0, clip=(-1.0, 1.0))])
+    labels = label_all(rewards, ITEMS[:3])
+    assert [label.value for label in labels] == [-2.0, 1.0, 2.0]
+    assert [label.parts["a"] for label in labels] == [-5, 0.5, 9]
+
+
+@pytest.mark.parametrize("bounds", [[1.0, 1.0], [2.0, 1.0], [1.0]])
+def test_bounds_that_are_none_are_refused(bounds: list[float]) -> None:
+    with pytest.raises(ValueError, match="clip"):
+        HeadReward(clip=bounds)

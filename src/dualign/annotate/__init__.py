@@ -36,7 +36,8 @@ def build(
     from dualign.annotate.function import FunctionAnnotator
 
     terms = [
-        Term("", _one(settings, run_dir), settings.weight, settings.optional, settings.where) for settings in rewards
+        Term("", _one(s, run_dir), s.weight, s.optional, s.where, (s.clip[0], s.clip[1]) if s.clip else None)
+        for s in rewards
     ]
     terms += [Term("", FunctionAnnotator(function)) for function in functions]
     if not terms:
@@ -46,7 +47,7 @@ def build(
             replace(term, annotator=Remembered(term.annotator, str(position), memory))
             for position, term in enumerate(terms)
         ]
-    if len(terms) == 1 and terms[0].weight == 1 and not terms[0].where:
+    if len(terms) == 1 and terms[0].plain:
         return terms[0].annotator
     names = _unique([term.annotator.name for term in terms])
     return CombinedAnnotator([replace(t, name=name) for name, t in zip(names, terms, strict=True)])

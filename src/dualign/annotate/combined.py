@@ -22,14 +22,25 @@ class Term:
     weight: float = 1.0
     optional: bool = False  # where it has no label the others decide; otherwise such a row is absent
     where: Mapping[str, Any] = field(default_factory=dict)  # rows whose columns have these values; empty: all
+    clip: tuple[float, float] | None = None  # (low, high): bounds of the value, before it is weighted
+
+    @property
+    def plain(self) -> bool:
+        """Whether the sum of this term alone is its annotator's own label."""
+        return self.weight == 1 and not self.where and self.clip is None
+
+    def weighted(self, value: float) -> float:
+        low, high = self.clip or (value, value)
+        return self.weight * min(max(value, low), high)
 
     def applies(self, item: Item) -> bool:
         return all(item.prompt.columns.get(column) == value for column, value in self.where.items())
 
 
 class CombinedAnnotator:
-    """Σ weight · reward over the terms. `stats` holds, for the batch labelled last, NAME/seconds (from the batch's
-    end to that term's last label) and NAME/absent (share of rows that the term did not label)."""
+    """Σ weight · reward over the terms, each reward within its bounds where it has some. `stats` holds, for the batch
+    labelled last, NAME/seconds (from the batch's end to that term's last label) and NAME/absent (share of rows that
+    the term did not label)."""
 
     def __init__(self, terms: Sequence[Term]) -> None:
         self.terms = tuple(terms)
@@ -84,6 +95,6 @@ def combine(terms: Sequence[Term], given: Sequence[Label | None]) -> Label:
     needed = [reason for term, reason in reasons if not term.optional]
     if needed or len(reasons) == len(terms):
         return Label.absent("; ".join(needed or [reason for _, reason in reasons]), parts=parts)
-    total = sum(t.weight * x.value for t, x in zip(terms, labels, strict=True) if x.value is not None)
+    total = sum(t.weighted(x.value) for t, x in zip(terms, labels, strict=True) if x.value is not None)
     notes = [f"{t.name}: {x.note}" for t, x in zip(terms, labels, strict=True) if x.note]
     return Label(total, parts=parts, note="\n".join(notes) or None)

@@ -17,6 +17,12 @@ class RewardSettings(Settings):
 
     name: str | None = Field(None, description="its name in logs and Parquet; default: from the function or model")
     weight: float = Field(1.0, description="its factor in the sum of rewards")
+    clip: list[float] | None = Field(
+        None,
+        description="[low, high]: its value is held within these before it is weighted",
+        min_length=2,
+        max_length=2,
+    )
     where: dict[str, str | int | bool] = Field(
         default_factory=dict,
         description="only rows whose data columns have these values; the other rewards decide the rest",
@@ -26,6 +32,13 @@ class RewardSettings(Settings):
         description="None means 'does not apply to this row': the other rewards decide. Otherwise a row that one "
         "reward could not label is absent",
     )
+
+    @field_validator("clip")
+    @classmethod
+    def _ordered(cls, clip: list[float] | None) -> list[float] | None:
+        if clip is not None and not clip[0] < clip[1]:
+            raise ValueError(f"[low, high] with low < high, not {clip}")
+        return clip
 
 
 class FunctionReward(RewardSettings):

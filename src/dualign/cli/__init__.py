@@ -32,7 +32,10 @@ def main() -> None:
     from dualign.errors import StopRun, UserError, clean
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a busy neighbour must not make small operations crawl
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # OpenMP's threads spin for some 20 microseconds before they sleep: woken anew for every small operation, they
+        # are no help at all, and spinning for long makes runs that share a machine crawl.
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     first = os.environ.get("RANK", "0") == "0"
     try:

@@ -68,9 +68,11 @@ def print_report(reports: Sequence[Report]) -> None:
     for report in reports:
         table = Table("labeller", "pairs", "agrees", "95 %", "ties", "kappa", "absent", title=Path(report["file"]).name)
         for row in report["labellers"]:
-            between = f"{100 * row['low']:.1f}-{100 * row['high']:.1f}"
-            table.add_row(row["labeller"], f"{row['pairs']:,}", f"{100 * row['share']:.1f} %", between,
-                          f"{100 * row['ties']:.1f} %", f"{row['kappa']:.3f}", f"{row['absent']:,}")  # fmt: skip
+            found = ["-"] * 4  # where no pair could be labelled there is nothing to say
+            if row["pairs"] > 0:
+                between = f"{100 * row['low']:.1f}-{100 * row['high']:.1f}"
+                found = [f"{100 * row['share']:.1f} %", between, f"{100 * row['ties']:.1f} %", f"{row['kappa']:.3f}"]
+            table.add_row(row["labeller"], f"{row['pairs']:,}", *found, f"{row['absent']:,}")
         console.print(table)
         if orders := report["orders"]:
             console.print(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
+
+from dualign.models.master import gradient_of
 
 CHUNK = 512  # tokens whose logits are made by one matrix product
 BLOCK = 8  # tokens whose logits are turned into probabilities at a time: they stay in the cache of a core
@@ -31,6 +33,7 @@ class _TokenLogProb(Function):
                 chosen = wide.gather(1, target_M[rows][part, None])[:, 0]
                 logp[rows][part] = chosen - torch.logsumexp(wide, -1)
         ctx.save_for_backward(hidden_MH, weight_VH, target_M)
+        ctx.parameter = weight_VH if isinstance(weight_VH, nn.Parameter) else None
         return logp
 
     @staticmethod
@@ -39,7 +42,11 @@ class _TokenLogProb(Function):
         weight = weight_VH.to(ctx.dtype)
         grad_M = grads[0].to(ctx.dtype)
         grad_hidden = torch.empty_like(hidden_MH)
-        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        into, grad_weight = None, None
+        if ctx.needs_input_grad[1] and ctx.parameter is not None:
+            into = gradient_of(ctx.parameter)  # no buffer of the vocabulary's size for every micro-batch
+        elif ctx.needs_input_grad[1]:
+            into = grad_weight = torch.zeros_like(weight_VH)
         for i, rows in enumerate(_slices(len(hidden_MH), CHUNK)):
             h, g = hidden_MH[rows].to(ctx.dtype), grad_M[rows, None]
             # kept logits may be overwritten: a second backward through them is an error by autograd's own rules
@@ -49,10 +56,10 @@ class _TokenLogProb(Function):
             at = torch.arange(len(d), device=d.device)
             d[at, target_M[rows]] += g[:, 0]
             grad_hidden[rows] = (d @ weight).to(grad_hidden.dtype)
-            if grad_weight is not None:
-                grad_weight += d.T @ h
+            if into is not None:
+                into += d.T @ h
         ctx.kept = []
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VH.dtype), None, None
+        return grad_hidden, grad_weight, None, None
 
 
 def _slices(count: int, size: int) -> list[slice]:

@@ -1,4 +1,4 @@
-"""fp32 master weights for parameters that compute in bf16.
+"""fp32 master weights for parameters that compute in bf16, and gradients that are added up where they are kept.
 
 Autocast rounds the weights of linear layers to bf16 in every forward pass. Rounding them once per optimizer step gives
 the same numbers without the passes over memory: the module holds the rounded weight, the optimizer the master, and each
@@ -7,8 +7,11 @@ gradient goes to the master, in fp32, the moment it is made.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 
 def round_linears(module: nn.Module, keep: Tensor | None = None) -> dict[nn.Parameter, Tensor]:
@@ -53,6 +56,46 @@ class Masters:
     @property
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.named.values() if p.grad is not None]
+
+
+def gradient_of(p: nn.Parameter) -> Tensor:
+    """Where the gradient of `p` is added up."""
+    if p.grad is None:
+        p.grad = torch.zeros_like(p)
+    return p.grad
+
+
+class _Lookup(Function):
+    """An embedding whose backward touches the rows it read, not a gradient of the vocabulary's size."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_VH: nn.Parameter, ids: Tensor, padding_id: int | None) -> Tensor:
+        ctx.parameter, ctx.ids, ctx.padding_id = weight_VH, ids, padding_id
+        return nn.functional.embedding(ids, weight_VH)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        grad = grads[0]
+        if ctx.padding_id is not None:
+            grad = grad.masked_fill((ctx.ids == ctx.padding_id)[..., None], 0)
+        into = gradient_of(ctx.parameter)
+        into.index_add_(0, ctx.ids.flatten(), grad.flatten(0, -2).to(into.dtype))
+        return None, None, None
+
+
+class LightEmbedding(nn.Embedding):
+    """Adds its weight's gradient up in place."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.weight.requires_grad and torch.is_grad_enabled():
+            return _Lookup.apply(self.weight, input, self.padding_idx)
+        return super().forward(input)
+
+    @staticmethod
+    def take(embedding: nn.Module) -> None:
+        """Makes a plain embedding one of these."""
+        if type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq:
+            embedding.__class__ = LightEmbedding
 
 
 def _handing_on_to(master: nn.Parameter):  # type: ignore[no-untyped-def]

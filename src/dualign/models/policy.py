@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dualign.errors import UserError
 from dualign.models.logprobs import token_logp
-from dualign.models.master import round_linears
+from dualign.models.master import LightEmbedding, round_linears
 from dualign.models.packing import MicroBatch, Tokens, pack
 from dualign.schema import ModelConfig
 from dualign.types import Prompt
@@ -102,6 +102,7 @@ class Policy(nn.Module):
         self.base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
         self.head = model.get_output_embeddings()
         self.plain_head = self._head_is_linear()
+        LightEmbedding.take(model.get_input_embeddings())
         if share and model.config._attn_implementation == "sdpa":
             self.share = self._try_sharing()
         if precision == "bf16":
