@@ -134,7 +134,7 @@ def test_every_small_recipe_runs_two_steps(name, tiny, tmp_path):
     """On the tiny model, with a Python function for the reward, at a size that takes a second."""
     config = configs.load(name, [f"run.dir={tmp_path / 'run'}", "train.warmup=1"])
     data = {"train": str(write_pairs(tmp_path))} if config.algo.source != "online" else {}
-    small = {"online_batches": 2, "online_batch": 8, "update_size": 4, "micro_batch_tokens": 512}
+    small = {"online_batches": 2, "online_batch": 16, "update_size": 8, "micro_batch_tokens": 512}
     shrunk = configs.build(
         configs.merge(
             config.model_dump(exclude={"reward"}),
