@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+from dualign.threads import spin_briefly
+
+spin_briefly()  # the runs that are started, TRL's too, inherit it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse
@@ -22,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,8 +68,9 @@ def run(system: str, work: Work, python: str = sys.executable) -> dict[str, Any]
         return json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
-def repeated(systems: list[str], work: Work, repeats: int, found: dict[str, list[Any]]) -> None:
-    """Adds `repeats` runs of each system to `found`, in an order that alternates."""
+def repeated(systems: list[str], work: Work, repeats: int) -> Iterator[dict[str, list[Any]]]:
+    """Yields the runs by system, one more of each every time, in an order that alternates."""
+    found: dict[str, list[Any]] = {}
     for repeat in range(repeats):
         for system in reversed(systems) if repeat % 2 else systems:
             result = run(system, work)
@@ -76,6 +80,7 @@ def repeated(systems: list[str], work: Work, repeats: int, found: dict[str, list
                 f"{result['tokens']:.0f} tokens",
                 flush=True,
             )
+        yield found
 
 
 def figures(runs: dict[str, list[Any]]) -> str:
@@ -142,8 +147,7 @@ def scaling(systems: list[str], work: Work, repeats: int, out: Path) -> None:
     for axis, changes in SCALING.items():
         points = record["axes"][axis] = []
         for change in changes:
-            runs: dict[str, list[Any]] = {}
-            repeated(systems, replace(work, **change), repeats, runs)
+            *_, runs = repeated(systems, replace(work, **change), repeats)
             points.append({"at": position(axis, change, work), "runs": runs})
             tables.append(f"## {axis}: {points[-1]['at']}\n\n{figures(runs)}\n\n{ratios(runs)}")
             page = save("scaling", record, "\n\n".join(tables), out)
@@ -165,11 +169,9 @@ def main() -> None:
     if o.scaling:
         scaling(o.only or ["dualign-grpo", "dualign-dar", "trl-grpo"], work, o.repeats, o.out)
         return
-    about, runs = machine(), {}  # type: dict[str, Any], dict[str, list[Any]]
-    systems = list(o.only or SYSTEMS)
-    for repeat in range(o.repeats):  # saved after each, so that an interrupted benchmark leaves what it has
-        print(f"repeat {repeat + 1} of {o.repeats}", flush=True)
-        repeated(systems[::-1] if repeat % 2 else systems, work, 1, runs)
+    about = machine()
+    for runs in repeated(list(o.only or SYSTEMS), work, o.repeats):
+        # saved after each, so that an interrupted benchmark leaves what it has
         tables = "\n\n".join([figures(runs), ratios(runs), limit(runs)])
         page = save("against_trl", {"machine": about, "work": asdict(work), "runs": runs}, tables, o.out)
     print(f"{tables}\n{page}")

@@ -10,9 +10,9 @@ end at their first line break or full stop, so that most rows are done long befo
 
 from __future__ import annotations
 
-import os
+from dualign.threads import spin_briefly
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+spin_briefly()
 
 import argparse
 import time

@@ -7,9 +7,9 @@ The first online batch warms up, the second is timed, the third runs under torch
 
 from __future__ import annotations
 
-import os
+from dualign.threads import spin_briefly
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+spin_briefly()
 
 import argparse
 from collections.abc import Iterator

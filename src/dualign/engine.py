@@ -291,8 +291,8 @@ def keep_memory(device: torch.device) -> None:
 
 
 def give_back_memory(device: torch.device) -> None:
-    """On a CPU, returns what the allocator keeps, once per online batch: activations of varying sizes leave its heap
-    full of holes, and a run's memory would grow by a third over a few batches."""
+    """On a CPU, returns what the allocator keeps: activations of varying sizes leave its heap full of holes, and a run's
+    memory would grow by a third over a few batches."""
     if device.type == "cpu":
         _glibc("malloc_trim", 0)
 

@@ -27,6 +27,7 @@ from dualign.source import Clock, DatasetSource, Labeller, OnlineSource, Source,
 from dualign.view import View, plan_lines, warnings_of
 
 RewardFunction = Callable[..., Any]
+GIVE_BACK_EVERY = 4  # online batches: every one would cost the next a second of page faults, never would cost memory
 
 
 def train(
@@ -115,7 +116,7 @@ class Trainer:
             self._update(b, skip, losses, clock)
             with clock("sync"):
                 self.sampler.sync()
-                if step % 4 == 3:
+                if (step + 1) % GIVE_BACK_EVERY == 0:
                     give_back_memory(self.engine.device)
             self._finish_batch(b, losses, clock)
             skip, losses = 0, []

@@ -5,7 +5,7 @@ import torch
 
 from dualign.models import logprobs
 from dualign.models.logprobs import token_logp
-from dualign.models.master import Masters
+from dualign.models.master import LightEmbedding, Masters
 from dualign.models.packing import Tokens, pack, plan
 from dualign.models.policy import Policy, load_model
 from dualign.schema import ModelConfig
@@ -136,3 +136,37 @@ def test_masters_collect_the_gradient_that_autocast_gives(tiny):
     assert all(p.dtype == torch.float32 for p in grads[1])
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, rtol=0.02, atol=0.02 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_gradients_added_up_in_place_are_those_of_plain_autograd(tiny, share):
+    """Embedding and head are one parameter here, and the embedding's padding row learns from the head alone."""
+    plain, tokenizer = load_model(ModelConfig(name=str(tiny)))
+    tokens = rows()
+    first = (tokenizer.pad_id, *tokens.prompt_ids[0][1:])
+    prompts = tuple(first if g == tokens.group[0] else p for g, p in zip(tokens.group, tokens.prompt_ids, strict=True))
+    tokens = Tokens(prompts, tokens.completion_ids, tokens.group)
+    assert plain.get_input_embeddings().padding_idx == tokenizer.pad_id
+    by_hand(plain, tokens).sum().backward()
+
+    model, _ = load_model(ModelConfig(name=str(tiny)))
+    policy = Policy(model, "fp32", share)
+    assert type(model.get_input_embeddings()) is LightEmbedding and policy.plain_head
+    for part in plan(tokens, range(len(tokens)), 30):
+        policy(pack(tokens, part, tokens.width, 0, share)).sum().backward()
+    for (name, a), (_, b) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-5 * float(b.grad.abs().max()) + 1e-7), name
+
+
+def test_a_copy_looks_up_and_learns_in_its_own_embedding(tiny):
+    """As a frozen copy must when the policy that it was made from moves on."""
+    model, _ = load_model(ModelConfig(name=str(tiny)))
+    policy, tokens = Policy(model, "fp32", True), rows()
+    micro = pack(tokens, range(len(tokens)), tokens.width, 0, share=True)
+    frozen = policy.frozen_copy()
+    before = frozen(micro)
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight.add_(0.1)
+    policy(micro).sum().backward()
+    assert torch.equal(frozen(micro), before) and not torch.allclose(policy(micro), before)
+    assert all(p.grad is None for p in frozen.parameters())

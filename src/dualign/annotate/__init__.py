@@ -36,8 +36,8 @@ def build(
     from dualign.annotate.function import FunctionAnnotator
 
     terms = [
-        Term("", _one(s, run_dir), s.weight, s.optional, s.where, (s.clip[0], s.clip[1]) if s.clip else None)
-        for s in rewards
+        Term("", _one(settings, run_dir), settings.weight, settings.optional, settings.where, settings.clip)
+        for settings in rewards
     ]
     terms += [Term("", FunctionAnnotator(function)) for function in functions]
     if not terms:

@@ -22,7 +22,7 @@ class Term:
     weight: float = 1.0
     optional: bool = False  # where it has no label the others decide; otherwise such a row is absent
     where: Mapping[str, Any] = field(default_factory=dict)  # rows whose columns have these values; empty: all
-    clip: tuple[float, float] | None = None  # (low, high): bounds of the value, before it is weighted
+    clip: Sequence[float] | None = None  # low, high: bounds of the value, before it is weighted
 
     @property
     def plain(self) -> bool:

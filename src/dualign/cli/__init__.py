@@ -30,12 +30,10 @@ def application() -> typer.Typer:
 def main() -> None:
     """Exit codes: 0 done; 2 bad input; 3 stopped cleanly and can be resumed; 130 interrupted."""
     from dualign.errors import StopRun, UserError, clean
+    from dualign.threads import spin_briefly
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # OpenMP's threads spin for some 20 microseconds before they sleep: woken anew for every small operation, they
-        # are no help at all, and spinning for long makes runs that share a machine crawl.
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    spin_briefly()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     first = os.environ.get("RANK", "0") == "0"
     try:
