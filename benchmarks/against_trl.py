@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import os
 
-from dualign.threads import spin_briefly
-
-spin_briefly()  # the runs that are started, TRL's too, inherit it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse
@@ -34,7 +31,7 @@ from common import RESULTS, machine, save, spread, table
 SYSTEMS: dict[str, list[str]] = {  # dualign: overrides of the quickstart; TRL: the trainer, checkpointing
     "dualign-grpo": ["algo.name=grpo"],
     "dualign-rloo": ["algo.name=rloo"],
-    "dualign-dar": ["algo.name=dar"],
+    "dualign-dar": ["algo.name=dar", "algo.skip_below=0"],
     "dualign-dar-skip": ["algo.name=dar", "algo.skip_below=1e-3"],
     "trl-grpo": ["GRPO"],
     "trl-grpo-nocheckpointing": ["GRPO", "off"],

@@ -10,9 +10,9 @@ end at their first line break or full stop, so that most rows are done long befo
 
 from __future__ import annotations
 
-from dualign.threads import spin_briefly
+from dualign import cpu
 
-spin_briefly()
+cpu.tune()
 
 import argparse
 import time

@@ -7,9 +7,9 @@ The first online batch warms up, the second is timed, the third runs under torch
 
 from __future__ import annotations
 
-from dualign.threads import spin_briefly
+from dualign import cpu
 
-spin_briefly()
+cpu.tune()
 
 import argparse
 from collections.abc import Iterator

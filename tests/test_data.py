@@ -187,3 +187,14 @@ def test_bad_rows_are_left_out_and_counted_where_that_is_asked_for(tmp_path, cap
     worse = write(tmp_path / "y.jsonl", [good | {"chosen": ""}])
     with pytest.raises(UserError, match="none of its 1 rows"):
         load_examples(worse, DataConfig(train=worse, bad_rows="skip"))
+
+
+def test_one_kind_of_the_shipped_prompts():
+    everything = load_prompts("builtin:quickstart/test")
+    kinds = {kind: load_prompts(f"builtin:quickstart/test/{kind}") for kind in ("everyday", "decline")}
+    assert {k: len(v) for k, v in kinds.items()} == {"everyday": 53, "decline": 35} and len(everything) == 88
+    assert all(p.columns["kind"] == kind for kind, prompts in kinds.items() for p in prompts)
+    with pytest.raises(UserError, match="its kinds are decline, everyday"):
+        load_prompts("builtin:quickstart/test/rude")
+    with pytest.raises(UserError, match="no such data"):
+        load_prompts("builtin:quickstart/tset/everyday")

@@ -41,7 +41,7 @@ class Row:
 def load_prompts(source: str, config: DataConfig | None = None, split: str | None = None) -> list[Prompt]:
     """The prompts of `source`, in its order; completions it may hold stay in `columns` with every other column.
 
-    `source` is a local file, builtin:NAME[/SPLIT], a folder or a data set's name; `split` (default: config.split)
+    `source` is a local file, builtin:NAME[/SPLIT[/KIND]], a folder or a data set's name; `split` (default: config.split)
     counts for the last three. Raises UserError naming the file, the row and the column.
     """
     config = config or DataConfig(train=source)
@@ -99,9 +99,9 @@ def local_file(source: str, split: str = "train") -> Path | None:
     """The file that `source` names, there or not; None for a folder and for a data set's name. Raises UserError for
     builtin data that the package does not have."""
     if source.startswith("builtin:"):
-        name, _, part = source.removeprefix("builtin:").partition("/")
-        path = Path(str(files("dualign"))) / "prompts" / f"{name}_{part or split}.jsonl"
-        if path.name != f"{name}_{part or split}.jsonl" or not path.is_file():  # no way out of the package
+        name, part, _ = _builtin(source, split)
+        path = Path(str(files("dualign"))) / "prompts" / f"{name}_{part}.jsonl"
+        if path.name != f"{name}_{part}.jsonl" or not path.is_file():  # no way out of the package
             have = ", ".join(f"builtin:{p.stem.replace('_', '/')}" for p in sorted(path.parent.glob("*.jsonl")))
             raise UserError(f"{source}: no such data in the package; it has {have or 'none'}")
         return path
@@ -110,9 +110,22 @@ def local_file(source: str, split: str = "train") -> Path | None:
     return path if path.is_file() or (looks_local and not path.is_dir()) else None
 
 
+def _builtin(source: str, split: str) -> tuple[str, str, str]:
+    """builtin:NAME[/SPLIT[/KIND]] -> name, split, kind ("": every kind)."""
+    name, _, rest = source.removeprefix("builtin:").partition("/")
+    part, _, kind = rest.partition("/")
+    return name, part or split, kind
+
+
 def _rows(source: str, config: DataConfig, split: str) -> Iterator[Row]:
     file = local_file(source, split)
-    if file:
+    kind = _builtin(source, split)[2] if source.startswith("builtin:") else ""
+    if file and kind:
+        rows = list(_file_rows(file))
+        yield from (row for row in rows if row.values["kind"] == kind)
+        if not any(row.values["kind"] == kind for row in rows):
+            raise UserError(f"{source}: its kinds are {', '.join(sorted({row.values['kind'] for row in rows}))}")
+    elif file:
         yield from _file_rows(file)
     else:
         folder = Path(source).expanduser()

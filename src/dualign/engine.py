@@ -67,6 +67,9 @@ class Engine:
         for module in modules:
             exact |= module.round()
         self.masters = Masters(list(modules), exact)
+        if self.device.type == "cpu":  # what lives as long as the run is allocated before what comes and goes
+            for p in self.masters.named.values():
+                p.grad = torch.zeros_like(p)
         self.optimizer = self._optimizer()
         self.micro_batch_tokens = self.train.micro_batch_tokens
 

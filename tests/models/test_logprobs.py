@@ -11,19 +11,18 @@ from dualign.models.policy import Policy, load_model
 from dualign.schema import ModelConfig
 
 
-@pytest.mark.parametrize("keep", [0, 1 << 40])
-def test_token_logp_and_its_gradients_match_log_softmax(keep, monkeypatch):
+def test_token_logp_and_its_gradients_match_log_softmax(monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK", 7)
-    monkeypatch.setattr(logprobs, "KEEP_BYTES", keep)
+    monkeypatch.setattr(logprobs, "SLICE", 16)
     torch.manual_seed(0)
     hidden = torch.randn(23, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
     target, g = torch.randint(0, 50, (23,)), torch.randn(23, dtype=torch.float64)
-    (token_logp(hidden, weight, target, torch.float64) * g).sum().backward()
+    (token_logp(hidden, weight, target) * g).sum().backward()
     ours = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
     reference = torch.log_softmax(hidden @ weight.T, -1).gather(1, target[:, None])[:, 0]
-    assert torch.allclose(token_logp(hidden, weight, target, torch.float64).double(), reference, atol=1e-5)
+    assert torch.allclose(token_logp(hidden, weight, target).double(), reference, atol=1e-5)
     (reference * g).sum().backward()
     assert torch.allclose(ours[0], hidden.grad, atol=1e-5) and torch.allclose(ours[1], weight.grad, atol=1e-5)
 
@@ -170,3 +169,17 @@ def test_a_copy_looks_up_and_learns_in_its_own_embedding(tiny):
     policy(micro).sum().backward()
     assert torch.equal(frozen(micro), before) and not torch.allclose(policy(micro), before)
     assert all(p.grad is None for p in frozen.parameters())
+
+
+def test_the_rounded_head_follows_its_weight(tiny):
+    model, _ = load_model(ModelConfig(name=str(tiny)))
+    policy = Policy(model, "bf16", True)
+    before = policy.rounded_head().clone()
+    assert policy.rounded_head() is policy.rounded_head()  # rounded once
+    with torch.no_grad():
+        policy.head.weight.mul_(2)
+    assert torch.equal(policy.rounded_head(), 2 * before)
+    other = policy.frozen_copy()
+    with torch.no_grad():
+        policy.head.weight.mul_(2)
+    assert torch.equal(policy.rounded_head(), 4 * before) and torch.equal(other.rounded_head(), 2 * before)

@@ -29,11 +29,11 @@ def application() -> typer.Typer:
 
 def main() -> None:
     """Exit codes: 0 done; 2 bad input; 3 stopped cleanly and can be resumed; 130 interrupted."""
+    from dualign import cpu
     from dualign.errors import StopRun, UserError, clean
-    from dualign.threads import spin_briefly
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    spin_briefly()
+    cpu.tune()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     first = os.environ.get("RANK", "0") == "0"
     try:

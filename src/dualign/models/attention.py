@@ -38,6 +38,7 @@ def packed_attention(
         )
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("sliding_window") is not None:
         raise ValueError("packed attention knows no soft caps, sinks or windows")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotated in fp32, multiplied under autocast in bf16
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     prompts, rows = layout.prompt_PA.shape, layout.row_nC.shape
     cut = layout.prompt_PA.numel()

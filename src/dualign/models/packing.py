@@ -1,8 +1,8 @@
-"""From rows of token ids to micro-batches: no padding, each prompt once, and only the positions that are scored.
+"""From rows of token ids to micro-batches: hardly any padding, each prompt once, only scored positions.
 
-A micro-batch is one flat run of tokens: prompt, its completions, next prompt, its completions, ... Everything that
-works token by token (most of a transformer) sees no padding; attention alone needs to know who sees whom, which is what
-`Layout` says and attention.py reads.
+A micro-batch is one flat run of tokens: prompt, its completions, next prompt, its completions, ..., and a filler.
+Everything that works token by token (most of a transformer) sees no other padding; attention alone needs to know who
+sees whom, which is what `Layout` says and attention.py reads.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+MULTIPLE = 64  # flat lengths are multiples of this: fewer sizes of tensors to allocate and of kernels to prepare
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,10 @@ def _flat(tokens: Tokens, rows: Sequence[int], width: int) -> MicroBatch:
         predictors += [prompts[-1][-1], *range(start, start + len(completion) - 1)]
         ids += completion
         positions += range(len(prompt), len(prompt) + len(completion))
+    if filler := -len(ids) % MULTIPLE:  # a prompt that nothing answers
+        prompts.append(range(len(ids), len(ids) + filler))
+        ids += ids[:1] * filler
+        positions += range(filler)
     return MicroBatch(
         rows=torch.tensor(rows),
         input_ids=torch.tensor([ids]),

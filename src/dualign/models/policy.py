@@ -102,6 +102,8 @@ class Policy(nn.Module):
         self.base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
         self.head = model.get_output_embeddings()
         self.plain_head = self._head_is_linear()
+        self._rounded: Any = None
+        self._rounded_version: Any = None
         LightEmbedding.take(model.get_input_embeddings())
         if share and model.config._attn_implementation == "sdpa":
             self.share = self._try_sharing()
@@ -128,11 +130,25 @@ class Policy(nn.Module):
         """(n, T) log π(token | before), untempered, 0 beyond each completion's end."""
         with self.autocast():
             if self.plain_head:
-                logp_M = token_logp(self.hidden(micro), self.head.weight, micro.target_M, self.dtype)
+                logp_M = token_logp(self.hidden(micro), self.head.weight, micro.target_M, self.rounded_head())
             else:  # a head that scales, caps or shifts its logits: let the model do it
                 logits_MV = self.model(**_inputs(micro)).logits.flatten(0, 1).index_select(0, micro.predictor_M)
                 logp_M = torch.log_softmax(logits_MV.float(), -1).gather(1, micro.target_M[:, None])[:, 0]
         return micro.scatter(logp_M)
+
+    def rounded_head(self) -> Tensor:
+        """(V, H): the head's weight in the dtype of its products, rounded anew only when it has changed."""
+        weight = self.head.weight
+        if weight.dtype == self.dtype:
+            return weight.detach()
+        version = (weight.data_ptr(), weight._version)
+        if self._rounded_version != version:
+            with torch.inference_mode(False), torch.no_grad():
+                if self._rounded is None or self._rounded.device != weight.device:
+                    self._rounded = torch.empty_like(weight, dtype=self.dtype)
+                self._rounded.copy_(weight)
+            self._rounded_version = version
+        return self._rounded
 
     @torch.no_grad()
     def _head_is_linear(self) -> bool:

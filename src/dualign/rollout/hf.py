@@ -46,8 +46,7 @@ class HFSampler:
         self.policy.eval()
         rows = min(self.rows, len(requests) * sampling.k)
         if self.policy.plain_head:
-            # rounded once for all steps: autocast would round a head tied to an fp32 embedding at every step
-            self.head = product(self.policy.head.weight.to(self.policy.dtype), None, rows)
+            self.head = product(self.policy.rounded_head(), None, rows)
         with laid_out_linears(self.policy.base, rows):
             for at in range(0, len(by_length), step):
                 self._decode(by_length[at : at + step], sampling, seed, done)
