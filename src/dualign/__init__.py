@@ -13,6 +13,9 @@ __all__ = ["StopRun", "UserError", "__version__", "load", "train"]
 def __getattr__(name: str) -> Any:
     """Names are imported when they are asked for, so that `import dualign` does not load torch."""
     if name == "train":
+        from dualign import cpu
+
+        cpu.tune()
         from dualign.trainer import train
 
         return train
