@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # a parent that only starts others stays small: torch is impo
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("dualign", "torch", "transformers", "accelerate", "trl")
+SETTINGS = ("OMP_", "MKL_", "KMP_", "GOMP_", "ONEDNN_", "LRU_CACHE_")  # of threads and kernels, in the environment
 
 
 def machine() -> dict[str, Any]:
@@ -39,7 +40,7 @@ def machine() -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
         "load": round(os.getloadavg()[0], 2),
-        "threads": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("OMP_", "MKL_", "KMP_", "GOMP_"))},
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS)},
     }
 
 

@@ -119,17 +119,20 @@ def _builtin(source: str, split: str) -> tuple[str, str, str]:
 
 def _rows(source: str, config: DataConfig, split: str) -> Iterator[Row]:
     file = local_file(source, split)
-    kind = _builtin(source, split)[2] if source.startswith("builtin:") else ""
-    if file and kind:
-        rows = list(_file_rows(file))
-        yield from (row for row in rows if row.values["kind"] == kind)
-        if not any(row.values["kind"] == kind for row in rows):
-            raise UserError(f"{source}: its kinds are {', '.join(sorted({row.values['kind'] for row in rows}))}")
+    if file and source.startswith("builtin:") and (kind := _builtin(source, split)[2]):
+        yield from _of_kind(source, list(_file_rows(file)), kind)
     elif file:
         yield from _file_rows(file)
     else:
         folder = Path(source).expanduser()
         yield from _dataset_rows(str(folder) if folder.is_dir() else source, config.subset, split)
+
+
+def _of_kind(source: str, rows: list[Row], kind: str) -> list[Row]:
+    chosen = [row for row in rows if row.values["kind"] == kind]
+    if not chosen:
+        raise UserError(f"{source}: its kinds are {', '.join(sorted({row.values['kind'] for row in rows}))}")
+    return chosen
 
 
 def _file_rows(path: Path) -> Iterator[Row]:

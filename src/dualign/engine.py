@@ -23,7 +23,7 @@ from dualign.algos import Algorithm, Batch
 from dualign.config import Config
 from dualign.errors import StopRun, out_of_memory
 from dualign.models.critic import Critic
-from dualign.models.master import Masters
+from dualign.models.master import Masters, gradient_of
 from dualign.models.packing import Tokens, pack, plan
 from dualign.models.policy import Policy, load_model
 from dualign.optim import Adafactor
@@ -69,7 +69,7 @@ class Engine:
         self.masters = Masters(list(modules), exact)
         if self.device.type == "cpu":  # what lives as long as the run is allocated before what comes and goes
             for p in self.masters.named.values():
-                p.grad = torch.zeros_like(p)
+                gradient_of(p)
         self.optimizer = self._optimizer()
         self.micro_batch_tokens = self.train.micro_batch_tokens
 
@@ -174,9 +174,7 @@ class Engine:
         if self.world == 1:
             return
         for p in self.masters.named.values():
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            torch.distributed.all_reduce(p.grad)
+            torch.distributed.all_reduce(gradient_of(p))
 
     def _step(self, loss: float) -> float:
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.masters.named.values()), self.train.max_grad_norm))
@@ -295,7 +293,7 @@ def keep_memory(device: torch.device) -> None:
 
 def give_back_memory(device: torch.device) -> None:
     """On a CPU, returns what the allocator keeps: activations of varying sizes leave its heap full of holes, and a run's
-    memory would grow by a third over a few batches."""
+    memory would creep up."""
     if device.type == "cpu":
         _glibc("malloc_trim", 0)
 

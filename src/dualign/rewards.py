@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-ON_TOPIC = 0.8  # cosine from which an answer counts as on topic: repeating the question gains nothing more
+ON_TOPIC = 0.8  # cosine from which an answer counts as on topic: being closer gains nothing more
 SPREAD = 0.2  # standard deviation of the cosine over a small model's answers, so that 1.0 is about one of them
-
-
 COPIED = 4  # so many words in a row that also stand in the question say nothing of their own
 WORD = re.compile(r"[\w'’]+")
 
@@ -32,12 +30,12 @@ def own_words(question: str, answer: str) -> str:
     """The answer without the runs of COPIED or more words that also stand in the question."""
     asked = WORD.findall(question.casefold())
     runs = {tuple(asked[i : i + COPIED]) for i in range(len(asked) - COPIED + 1)}
-    spans = [(m.start(), m.end()) for m in WORD.finditer(answer)]
-    said = [answer[a:b].casefold() for a, b in spans]
+    words = WORD.findall(answer)
+    said = [word.casefold() for word in words]
     copied = {j for i in range(len(said)) if tuple(said[i : i + COPIED]) in runs for j in range(i, i + COPIED)}
     if not copied:
         return answer
-    return " ".join(answer[a:b] for j, (a, b) in enumerate(spans) if j not in copied)
+    return " ".join(word for j, word in enumerate(words) if j not in copied)
 
 
 def _unit(x_ND: np.ndarray) -> np.ndarray:

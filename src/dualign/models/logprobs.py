@@ -73,7 +73,7 @@ def _slices(count: int, size: int) -> list[slice]:
     return [slice(at, min(at + size, count)) for at in range(0, count, size)]
 
 
-def token_logp(hidden_MH: Tensor, weight_VH: Tensor, target_M: Tensor, rounded_VH: Tensor | None = None) -> Tensor:
+def token_logp(hidden_MH: Tensor, weight_VH: Tensor, rounded_VH: Tensor, target_M: Tensor) -> Tensor:
     """(M,) fp32 log-probs of the targets under a linear head. hidden_MH: (M, H); weight_VH: (V, H), which gets the
-    gradient; products are those of `rounded_VH`, the same weight in another dtype; the normaliser is fp32."""
-    return _TokenLogProb.apply(hidden_MH, weight_VH, weight_VH.detach() if rounded_VH is None else rounded_VH, target_M)
+    gradient; products are those of `rounded_VH`, the same weight in the dtype to compute in; the normaliser is fp32."""
+    return _TokenLogProb.apply(hidden_MH, weight_VH, rounded_VH, target_M)

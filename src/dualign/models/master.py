@@ -59,7 +59,7 @@ class Masters:
 
 
 def gradient_of(p: nn.Parameter) -> Tensor:
-    """Where the gradient of `p` is added up."""
+    """Where the gradient of `p` is added up; zeros if there is none yet."""
     if p.grad is None:
         p.grad = torch.zeros_like(p)
     return p.grad

@@ -130,7 +130,7 @@ class Policy(nn.Module):
         """(n, T) log π(token | before), untempered, 0 beyond each completion's end."""
         with self.autocast():
             if self.plain_head:
-                logp_M = token_logp(self.hidden(micro), self.head.weight, micro.target_M, self.rounded_head())
+                logp_M = token_logp(self.hidden(micro), self.head.weight, self.rounded_head(), micro.target_M)
             else:  # a head that scales, caps or shifts its logits: let the model do it
                 logits_MV = self.model(**_inputs(micro)).logits.flatten(0, 1).index_select(0, micro.predictor_M)
                 logp_M = torch.log_softmax(logits_MV.float(), -1).gather(1, micro.target_M[:, None])[:, 0]
