@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -83,8 +84,56 @@ def test_pairs_are_the_best_and_the_worst_by_the_runs_reward(tiny, tmp_path):
     for row in rows:
         best, worst = vowels([row["chosen"], row["rejected"]])
         assert row["rewards"] == pytest.approx([best, worst]) and best > worst
+        assert set(row["finish_reason"]) <= {"stop", "length"}
+    assert any("length" in row["finish_reason"] for row in rows)
     offline = configs.load(tmp_path / "base.yaml", ["algo.name=offline_dpo", f"data.train={out}"])
     assert len(metrics(dualign.train(offline, quiet=True).folder)) == 3
+
+
+def test_pairs_of_a_draw_of_the_prompts_under_the_runs_penalty(tiny, tmp_path):
+    base = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}) | {"reward": [reward_file()]}
+    base["rollout"]["missing_eos_penalty"] = 10
+    said = make_pairs(configs.build(base), tmp_path / "pairs.jsonl", limit=5)
+    assert "of 5 prompts" in said and "20 labels of 20 completions" in said
+    for row in map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines()):
+        raw = vowels([row["chosen"], row["rejected"]])
+        cut = [10 * (reason == "length") for reason in row["finish_reason"]]
+        assert row["rewards"] == pytest.approx([v - c for v, c in zip(raw, cut, strict=True)])
+        assert row["finish_reason"] != ["length", "stop"]
+
+
+def test_a_completion_that_was_cut_off_is_never_closed(tiny, tmp_path):
+    pairs = [
+        {"prompt": f"Say {i}", "chosen": "It ends.", "rejected": "It does not", "finish_reason": ["stop", "length"]}
+        for i in range(8)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    config = tree(tiny, tmp_path / "pairs.jsonl", tmp_path / "run", {"name": "simpo"}, online_batches=1)
+    run = dualign.train(config | {"data": {"train": str(tmp_path / "pairs.jsonl")}}, quiet=True)
+    for row in pq.read_table(run.batch_path(0)).to_pylist():
+        cut = row["completion"] == "It does not"
+        assert row["finish"] == ("length" if cut else "eos")
+        assert (256 in row["completion_ids"]) == (not cut)
+
+
+def test_rows_that_are_too_long_stop_the_run_or_are_left_out(tiny, tmp_path):
+    pairs = [{"prompt": f"Say {i}", "chosen": "Yes. " * (3000 if i == 5 else 1), "rejected": "No."} for i in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    config = tree(tiny, tmp_path / "pairs.jsonl", tmp_path / "run", {"name": "offline_dpo"}, online_batches=2)
+    config["data"] = {"train": str(tmp_path / "pairs.jsonl")}
+    with pytest.raises(
+        UserError, match=r"row pairs.jsonl:6: its prompt of \d+ tokens and completion of .*data.bad_rows=skip"
+    ):
+        dualign.train(config, quiet=True)
+    config["data"]["bad_rows"] = "skip"
+    run = dualign.train(config, quiet=True)
+    assert all(
+        row["prompt_id"] != "pairs.jsonl:6" for i in (0, 1) for row in pq.read_table(run.batch_path(i)).to_pylist()
+    )
+    config["data"]["max_prompt_tokens"] = 1
+    config["run"]["dir"] = str(tmp_path / "other")
+    with pytest.raises(UserError, match="no rows are left"):
+        dualign.train(config, quiet=True)
 
 
 def test_pairs_need_a_reward_and_a_difference(tiny, tmp_path):

@@ -67,6 +67,31 @@ def test_the_batch_file_holds_the_whole_story(tiny, tmp_path):
     assert all(r["reward"] == pytest.approx(vowels([r["completion"]])[0]) for r in rows)
 
 
+@pytest.mark.parametrize("algo", [{"name": "dar"}, {"name": "grpo"}, {"name": "dual_ppo"}])
+def test_recorded_log_probs_train_as_recomputed_ones(algo, tiny, tmp_path):
+    """In fp32 the two differ by rounding alone; and the pass is left out, its numbers being the sampler's."""
+    kept = {}
+    for kind in ("recomputed", "recorded"):
+        (tmp_path / kind).mkdir()
+        config = tree(tiny, write_prompts(tmp_path / kind), tmp_path / kind / "run", algo)
+        config["rollout"]["log_probs"] = kind
+        kept[kind] = dualign.train(config, reward=vowels, quiet=True)
+    one, two = (weights(kept[kind].folder) for kind in kept)
+    assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
+    assert one.keys() == two.keys()
+    rows = pq.read_table(kept["recorded"].batch_path(2)).to_pylist()
+    assert all(r["logp_old"] == r["sampler_logp"] for r in rows)
+    rows = pq.read_table(kept["recomputed"].batch_path(2)).to_pylist()
+    assert any(r["logp_old"] != r["sampler_logp"] for r in rows)
+
+
+def test_log_probs_of_a_data_set_were_not_recorded(tiny, tmp_path):
+    config = tree(tiny, write_pairs(tmp_path), tmp_path / "run", {"name": "offline_dpo"})
+    config["rollout"]["log_probs"] = "recorded"
+    with pytest.raises(UserError, match=r"rollout\.log_probs: offline_dpo trains on a data set"):
+        dualign.train(config, reward=vowels, quiet=True)
+
+
 def test_absent_labels_leave_the_batch_and_are_counted(tiny, tmp_path):
     def sometimes(completions, **columns):
         return [None if i == 5 else v for i, v in enumerate(vowels(completions))]

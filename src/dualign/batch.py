@@ -58,6 +58,14 @@ def labelled(step: int, rows: Sequence[Row]) -> WeightedBatch:
     return WeightedBatch(step, ordered, tokens, batch)
 
 
+def recorded_logp(b: WeightedBatch) -> Tensor:
+    """(N, T) fp32: log π_t of the rows with a label, as the sampler recorded it."""
+    logp_NT = torch.zeros(len(b.tokens), b.tokens.width)
+    for i, row in enumerate(row for row in b.rows if row.label.value is not None):
+        logp_NT[i, : len(row.rollout.sampler_logp)] = torch.tensor(row.rollout.sampler_logp)
+    return logp_NT
+
+
 def weigh(
     b: WeightedBatch, algo: Algorithm, logp_old_NT: Tensor | None, logp_ref_NT: Tensor | None, value_NT: Tensor | None
 ) -> WeightedBatch:

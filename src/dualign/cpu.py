@@ -1,19 +1,42 @@
-"""How torch behaves on a CPU: to be said before it is imported, which is when its threads are made."""
+"""How torch's threads, kernels and memory behave on a CPU."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import sys
 
 SPINS = "5000"  # some 20 microseconds
 KERNELS = "64"  # more than the shapes of one step of a model
 
 
 def tune() -> None:
-    """Unless the environment says otherwise, OpenMP's threads spin for a moment before they sleep: woken anew for every
-    small operation they are no help at all, and spinning for long makes runs that share a machine crawl. And few of
-    oneDNN's kernels are kept: it prepares one for every shape of matrix and by default keeps 1,024, which took 50 MB
-    more with each online batch and saved no time (docs/LOG.md)."""
+    """To be called before torch is imported, which is when its threads are made. Unless the environment says otherwise,
+    OpenMP's threads spin for a moment before they sleep: woken anew for every small operation they are no help at all,
+    and spinning for long makes runs that share a machine crawl. And few of oneDNN's kernels are kept: it prepares one
+    for every shape of matrix and by default keeps 1,024, which took 50 MB more with each online batch and saved no time
+    (docs/LOG.md)."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, KERNELS)
+
+
+def keep_memory() -> None:
+    """Has glibc's allocator keep freed memory: by default it unmaps every large tensor at once, and faulting the pages
+    in again took a third of an update's processor time."""
+    for parameter, value in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        _glibc("mallopt", parameter, value)
+
+
+def give_back_memory() -> None:
+    """Returns what the allocator keeps: activations of varying sizes leave its heap full of holes, and a run's memory
+    would creep up."""
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library: its allocator is its own affair
+            getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)

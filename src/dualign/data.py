@@ -21,7 +21,7 @@ from typing import Any
 
 from dualign.errors import UserError
 from dualign.schema import DataConfig
-from dualign.types import Example, Message, Prompt
+from dualign.types import Example, Finish, Message, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +58,17 @@ def load_examples(source: str, config: DataConfig | None = None, split: str | No
         have = ", ".join(rows[0].values)
         raise UserError(f"{source}: needs chosen and rejected, or completion, in every row; its columns are {have}")
     return [
-        Example(_prompt(row, content, config), completions)
+        Example(_prompt(row, content, config), completions, _finish(row, len(completions)))
         for row, content, completions in _parsed(source, rows, layout, config)
     ]
+
+
+def _finish(row: Row, count: int) -> tuple[Finish, ...]:
+    """How each completion ended, by the row's `finish_reason` where it has one: "length" was cut off, and is not given
+    the end that it never had."""
+    reasons = row.values.get("finish_reason")
+    reasons = reasons if isinstance(reasons, list) else [reasons]
+    return tuple("length" if len(reasons) == count and reasons[i] == "length" else "eos" for i in range(count))
 
 
 def _parsed(

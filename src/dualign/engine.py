@@ -6,11 +6,8 @@ Every process holds the whole online batch (it is small: ids and numbers); only 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dualign import cpu
 from dualign.algos import Algorithm, Batch
 from dualign.config import Config
 from dualign.errors import StopRun, out_of_memory
@@ -46,7 +44,8 @@ class Engine:
             cpu=not torch.cuda.is_available(), log_with=list(config.run.trackers) or None, project_dir=config.run.dir
         )
         set_seed(config.run.seed)
-        keep_memory(self.device)
+        if self.device.type == "cpu":
+            cpu.keep_memory()
         model, self.tokenizer = load_model(config.model)
         if config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -281,27 +280,6 @@ class Engine:
             for name, value in part.items():
                 total[name] = total.get(name, 0.0) + value
         return total
-
-
-def keep_memory(device: torch.device) -> None:
-    """On a CPU, has glibc's allocator keep freed memory: by default it unmaps every large tensor at once, and faulting
-    the pages in again took a third of an update's processor time."""
-    if device.type == "cpu":
-        for parameter, value in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            _glibc("mallopt", parameter, value)
-
-
-def give_back_memory(device: torch.device) -> None:
-    """On a CPU, returns what the allocator keeps: activations of varying sizes leave its heap full of holes, and a run's
-    memory would creep up."""
-    if device.type == "cpu":
-        _glibc("malloc_trim", 0)
-
-
-def _glibc(function: str, *arguments: int) -> None:
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library: its allocator is its own affair
-            getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -4,23 +4,34 @@ known number of labels."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from dualign import annotate, data
 from dualign.annotate.base import Item, label_all
+from dualign.batch import Row
 from dualign.config import Config
 from dualign.errors import UserError
 from dualign.rollout.base import Sampling
 from dualign.runs import write_text
 from dualign.sampling import sample_from
+from dualign.source import penalised
 
 
-def make_pairs(config: Config, out: Path) -> str:
+def make_pairs(config: Config, out: Path, limit: int | None = None) -> str:
     """Writes, for every training prompt whose K completions differ in reward, the best as chosen and the worst as
-    rejected (the first of equals), and says what that took. Ties and prompts without two labels are left out."""
+    rejected (the first of equals), and says what that took. Ties and prompts without two labels are left out; a
+    completion that was cut off is worth rollout.missing_eos_penalty less, as in a run, and is marked. `limit`: so many
+    prompts, drawn by the run's seed."""
     if not config.reward:
         raise UserError("reward: none given; pairs are ranked by the recipe's rewards")
     prompts = data.load_prompts(config.data.train, config.data, config.data.split)
+    if limit is not None and limit < len(prompts):
+        drawn = np.random.default_rng(config.run.seed).permutation(len(prompts))[:limit]
+        prompts = [prompts[i] for i in sorted(drawn.tolist())]
     r = config.rollout
     sampling = Sampling(max(2, r.k), r.max_new_tokens, r.temperature, r.top_p)
     rollouts = sample_from(config.model.name, prompts, sampling, config.run.seed, config.model.precision)
@@ -29,27 +40,41 @@ def make_pairs(config: Config, out: Path) -> str:
         labels = label_all(annotator, [Item(o.index, o.group, o.prompt, o.text, o.completion_ids) for o in rollouts])
     finally:
         annotator.close()
-    ranked: dict[int, list[tuple[float, str]]] = {}
-    for rollout, label in zip(rollouts, labels, strict=True):
-        if label.value is not None:
-            ranked.setdefault(rollout.group, []).append((label.value, rollout.text))
-    lines = []
-    for group, answers in sorted(ranked.items()):
-        best, worst = (pick(answers, key=lambda answer: answer[0]) for pick in (max, min))
-        if best[0] > worst[0] and best[1].strip() and worst[1].strip():
-            prompt = prompts[group]
-            lines.append(
-                {
-                    "id": prompt.id,
-                    "prompt": prompt.messages if prompt.conversational else prompt.content,
-                    "chosen": [{"role": "assistant", "content": best[1]}] if prompt.conversational else best[1],
-                    "rejected": [{"role": "assistant", "content": worst[1]}] if prompt.conversational else worst[1],
-                    "rewards": [best[0], worst[0]],
-                }
-            )
+    rows = [penalised(Row(o, label), r.missing_eos_penalty) for o, label in zip(rollouts, labels, strict=True)]
+    groups: dict[int, list[Row]] = {}
+    for row in rows:
+        if row.label.value is not None:
+            groups.setdefault(row.rollout.group, []).append(row)
+    lines = [line for _, group in sorted(groups.items()) if (line := _pair(group))]
     if not lines:
         raise UserError("no prompt has two completions with different rewards: no pair was made")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    bought = sum(len(answers) for answers in ranked.values())
+    bought = sum(map(len, groups.values()))
     return f"{len(lines)} pairs of {len(prompts)} prompts in {out}; {bought} labels of {len(rollouts)} completions"
+
+
+def _pair(group: Sequence[Row]) -> dict[str, Any] | None:
+    """One line of the file, in Hugging Face's preference format; None for a tie, and where an answer is empty."""
+    best, worst = (pick(group, key=_value) for pick in (max, min))
+    if _value(best) == _value(worst) or not (best.rollout.text.strip() and worst.rollout.text.strip()):
+        return None
+    prompt = best.rollout.prompt
+
+    def answer(row: Row) -> Any:
+        text = row.rollout.text
+        return [{"role": "assistant", "content": text}] if prompt.conversational else text
+
+    return {
+        "id": prompt.id,
+        "prompt": prompt.messages if prompt.conversational else prompt.content,
+        "chosen": answer(best),
+        "rejected": answer(worst),
+        "rewards": [_value(best), _value(worst)],
+        "finish_reason": ["length" if row.rollout.finish == "length" else "stop" for row in (best, worst)],
+    }
+
+
+def _value(row: Row) -> float:
+    assert row.label.value is not None
+    return row.label.value

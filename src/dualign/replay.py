@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dualign import config as configs
 from dualign.algos import Algorithm, Batch
-from dualign.batch import WeightedBatch, labelled, weigh
+from dualign.batch import WeightedBatch, labelled, recorded_logp, weigh
 from dualign.config import Config
 from dualign.errors import UserError
 from dualign.runs import Run
@@ -142,10 +142,7 @@ def point(b: WeightedBatch) -> Batch:
     """The batch with log π_t, where it was not scored, as the sampler gave it."""
     if b.batch.logp_old_NT is not None:
         return b.batch
-    logp_NT = torch.zeros(len(b.tokens), b.tokens.width)
-    for i, row in enumerate(row for row in b.rows if row.label.value is not None):
-        logp_NT[i, : len(row.rollout.sampler_logp)] = torch.tensor(row.rollout.sampler_logp)
-    return replace(b.batch, logp_old_NT=logp_NT)
+    return replace(b.batch, logp_old_NT=recorded_logp(b))
 
 
 def _size(b: WeightedBatch, push_NT: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dualign import data
+from dualign import cpu, data
 from dualign.models.policy import Policy, load_model
 from dualign.rollout.base import Sampling
 from dualign.rollout.hf import HFSampler
@@ -23,7 +23,10 @@ def sample_from(
     import torch
 
     hf, tokenizer = load_model(ModelConfig(name=model))
-    hf.to("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        hf.to("cuda")
+    else:
+        cpu.keep_memory()
     policy = Policy(hf, precision).frozen_copy()
     context = int(getattr(hf.config, "max_position_embeddings", None) or 1 << 30)
     requests = requests_of(prompts, tokenizer, context, sampling.max_new_tokens, None, print)

@@ -58,6 +58,11 @@ class RolloutConfig(Settings):
         0.0, ge=0, description="subtracted from the training reward of a completion cut off at max_new_tokens"
     )
     rows: int = Field(256, ge=1, description="completions decoded side by side in one process")
+    log_probs: Literal["recomputed", "recorded"] = Field(
+        "recomputed",
+        description="log π_t by a pass of its own over the completions, or as the sampler recorded it: a pass less, "
+        "and off by the rounding between one token at a time and all at once",
+    )
 
 
 class TrainConfig(Settings):

@@ -165,23 +165,43 @@ class DatasetSource:
     """A fixed set in the same form: a pair is a group with rewards 1 (chosen) and 0 (rejected), a demonstration a
     group of one."""
 
-    def __init__(self, config: Config, engine: Engine, examples: Sequence[Example], tokenizer: Tokenizer) -> None:
-        self.engine, self.tokenizer = engine, tokenizer
-        self.stream = Stream(examples, config.prompts_per_batch, config.run.seed, config.data.shuffle)
-        self.size = config.group
+    def __init__(self, config: Config, engine: Engine, groups: Sequence[Sequence[Rollout]]) -> None:
+        self.engine = engine
+        self.stream = Stream(groups, config.prompts_per_batch, config.run.seed, config.data.shuffle)
 
     def collect(self, step: int, clock: Clock) -> list[Row]:
         with clock("read"):
             numbered = list(enumerate(self.stream.at(step)))
-            return [row for g, example in self.engine.mine(numbered) for row in self._rows(g, example)]
+            return [row for g, group in self.engine.mine(numbered) for row in self._rows(g, group)]
 
-    def _rows(self, group: int, example: Example) -> Iterator[Row]:
-        prompt_ids = self.tokenizer.prompt(example.prompt)
-        for i, text in enumerate(example.completions[: self.size]):
-            ids = self.tokenizer.completion(text)
-            index = group * self.size + i
-            rollout = Rollout(index, group, example.prompt, prompt_ids, ids, text, "eos", ())
-            yield Row(rollout, Label(1.0 - i))
+    def _rows(self, g: int, group: Sequence[Rollout]) -> Iterator[Row]:
+        for rollout in group:
+            yield Row(replace(rollout, group=g, index=g * len(group) + rollout.index), Label(1.0 - rollout.index))
+
+
+def rollouts_of(
+    examples: Sequence[Example], size: int, tokenizer: Tokenizer, context: int, limit: int | None, skip: bool
+) -> Iterator[list[Rollout]]:
+    """The first `size` completions of each example in tokens, as if they had been sampled; without the prompts of more
+    than `limit` tokens (data.max_prompt_tokens). Raises UserError, naming the row, where prompt and completion are
+    longer than the context, or leaves it out too (data.bad_rows=skip)."""
+    for e in examples:
+        prompt_ids = tokenizer.prompt(e.prompt)
+        if limit is not None and len(prompt_ids) > limit:
+            continue
+        given = list(zip(e.completions[:size], e.finish, strict=False))
+        group = [
+            Rollout(i, 0, e.prompt, prompt_ids, tokenizer.completion(text, finish), text, finish, ())
+            for i, (text, finish) in enumerate(given)
+        ]
+        longest = max(len(r.completion_ids) for r in group)
+        if len(prompt_ids) + longest <= context:
+            yield group
+        elif not skip:
+            raise UserError(
+                f"row {e.prompt.id}: its prompt of {len(prompt_ids)} tokens and completion of {longest} exceed the "
+                f"model's context of {context}; data.bad_rows=skip leaves such rows out"
+            )
 
 
 def requests_of(
@@ -211,7 +231,7 @@ def requests_of(
     return requests
 
 
-def load_stream(config: Config, engine: Engine, say: Callable[[str], None]) -> list[Request] | list[Example]:
+def load_stream(config: Config, engine: Engine, say: Callable[[str], None]) -> list[Request] | list[list[Rollout]]:
     """The training data that the algorithm asks for."""
     d, context = config.data, engine.context
     if config.algo.source == "online":
@@ -220,4 +240,10 @@ def load_stream(config: Config, engine: Engine, say: Callable[[str], None]) -> l
     examples = data.load_examples(d.train, d, d.split)
     if len(examples[0].completions) < config.group:
         raise UserError(f"data.train: {config.algo.name} needs preference pairs (chosen, rejected); {d.train} has none")
-    return examples
+    tokenizer, skip = engine.tokenizer, d.bad_rows == "skip"
+    groups = list(rollouts_of(examples, config.group, tokenizer, context, d.max_prompt_tokens, skip))
+    if len(groups) < len(examples):
+        say(f"left out {len(examples) - len(groups)} of {len(examples)} rows that are too long")
+    if not groups:
+        raise UserError("data: no rows are left")
+    return groups

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from dualign import annotate, data
+from dualign import annotate, cpu, data
 from dualign.annotate.base import Annotator
-from dualign.batch import WeightedBatch, check_finite, labelled, updates, weigh
+from dualign.batch import WeightedBatch, check_finite, labelled, recorded_logp, updates, weigh
 from dualign.config import Config, build, dump
-from dualign.engine import Engine, give_back_memory
+from dualign.engine import Engine
 from dualign.errors import StopRun, UserError
 from dualign.heldout import HeldOut, evaluate, gain
 from dualign.interrupt import Interrupts, StopAsked
@@ -95,7 +96,7 @@ class Trainer:
             assert self.labeller is not None
             self.source = OnlineSource(config, engine, self.labeller, stream)  # type: ignore[arg-type]
         else:
-            self.source = DatasetSource(config, engine, stream, engine.tokenizer)  # type: ignore[arg-type]
+            self.source = DatasetSource(config, engine, stream)  # type: ignore[arg-type]
         self.heldout = self._heldout()
         self.labels = 0
         view.plan(plan_lines(config, engine, len(stream), len(self.heldout)))
@@ -116,8 +117,8 @@ class Trainer:
             self._update(b, skip, losses, clock)
             with clock("sync"):
                 self.sampler.sync()
-                if (step + 1) % GIVE_BACK_EVERY == 0:
-                    give_back_memory(self.engine.device)
+                if (step + 1) % GIVE_BACK_EVERY == 0 and self.engine.device.type == "cpu":
+                    cpu.give_back_memory()
             self._finish_batch(b, losses, clock)
             skip, losses = 0, []
         self._summarise()
@@ -139,7 +140,7 @@ class Trainer:
         self.view.phase(step, "scoring")
         engine, algo = self.engine, self.algo
         with clock("score"):
-            old_NT = engine.score(engine.policy, b.tokens) if algo.needs_old else None
+            old_NT = self._log_pi_t(b) if algo.needs_old else None
             ref_NT = engine.score_reference(b.tokens) if algo.needs_ref else None
             value_NT = engine.score(engine.critic, b.tokens) if engine.critic else None
             b = weigh(b, algo, old_NT, ref_NT, value_NT)
@@ -149,6 +150,11 @@ class Trainer:
                 self.run.write_batch(b)
             engine.barrier()
         return b
+
+    def _log_pi_t(self, b: WeightedBatch) -> Tensor:
+        if self.config.rollout.log_probs == "recorded":
+            return recorded_logp(b)
+        return self.engine.score(self.engine.policy, b.tokens)
 
     def _update(self, b: WeightedBatch, skip: int, losses: list[dict[str, float]], clock: Clock) -> None:
         """One optimizer step per update, past the first `skip`, which a checkpoint already holds; adds to `losses`."""

@@ -40,10 +40,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a fixed data set: a prompt with one completion (demonstration) or two (chosen, rejected)."""
+    """One row of a fixed data set: a prompt with one completion (demonstration) or two (chosen, rejected), and how each
+    of them ended."""
 
     prompt: Prompt
     completions: tuple[str, ...]
+    finish: tuple[Finish, ...]
 
 
 @dataclass(frozen=True)

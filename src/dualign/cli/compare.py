@@ -103,6 +103,7 @@ def pairs(
     recipe: Annotated[str, typer.Argument(help="whose model, prompts, sampling and rewards are used")],
     out: Annotated[Path, typer.Option(help="where the pairs go (.jsonl)")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="so many prompts, drawn by the run's seed")] = None,
 ) -> None:
     """Make a preference set for the offline systems: of π_0's K answers to a prompt, the best and the worst."""
     from dualign import config as configs
@@ -112,4 +113,4 @@ def pairs(
     _quiet()
     from dualign.pairs import make_pairs
 
-    print(make_pairs(config, out))
+    print(make_pairs(config, out, limit))

@@ -17,7 +17,7 @@ from dualign.models.logprobs import token_logp
 from dualign.models.master import LightEmbedding, round_linears
 from dualign.models.packing import MicroBatch, Tokens, pack
 from dualign.schema import ModelConfig
-from dualign.types import Prompt
+from dualign.types import Finish, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +49,10 @@ class Tokenizer:
             raise UserError(f"prompt {prompt.id}: it is empty once tokenized")
         return tuple(ids)
 
-    def completion(self, text: str) -> tuple[int, ...]:
-        """Token ids of a given completion, closed with EOS."""
-        return (*self.hf(text, add_special_tokens=False)["input_ids"], self.eos_id)
+    def completion(self, text: str, finish: Finish = "eos") -> tuple[int, ...]:
+        """Token ids of a given completion, closed with EOS unless it was cut off."""
+        ids = tuple(self.hf(text, add_special_tokens=False)["input_ids"])
+        return (*ids, self.eos_id) if finish == "eos" else ids
 
     def text(self, completion_ids: Sequence[int]) -> str:
         return str(self.hf.decode(list(completion_ids), skip_special_tokens=True))

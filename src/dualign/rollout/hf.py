@@ -3,13 +3,13 @@ one pass over the logits gives the token and its log-prob."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from dualign.models.attention import PACKED
 from dualign.models.policy import Policy, Tokenizer
@@ -19,6 +19,7 @@ from dualign.types import Rollout
 
 BLOCK = 256  # two-level inverse CDF: a sum per block of the vocabulary, then a scan inside one block
 ROWS = 8  # rows whose logits are turned into tokens at a time on a CPU
+PREFILL = 8192  # tokens of prompts computed at a time
 COMPACT = 0.875  # drop finished rows from the cache once fewer than this share is alive
 
 
@@ -61,8 +62,7 @@ class HFSampler:
     ) -> None:
         device = next(self.policy.parameters()).device
         eos = torch.tensor(sorted(self.tokenizer.eos_ids), device=device)
-        cache = BranchCache(s.max_new_tokens)
-        logits_NV, visible_NL, position_N = self._prefill(requests, s.k, cache)
+        cache, logits_NV, visible_NL, position_N = self._prefill(requests, s)
         rows = [(r, r.group * s.k + k) for r in requests for k in range(s.k)]
         draw_NT = torch.from_numpy(np.stack([uniforms(seed, i, s.max_new_tokens) for _, i in rows])).to(device)
         n = len(rows)
@@ -95,25 +95,32 @@ class HFSampler:
         sdpa = self.policy.model.config._attn_implementation in ("sdpa", PACKED)
         return visible_NL[:, None, None] if sdpa else visible_NL.long()
 
-    def _prefill(self, requests: Sequence[Request], k: int, cache: BranchCache) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes each prompt once, then branches the cache K times. Returns the first token's logits (N, V), the
+    def _prefill(self, requests: Sequence[Request], s: Sampling) -> tuple[BranchCache, Tensor, Tensor, Tensor]:
+        """Computes each prompt once and branches it K times. Returns the cache, the first token's logits (N, V), the
         visible positions (N, L) and each row's next position (N,)."""
-        device = next(self.policy.parameters()).device
+        length = max(len(r.prompt_ids) for r in requests)
+        cache = BranchCache(len(requests) * s.k, length, s.max_new_tokens, self.policy.dtype)
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for at, part in _slices(requests):
+            ids, visible = self._left_padded(part)
+            position = (visible.long().cumsum(1) - 1).clamp(min=0)
+            prompts = DynamicCache()
+            logits = self._logits(ids, position, visible.long(), prompts)
+            cache.branch(prompts, at, s.k)
+            visible = torch.nn.functional.pad(visible, (length - visible.shape[1], 0))
+            parts.append((logits, visible, position[:, -1] + 1))
+        logits_NV, visible_NL, position_N = (torch.cat(x).repeat_interleave(s.k, 0) for x in zip(*parts, strict=True))
+        return cache, logits_NV, visible_NL, position_N
+
+    def _left_padded(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
+        """Ids and which of them are the prompt's, so that all prompts end together."""
         length = max(len(r.prompt_ids) for r in requests)
         ids = torch.full((len(requests), length), self.tokenizer.pad_id)
         visible = torch.zeros(len(requests), length, dtype=torch.bool)
-        for i, r in enumerate(requests):  # left-padded, so that all prompts end together
+        for i, r in enumerate(requests):
             ids[i, length - len(r.prompt_ids) :] = torch.tensor(r.prompt_ids)
             visible[i, length - len(r.prompt_ids) :] = True
-        ids, visible = ids.to(device), visible.to(device)
-        position = (visible.long().cumsum(1) - 1).clamp(min=0)
-        logits = self._logits(ids, position, visible.long(), cache)
-        cache.branch(k)
-
-        def repeat(x: Tensor) -> Tensor:
-            return x.repeat_interleave(k, 0)
-
-        return repeat(logits), repeat(visible), repeat(position[:, -1] + 1)
+        return ids.to(self.policy.device), visible.to(self.policy.device)
 
     def _logits(self, ids: Tensor, position: Tensor, mask: Tensor, cache: BranchCache) -> Tensor:
         """The next token's logits, (N, V)."""
@@ -187,17 +194,34 @@ def inverse_cdf(weight_NV: Tensor, draw_N: Tensor) -> Tensor:
     return (block_N * BLOCK + torch.minimum(rank_N, last_N))[:, 0]
 
 
+def _slices(requests: Sequence[Request]) -> Iterator[tuple[int, Sequence[Request]]]:
+    """Neighbours of at most PREFILL tokens, padding included, with the place of the first."""
+    at = 0
+    while at < len(requests):
+        count, longest = 0, 0
+        for r in requests[at:]:
+            longest = max(longest, len(r.prompt_ids))
+            if count and (count + 1) * longest > PREFILL:
+                break
+            count += 1
+        yield at, requests[at : at + count]
+        at += count
+
+
 class BranchCache(Cache):
-    """A key-value cache with room for the prompt and all new tokens from the start: a step writes one column instead
-    of copying the cache."""
+    """A key-value cache with room for `rows` completions, the prompts' `length` and `room` new tokens from the start: a
+    step writes one column instead of copying the cache."""
 
-    def __init__(self, room: int) -> None:
-        super().__init__(layer_class_to_replicate=lambda: _BranchLayer(room))
+    def __init__(self, rows: int, length: int, room: int, dtype: torch.dtype) -> None:
+        super().__init__(layers=[])
+        self.new_layer = lambda: _BranchLayer(rows, length, room, dtype)
 
-    def branch(self, k: int) -> None:
-        """One row per prompt -> K rows per prompt."""
-        for layer in self.layers:
-            layer.branch(k)
+    def branch(self, prompts: Cache, at: int, k: int) -> None:
+        """Takes over computed prompts, the first of them as prompt number `at`: one row per prompt -> K rows."""
+        for i, layer in enumerate(prompts.layers):
+            if i == len(self.layers):
+                self.layers.append(self.new_layer())
+            self.layers[i].branch(layer.keys, layer.values, at * k, k)
 
     def select(self, rows: Tensor) -> None:
         for layer in self.layers:
@@ -207,24 +231,28 @@ class BranchCache(Cache):
 class _BranchLayer(CacheLayerMixin):
     """keys, values: (N, heads, capacity, head size), of which the first `length` positions are filled."""
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, rows: int, length: int, room: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.room, self.length = room, 0
+        self.rows, self.length, self.capacity, self.dtype = rows, length, length + room, dtype
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.device = key_states.device
-        # attention under autocast rounds keys and values at every step: keep them rounded
-        kind = self.device.type
-        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else key_states.dtype
-        n, heads, length, _ = key_states.shape
+        # attention under autocast rounds keys and values at every step: `dtype` keeps them rounded
         self.keys, self.values = (
-            x.new_empty(n, heads, length + self.room, x.shape[-1], dtype=self.dtype) for x in (key_states, value_states)
+            x.new_empty(self.rows, x.shape[1], self.capacity, x.shape[3], dtype=self.dtype)
+            for x in (key_states, value_states)
         )
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def branch(self, keys: Tensor, values: Tensor, row: int, k: int) -> None:
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(keys, values)
+        for own, x in ((self.keys, keys), (self.values, values)):
+            assert own is not None
+            rows, start = own[row : row + len(x) * k], self.length - x.shape[2]
+            rows[:, :, :start] = 0  # masked, but a weight of zero times what memory happens to hold may be NaN
+            rows[:, :, start : self.length].unflatten(0, (len(x), k)).copy_(x[:, None])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert self.keys is not None and self.values is not None
         end = self.length + key_states.shape[2]
         self.keys[:, :, self.length : end] = key_states
@@ -232,11 +260,12 @@ class _BranchLayer(CacheLayerMixin):
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def branch(self, k: int) -> None:
-        self.keys, self.values = (x.repeat_interleave(k, 0) for x in (self.keys, self.values))
-
     def select(self, rows: Tensor) -> None:
-        self.keys, self.values = (x.index_select(0, rows) for x in (self.keys, self.values))
+        """Keeps `rows`, moved up within the memory that there is."""
+        assert self.keys is not None and self.values is not None
+        for x in (self.keys, self.values):
+            x[: len(rows), :, : self.length] = x[:, :, : self.length].index_select(0, rows)
+        self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
