@@ -1,10 +1,10 @@
 """Labels per second beside a bare HTTP loop against the same server in the same run, and memory over many labels.
 
-    python benchmarks/judge_throughput.py [--requests 3000] [--labels 20000]
+    python benchmarks/judge_throughput.py [--requests 3000] [--labels 20000] [--pairs 1000]
 
 The server answers in 50 ms and 64 requests run at once, so 1280 a second is the most there can be. The bare loops post
 the same bodies with httpx, and with the HTTP library that the openai package itself uses, and do nothing else: no
-cache, no ledger, no extraction.
+cache, no ledger, no extraction. A judged pair is two requests, one for each order.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from dualign.annotate.base import Item
 from dualign.annotate.judge import JudgeAnnotator, windowed
 from dualign.annotate.rubric import load
 from dualign.annotate.settings import JudgeReward
+from dualign.eval.judges import judge_pairs, open_judge
+from dualign.eval.outputs import Answer, Outputs
 from dualign.types import Prompt
 
 SERVER = Path(__file__).resolve().parents[1] / "tests" / "fault_server.py"
@@ -69,10 +71,32 @@ def ours(judge: JudgeAnnotator, n: int, start: int) -> float:
     return n / (time.monotonic() - began)
 
 
+def pairs(url: str, folder: Path, n: int, turn: int) -> float:
+    """Pairs per second, judged in both orders as `eval winrate` has them judged."""
+    settings = {
+        "type": "preference",
+        "base_url": url,
+        "model": "m",
+        "rubric": "helpfulness",
+        "concurrency": CONCURRENCY,
+    }
+    sides = [{}, {}]
+    for item in items(n, turn * n):
+        for side, text in zip(sides, (item.completion, item.completion.replace("quality-", "quality-0.")), strict=True):
+            side[str(item.index)] = (Answer(item.prompt, text),)
+    with open_judge(json.dumps(settings | {"cache": f"{folder}/c.sqlite"}), ledger=folder) as judge:
+        began = time.monotonic()
+        judged = judge_pairs(judge, *(Outputs(name, side) for name, side in zip("ab", sides, strict=True)))
+        spent = time.monotonic() - began
+    assert len(judged) == n and all(pair.value is not None for pair in judged)
+    return n / spent
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--labels", type=int, default=20_000)
+    parser.add_argument("--pairs", type=int, default=1000)
     options = parser.parse_args()
     command = [sys.executable, str(SERVER), "--latency", str(LATENCY)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -99,9 +123,18 @@ def main() -> None:
                     except ImportError:
                         continue
                     speeds.setdefault(name, []).append(asyncio.run(bare(http, url, bodies(n, 10**6))))
+                speeds.setdefault("pairs", []).append(2 * pairs(url, Path(folder), options.pairs, turn))
             best = {name: max(found) for name, found in speeds.items()}
             print(json.dumps({"requests_per_second": {k: [round(x) for x in v] for k, v in speeds.items()}}))
-            print(json.dumps({f"of_{name}": round(best["dualign"] / x, 3) for name, x in best.items()}), flush=True)
+            shares = {
+                f"{mine}_of_{bare}": round(best[mine] / best[bare], 3)
+                for mine in ("dualign", "pairs")
+                for bare in ("httpx", "httpx2")
+                if bare in best
+            }
+            print(json.dumps(shares), flush=True)
+            seconds = [round(2 * options.pairs / x, 2) for x in speeds["pairs"]]
+            print(json.dumps({f"seconds_for_{options.pairs}_pairs": seconds}))
             judge.close()
     finally:
         server.terminate()

@@ -237,6 +237,24 @@ def test_the_command_hands_an_interrupt_on_and_resumes(grid_file, tmp_path):
     assert (folder / "summary.json").is_file()
 
 
+def test_cells_side_by_side_are_stopped_and_finished_together(grid_file, tmp_path):
+    """Real processes, two at a time: an interrupt reaches both, and the next call finishes all three."""
+    path = grid_file(systems={"dar": {}, "grpo": {"algo": {"name": "grpo"}}, "rloo": {"algo": {"name": "rloo"}}},
+                     seeds=[0], set={"train.online_batches": 60, "eval.every": 0})  # fmt: skip
+    folders = [tmp_path / "out" / name / "seed0" for name in ("dar", "grpo", "rloo")]
+    started = launch(path, "--jobs", "2", command="compare", wait=False)
+    wait_for(lambda: all(len(list(f.glob("batches/*.parquet"))) >= 2 for f in folders[:2]))
+    assert not folders[2].exists()
+    started.send_signal(signal.SIGTERM)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 130 and "FAILED" not in out, (out, err)
+    assert all(list(f.glob("checkpoints/0*")) and not (f / "summary.json").exists() for f in folders[:2])
+    assert not folders[2].exists()
+    done = launch(path, "--jobs", "2", command="compare")
+    assert done.returncode == 0 and done.stdout.count("resumed") == 2, done
+    assert all((f / "summary.json").is_file() for f in folders)
+
+
 def wait_for(condition, seconds=90):
     end = time.monotonic() + seconds
     while not condition():

@@ -57,6 +57,7 @@ def test_length_and_eos_are_told_but_are_no_proof():
 def test_a_second_reward_that_wants_the_opposite_proves_nothing():
     found = verdict([batch(i, second_sd=-0.3 * i, agreement=-0.6) for i in range(10)])
     assert found["from_batch"] is None and "opposes" in found["signs"][-1]
+    assert "independent" not in found["verdict"]
 
 
 def test_getting_worse_without_reward_is_not_called_overoptimised():
@@ -89,6 +90,10 @@ def test_a_run_is_traced_batch_by_batch(tiny, tmp_path):
     assert table[0]["reward_sd"] == table[0]["second_sd"] == 0 and table[0]["kl"] == pytest.approx(0, abs=1e-4)
     assert table[-1]["kl"] > table[0]["kl"] and result["verdict"] in done.output.replace("\n", " ")
     assert independent(run.folder) == "builtin:helpful"
+    short = tmp_path / "short.json"
+    options = ["--second", second, "--until", "4", "--out", str(short)]
+    CliRunner().invoke(application(), ["eval", "cheat", str(run.folder), *options])
+    assert json.loads(short.read_text())["batches"] == table[:4]
 
 
 def negative_length(completions, **columns):

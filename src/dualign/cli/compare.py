@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ import typer
 Base = Annotated[str | None, typer.Option(help="another base recipe than the grid's")]
 Out = Annotated[Path | None, typer.Option(help="another folder than the grid's")]
 ReportOnly = Annotated[bool, typer.Option("--report-only", help="run nothing; report what is finished")]
+Jobs = Annotated[int, typer.Option(min=1, help="runs side by side; each has its share of the cores")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="show the runs, their labels and their time, and stop")]
 
 
@@ -25,25 +27,29 @@ def compare(
     grid: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped grid")],
     base: Base = None,
     out: Out = None,
+    jobs: Jobs = 1,
     report_only: ReportOnly = False,
     dry_run: DryRun = False,
 ) -> None:
     """Run systems side by side over seeds, and report: table, curves, figures. Called again, it goes on."""
-    _run(grid, base, out, report_only, dry_run, needs="systems")
+    _run(grid, base, out, jobs, report_only, dry_run, needs="systems")
 
 
 def sweep(
     grid: Annotated[str, typer.Argument(help="a YAML file with axes, or the name of a shipped one")],
     base: Base = None,
     out: Out = None,
+    jobs: Jobs = 1,
     report_only: ReportOnly = False,
     dry_run: DryRun = False,
 ) -> None:
     """Run a grid over settings (its axes), one at a time, and report the ablations and the Pareto fit."""
-    _run(grid, base, out, report_only, dry_run, needs="axes")
+    _run(grid, base, out, jobs, report_only, dry_run, needs="axes")
 
 
-def _run(path: str, base: str | None, out: Path | None, report_only: bool, dry_run: bool, needs: str) -> None:
+def _run(
+    path: str, base: str | None, out: Path | None, jobs: int, report_only: bool, dry_run: bool, needs: str
+) -> None:
     from dualign.compare.grid import load
     from dualign.errors import StopRun, UserError
 
@@ -59,7 +65,9 @@ def _run(path: str, base: str | None, out: Path | None, report_only: bool, dry_r
     from dualign.compare.cells import run_grid, subprocesses
     from dualign.compare.report import write_report
 
-    failed = {} if report_only else run_grid(grid, subprocesses(grid.launch), partial(print, flush=True))
+    stopping = Event()
+    execute = subprocesses(grid.launch, jobs, stopping)
+    failed = {} if report_only else run_grid(grid, execute, partial(print, flush=True), jobs, stopping)
     try:
         print(write_report(grid, failed))
         print(f"report: {grid.out}/report/report.md")

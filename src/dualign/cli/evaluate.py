@@ -165,6 +165,7 @@ def cheat(
     second: Annotated[
         str | None, typer.Option(help="an independent reward that was never trained on: " + JUDGE_HELP)
     ] = None,
+    until: Annotated[int | None, typer.Option(min=1, help="as seen after so many online batches")] = None,
     out: Out = None,
 ) -> None:
     """Signs of overoptimisation, batch by batch, and a verdict in plain words."""
@@ -174,7 +175,7 @@ def cheat(
     path = out or run / "eval" / "cheat.json"
     spec = second or cheating.independent(run)
     with _judge(spec, [str(run)], path) as judge:
-        table = cheating.trace(run, judge)
+        table = cheating.trace(run, judge, until)
     result = results.provenance("cheat", {"name": judge.name, "settings": judge.settings}, 0)
     result |= {"second": spec, "batches": table, **cheating.verdict(table)}
     results.write(path, result)

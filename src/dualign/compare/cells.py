@@ -1,13 +1,17 @@
-"""Running a grid's cells one after another: finished ones are skipped, interrupted ones resumed, failed ones named."""
+"""Running a grid's cells, some side by side: finished ones are skipped, interrupted ones resumed, failed ones named."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, current_thread, main_thread
 from typing import Any, Literal
 
 from dualign import config as configs
@@ -48,13 +52,15 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {old}, now {new}"]
 
 
-def run_grid(grid: Grid, execute: Execute, say: Say) -> dict[str, str]:
-    """Runs what is not finished: the selection first, then the compared cells. Returns the failed ones by name, each
-    with its reason; the others went on. Before the first run, every cell's folder is checked."""
+def run_grid(grid: Grid, execute: Execute, say: Say, jobs: int = 1, stopping: Event | None = None) -> dict[str, str]:
+    """Runs what is not finished: the selection first, then the compared cells, `jobs` at a time. Returns the failed ones
+    by name, each with its reason; the others went on. Before the first run, every cell's folder is checked. Asked to
+    stop, it sets `stopping`, waits for the cells that are running and raises KeyboardInterrupt."""
     first = selection_cells(grid)
     for cell in first:
         state(cell)
-    failed = run_cells(first, execute, say, keep_weights=False)
+    stopping = stopping or Event()
+    failed = run_cells(first, execute, say, False, jobs, stopping)
     chosen = selected(grid)
     if grid.select:
         for name in grid.systems:
@@ -63,28 +69,56 @@ def run_grid(grid: Grid, execute: Execute, say: Say) -> dict[str, str]:
                 say(f"{where} = {chosen[name]} selected on seed {grid.select.seed}")
             else:
                 failed[where] = "no run of the selection finished with a held-out reward, so the system is left out"
-    return failed | run_cells(cells(grid, chosen), execute, say, grid.keep_weights)
+    return failed | run_cells(cells(grid, chosen), execute, say, grid.keep_weights, jobs, stopping)
 
 
-def run_cells(todo: Sequence[Cell], execute: Execute, say: Say, keep_weights: bool) -> dict[str, str]:
+def run_cells(
+    todo: Sequence[Cell], execute: Execute, say: Say, keep_weights: bool, jobs: int, stopping: Event
+) -> dict[str, str]:
     """The failed cells by name, each with its reason. A finished one will not go on: its training state is dropped."""
-    failed: dict[str, str] = {}
     states = {cell.folder: state(cell) for cell in todo}
     every = unique(todo)
-    for number, cell in enumerate(every, 1):
+
+    def run(number: int, cell: Cell) -> str | None:
         where = f"[{number}/{len(every)}] {cell.name}"
         before = states[cell.folder]
         if before == "finished":
             say(f"{where}: finished before")
-            continue
+            return None
         say(f"{where}: {'resumed' if before == 'interrupted' else 'started'}, in {cell.folder}")
         try:
             execute(cell, before == "interrupted")
             Run.open(cell.folder).slim(keep_weights)
         except CellError as error:
-            failed[cell.name] = str(error)
-            say(f"{where}: FAILED: {error}")
-    return failed
+            if not stopping.is_set():
+                say(f"{where}: FAILED: {error}")
+                return str(error)
+        return None
+
+    with _interrupted_by_sigterm(), ThreadPoolExecutor(jobs) as pool:
+        running = [(cell, pool.submit(run, number, cell)) for number, cell in enumerate(every, 1)]
+        try:
+            return {cell.name: why for cell, found in running if (why := found.result())}
+        except BaseException:
+            for _, found in running:
+                found.cancel()
+            stopping.set()
+            raise
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if current_thread() is not main_thread():  # no one but the main thread may say how a signal is handled
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def selected(grid: Grid) -> dict[str, Any]:
@@ -97,10 +131,13 @@ def selected(grid: Grid) -> dict[str, Any]:
     return {name: value for name, (_, value) in best.items()}
 
 
-def subprocesses(launch: str) -> Execute:
+def subprocesses(launch: str, jobs: int, stopping: Event) -> Execute:
     """Runs each cell as `dualign train` (or resume) in a process of its own, with its words in a log beside its folder:
-    memory is given back, and a crash takes one cell. An interrupt is handed on once, and the cell saves itself."""
+    memory is given back, and a crash takes one cell. Several share the cores. When `stopping` is set, the interrupt is
+    handed on once, and the cell saves itself."""
     start = shlex.split(launch) or [sys.executable, "-m"]
+    share = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = os.environ | ({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", share)} if jobs > 1 else {})
 
     def execute(cell: Cell, resume: bool) -> None:
         cell.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -108,26 +145,17 @@ def subprocesses(launch: str) -> Execute:
         recipe.write_text(dump(cell.config), encoding="utf-8")
         command = [*start, "dualign", *(["resume", str(cell.folder)] if resume else ["train", str(recipe)])]
         with log.open("a", encoding="utf-8") as out:
-            code = _wait(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True))
-        if code or not (cell.folder / "summary.json").is_file():
-            raise CellError(f"exit code {code}: {_last_line(log)} ({log})")
+            child = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+            )
+            while child.poll() is None:
+                if stopping.wait(0.2):
+                    child.send_signal(signal.SIGTERM)
+                    child.wait()
+        if child.returncode or not (cell.folder / "summary.json").is_file():
+            raise CellError(f"exit code {child.returncode}: {_last_line(log)} ({log})")
 
     return execute
-
-
-def _wait(child: subprocess.Popen[Any]) -> int:
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        return child.wait()
-    except KeyboardInterrupt:
-        child.send_signal(signal.SIGTERM)
-        child.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _last_line(log: Path) -> str:

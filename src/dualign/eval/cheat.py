@@ -40,8 +40,8 @@ def independent(run: Path) -> str:
     return "builtin:harmless" if "builtin:helpful" in used else "builtin:helpful"
 
 
-def trace(run: Path, second: Judge) -> list[Json]:
-    """One row of signs per online batch. Raises UserError for a run without batches."""
+def trace(run: Path, second: Judge, until: int | None = None) -> list[Json]:
+    """One row of signs per online batch, of the first `until`. Raises UserError for a run without batches."""
     from dualign.runs import Run
 
     opened = Run.open(run)
@@ -50,7 +50,7 @@ def trace(run: Path, second: Judge) -> list[Json]:
         raise UserError(f"{run}: no online batch yet")
     table: list[Json] = []
     start: Json = {}
-    for step in steps:
+    for step in steps[:until]:
         b = opened.read_batch(step)
         assert b is not None
         answers = [Answer(r.rollout.prompt, r.rollout.text) for r in b.rows]
@@ -188,7 +188,7 @@ def verdict(table: Sequence[Json]) -> Json:
         signs.append(
             f"the second reward opposes the first in π_0's own answers (r = {r:.2f}): a fall of it proves nothing"
         )
-    return {"verdict": _words(table, grave, start), "signs": signs, "from_batch": start}
+    return {"verdict": _words(table, grave, start, opposed), "signs": signs, "from_batch": start}
 
 
 def _since(bad: Sequence[bool]) -> int | None:
@@ -204,10 +204,10 @@ def _rose(table: Sequence[Json]) -> bool:
     return bool(rows and np.mean([r["reward_sd"] for r in rows]) > max(CLEAR * np.linalg.norm(noise) / len(rows), 0.1))
 
 
-def _words(table: Sequence[Json], grave: Sequence[tuple[int, str]], start: int | None) -> str:
+def _words(table: Sequence[Json], grave: Sequence[tuple[int, str]], start: int | None, opposed: bool) -> str:
     last = table[-1]
     reward = f"reward {_moved(last['reward_sd'])}"
-    second = f"the independent reward {_moved(last['second_sd'])}"
+    second = f"{'an opposed' if opposed else 'the independent'} reward {_moved(last['second_sd'])}"
     kl = "" if last["kl"] is None else f" at a KL to π_0 of {last['kl']:.1f} nats"
     why = "; ".join(SIGNS[name].words for _, name in grave)
     if start is not None and _rose(table):
