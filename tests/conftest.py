@@ -80,15 +80,15 @@ def make_model(kind: str, vocab: int, eos: int, seed: int = 0):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A folder with a tiny chat Llama, as `from_pretrained` opens it."""
-    return _save(tmp_path_factory.mktemp("tiny"), "llama")
+    return save_tiny(tmp_path_factory.mktemp("tiny"), "llama")
 
 
 @pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory) -> Path:
-    return _save(tmp_path_factory.mktemp("gpt2"), "gpt2")
+    return save_tiny(tmp_path_factory.mktemp("gpt2"), "gpt2")
 
 
-def _save(folder: Path, kind: str) -> Path:
+def save_tiny(folder: Path, kind: str) -> Path:
     tokenizer = make_tokenizer()
     make_model(kind, len(tokenizer), tokenizer.eos_token_id).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
