@@ -127,10 +127,10 @@ def main() -> None:
             best = {name: max(found) for name, found in speeds.items()}
             print(json.dumps({"requests_per_second": {k: [round(x) for x in v] for k, v in speeds.items()}}))
             shares = {
-                f"{mine}_of_{bare}": round(best[mine] / best[bare], 3)
+                f"{mine}_of_{loop}": round(best[mine] / best[loop], 3)
                 for mine in ("dualign", "pairs")
-                for bare in ("httpx", "httpx2")
-                if bare in best
+                for loop in ("httpx", "httpx2")
+                if loop in best
             }
             print(json.dumps(shares), flush=True)
             seconds = [round(2 * options.pairs / x, 2) for x in speeds["pairs"]]

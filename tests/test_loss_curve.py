@@ -1,5 +1,6 @@
-"""Losses over a few online batches of the tiny model in fp32, as the first version of the loop gave them, before flat
-micro-batches, shared prompts, recomputed log-probs and everything else that made it fast. None of that may change them.
+"""Losses over a few online batches of the tiny model in fp32, as the first version of the loop gave them (commit
+d9bacb3, torch 2.13.0), before flat micro-batches, shared prompts, recomputed logits and everything else that made it
+fast. None of that may change them. They rest on torch's random initialisation of the tiny model, too.
 
 `python tests/test_loss_curve.py` prints what they are now."""
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import dualign
 from dualign import config as configs
 from dualign.cli import application
+from dualign.data import load_examples
 from dualign.errors import UserError
 from dualign.pairs import make_pairs
 from dualign.sft import sft_config
@@ -84,8 +85,8 @@ def test_pairs_are_the_best_and_the_worst_by_the_runs_reward(tiny, tmp_path):
     for row in rows:
         best, worst = vowels([row["chosen"], row["rejected"]])
         assert row["rewards"] == pytest.approx([best, worst]) and best > worst
-        assert set(row["finish_reason"]) <= {"stop", "length"}
-    assert any("length" in row["finish_reason"] for row in rows)
+        assert set(row["finish"]) <= {"eos", "length"}
+    assert any("length" in row["finish"] for row in rows)
     offline = configs.load(tmp_path / "base.yaml", ["algo.name=offline_dpo", f"data.train={out}"])
     assert len(metrics(dualign.train(offline, quiet=True).folder)) == 3
 
@@ -97,14 +98,14 @@ def test_pairs_of_a_draw_of_the_prompts_under_the_runs_penalty(tiny, tmp_path):
     assert "of 5 prompts" in said and "20 labels of 20 completions" in said
     for row in map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines()):
         raw = vowels([row["chosen"], row["rejected"]])
-        cut = [10 * (reason == "length") for reason in row["finish_reason"]]
+        cut = [10 * (reason == "length") for reason in row["finish"]]
         assert row["rewards"] == pytest.approx([v - c for v, c in zip(raw, cut, strict=True)])
-        assert row["finish_reason"] != ["length", "stop"]
+        assert row["finish"] != ["length", "eos"]
 
 
 def test_a_completion_that_was_cut_off_is_never_closed(tiny, tmp_path):
     pairs = [
-        {"prompt": f"Say {i}", "chosen": "It ends.", "rejected": "It does not", "finish_reason": ["stop", "length"]}
+        {"prompt": f"Say {i}", "chosen": "It ends.", "rejected": "It does not", "finish": ["eos", "length"]}
         for i in range(8)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
@@ -114,6 +115,23 @@ def test_a_completion_that_was_cut_off_is_never_closed(tiny, tmp_path):
         cut = row["completion"] == "It does not"
         assert row["finish"] == ("length" if cut else "eos")
         assert (256 in row["completion_ids"]) == (not cut)
+
+
+def test_sampled_completions_are_demonstrations_that_end_as_they_did(tiny, tmp_path):
+    out, data = tmp_path / "made.jsonl", write_prompts(tmp_path)
+    call("sample", tiny, data, "--max-new-tokens", "8", "--out", out)
+    ended = [json.loads(line)["finish"] for line in out.read_text().splitlines()]
+    assert "length" in ended
+    examples = load_examples(str(out))
+    assert [e.finish for e in examples] == [(finish,) for finish in ended]
+
+
+@pytest.mark.parametrize("finish", ["stop", "length", ["eos"], ["eos", "max_tokens"], 1, [["eos"], "eos"]])
+def test_a_finish_that_cannot_be_read_is_named(finish, tmp_path):
+    row = {"prompt": "Say it", "chosen": "Yes.", "rejected": "No.", "finish": finish}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=r"pairs.jsonl, row 1: finish: expected a list of 2, each eos or length"):
+        load_examples(str(tmp_path / "pairs.jsonl"))
 
 
 def test_rows_that_are_too_long_stop_the_run_or_are_left_out(tiny, tmp_path):

@@ -67,29 +67,31 @@ def test_the_batch_file_holds_the_whole_story(tiny, tmp_path):
     assert all(r["reward"] == pytest.approx(vowels([r["completion"]])[0]) for r in rows)
 
 
-@pytest.mark.parametrize("algo", [{"name": "dar"}, {"name": "grpo"}, {"name": "dual_ppo"}])
+def some_absent(completions, **columns):
+    return [None if i % 7 == 5 else v for i, v in enumerate(vowels(completions))]
+
+
+@pytest.mark.parametrize(
+    "algo", [{"name": "dar"}, {"name": "grpo"}, {"name": "dual_ppo"}, {"name": "offline_dpo"}], ids=str
+)
 def test_recorded_log_probs_train_as_recomputed_ones(algo, tiny, tmp_path):
-    """In fp32 the two differ by rounding alone; and the pass is left out, its numbers being the sampler's."""
+    """In fp32 the two differ by rounding alone; of a data set no sampler recorded any, and they are computed."""
+    online = ALGORITHMS[algo["name"]].source == "online"
     kept = {}
     for kind in ("recomputed", "recorded"):
         (tmp_path / kind).mkdir()
-        config = tree(tiny, write_prompts(tmp_path / kind), tmp_path / kind / "run", algo)
+        data = (write_prompts if online else write_pairs)(tmp_path / kind)
+        config = tree(tiny, data, tmp_path / kind / "run", algo)
         config["rollout"]["log_probs"] = kind
-        kept[kind] = dualign.train(config, reward=vowels, quiet=True)
-    one, two = (weights(kept[kind].folder) for kind in kept)
-    assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
-    assert one.keys() == two.keys()
-    rows = pq.read_table(kept["recorded"].batch_path(2)).to_pylist()
-    assert all(r["logp_old"] == r["sampler_logp"] for r in rows)
-    rows = pq.read_table(kept["recomputed"].batch_path(2)).to_pylist()
-    assert any(r["logp_old"] != r["sampler_logp"] for r in rows)
-
-
-def test_log_probs_of_a_data_set_were_not_recorded(tiny, tmp_path):
-    config = tree(tiny, write_pairs(tmp_path), tmp_path / "run", {"name": "offline_dpo"})
-    config["rollout"]["log_probs"] = "recorded"
-    with pytest.raises(UserError, match=r"rollout\.log_probs: offline_dpo trains on a data set"):
-        dualign.train(config, reward=vowels, quiet=True)
+        kept[kind] = dualign.train(config, reward=some_absent, quiet=True)
+    one, two = (weights(run.folder) for run in kept.values())
+    assert one.keys() == two.keys() and all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
+    for kind, run in kept.items():
+        rows = [r for r in pq.read_table(run.batch_path(2)).to_pylist() if r["reward"] is not None]
+        assert all(r.get("logp_old") == r["sampler_logp"] for r in rows) == (kind == "recorded" and online)
+        if online:
+            assert {r["absent"] for r in metrics(run.folder)} == {2}
+            assert all((r["sampler_gap"] == 0) == (kind == "recorded") for r in metrics(run.folder))
 
 
 def test_absent_labels_leave_the_batch_and_are_counted(tiny, tmp_path):

@@ -38,8 +38,6 @@ class Config(Sections):
                 raise ValueError(f"{key}: {count} completions are no whole number of prompts at {k} each; try {near}")
         if t.update_size > t.online_batch:
             raise ValueError(f"train.update_size: {t.update_size} is more than train.online_batch ({t.online_batch})")
-        if self.rollout.log_probs == "recorded" and algo.source != "online":
-            raise ValueError(f"rollout.log_probs: {algo.name} trains on a data set, of which no sampler recorded any")
         algo.check(k)
         return self
 

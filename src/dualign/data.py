@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dualign.errors import UserError
 from dualign.schema import DataConfig
@@ -64,11 +64,14 @@ def load_examples(source: str, config: DataConfig | None = None, split: str | No
 
 
 def _finish(row: Row, count: int) -> tuple[Finish, ...]:
-    """How each completion ended, by the row's `finish_reason` where it has one: "length" was cut off, and is not given
-    the end that it never had."""
-    reasons = row.values.get("finish_reason")
-    reasons = reasons if isinstance(reasons, list) else [reasons]
-    return tuple("length" if len(reasons) == count and reasons[i] == "length" else "eos" for i in range(count))
+    """How each completion ended, by the row's `finish` where it has one: "length" was cut off, and is not given the end
+    that it never had."""
+    given = row.values.get("finish")
+    reasons = ["eos"] * count if given is None else [given] if isinstance(given, str) else given
+    if not isinstance(reasons, list) or len(reasons) != count or any(r not in ("eos", "length") for r in reasons):
+        what = "eos or length" if count == 1 else f"a list of {count}, each eos or length"
+        raise UserError(f"{row.where}: finish: expected {what}, for how the completion ended; got {given!r}")
+    return cast(tuple[Finish, ...], tuple(reasons))
 
 
 def _parsed(

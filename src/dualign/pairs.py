@@ -71,7 +71,7 @@ def _pair(group: Sequence[Row]) -> dict[str, Any] | None:
         "chosen": answer(best),
         "rejected": answer(worst),
         "rewards": [_value(best), _value(worst)],
-        "finish_reason": ["length" if row.rollout.finish == "length" else "stop" for row in (best, worst)],
+        "finish": [best.rollout.finish, worst.rollout.finish],
     }
 
 

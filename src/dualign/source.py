@@ -165,43 +165,43 @@ class DatasetSource:
     """A fixed set in the same form: a pair is a group with rewards 1 (chosen) and 0 (rejected), a demonstration a
     group of one."""
 
-    def __init__(self, config: Config, engine: Engine, groups: Sequence[Sequence[Rollout]]) -> None:
-        self.engine = engine
-        self.stream = Stream(groups, config.prompts_per_batch, config.run.seed, config.data.shuffle)
+    def __init__(self, config: Config, engine: Engine, examples: Sequence[Example]) -> None:
+        self.engine, self.size = engine, config.group
+        self.stream = Stream(examples, config.prompts_per_batch, config.run.seed, config.data.shuffle)
 
     def collect(self, step: int, clock: Clock) -> list[Row]:
         with clock("read"):
             numbered = list(enumerate(self.stream.at(step)))
-            return [row for g, group in self.engine.mine(numbered) for row in self._rows(g, group)]
+            return [row for g, example in self.engine.mine(numbered) for row in self._rows(g, example)]
 
-    def _rows(self, g: int, group: Sequence[Rollout]) -> Iterator[Row]:
-        for rollout in group:
-            yield Row(replace(rollout, group=g, index=g * len(group) + rollout.index), Label(1.0 - rollout.index))
+    def _rows(self, group: int, example: Example) -> Iterator[Row]:
+        prompt_ids, completions = encoded(example, self.size, self.engine.tokenizer)
+        for i, ids in enumerate(completions):
+            text, finish = example.completions[i], example.finish[i]
+            rollout = Rollout(group * self.size + i, group, example.prompt, prompt_ids, ids, text, finish, ())
+            yield Row(rollout, Label(1.0 - i))
 
 
-def rollouts_of(
-    examples: Sequence[Example], size: int, tokenizer: Tokenizer, context: int, limit: int | None, skip: bool
-) -> Iterator[list[Rollout]]:
-    """The first `size` completions of each example in tokens, as if they had been sampled; without the prompts of more
-    than `limit` tokens (data.max_prompt_tokens). Raises UserError, naming the row, where prompt and completion are
-    longer than the context, or leaves it out too (data.bad_rows=skip)."""
-    for e in examples:
-        prompt_ids = tokenizer.prompt(e.prompt)
-        if limit is not None and len(prompt_ids) > limit:
-            continue
-        given = list(zip(e.completions[:size], e.finish, strict=False))
-        group = [
-            Rollout(i, 0, e.prompt, prompt_ids, tokenizer.completion(text, finish), text, finish, ())
-            for i, (text, finish) in enumerate(given)
-        ]
-        longest = max(len(r.completion_ids) for r in group)
-        if len(prompt_ids) + longest <= context:
-            yield group
-        elif not skip:
-            raise UserError(
-                f"row {e.prompt.id}: its prompt of {len(prompt_ids)} tokens and completion of {longest} exceed the "
-                f"model's context of {context}; data.bad_rows=skip leaves such rows out"
-            )
+def encoded(example: Example, size: int, tokenizer: Tokenizer) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Token ids of the prompt, and of the first `size` completions."""
+    given = zip(example.completions[:size], example.finish, strict=False)
+    return tokenizer.prompt(example.prompt), [tokenizer.completion(text, finish) for text, finish in given]
+
+
+def fits(example: Example, size: int, tokenizer: Tokenizer, context: int, limit: int | None, skip: bool) -> bool:
+    """Whether the prompt has at most `limit` tokens (data.max_prompt_tokens) and every completion ends within the
+    context. Raises UserError, naming the row, where one does not, unless such rows are to be left out
+    (data.bad_rows=skip)."""
+    prompt_ids, completions = encoded(example, size, tokenizer)
+    if limit is not None and len(prompt_ids) > limit:
+        return False
+    longest = max(map(len, completions))
+    if len(prompt_ids) + longest > context and not skip:
+        raise UserError(
+            f"row {example.prompt.id}: its prompt of {len(prompt_ids)} tokens and completion of {longest} exceed the "
+            f"model's context of {context}; data.bad_rows=skip leaves such rows out"
+        )
+    return len(prompt_ids) + longest <= context
 
 
 def requests_of(
@@ -231,7 +231,7 @@ def requests_of(
     return requests
 
 
-def load_stream(config: Config, engine: Engine, say: Callable[[str], None]) -> list[Request] | list[list[Rollout]]:
+def load_stream(config: Config, engine: Engine, say: Callable[[str], None]) -> list[Request] | list[Example]:
     """The training data that the algorithm asks for."""
     d, context = config.data, engine.context
     if config.algo.source == "online":
@@ -241,9 +241,9 @@ def load_stream(config: Config, engine: Engine, say: Callable[[str], None]) -> l
     if len(examples[0].completions) < config.group:
         raise UserError(f"data.train: {config.algo.name} needs preference pairs (chosen, rejected); {d.train} has none")
     tokenizer, skip = engine.tokenizer, d.bad_rows == "skip"
-    groups = list(rollouts_of(examples, config.group, tokenizer, context, d.max_prompt_tokens, skip))
-    if len(groups) < len(examples):
-        say(f"left out {len(examples) - len(groups)} of {len(examples)} rows that are too long")
-    if not groups:
+    kept = [e for e in examples if fits(e, config.group, tokenizer, context, d.max_prompt_tokens, skip)]
+    if len(kept) < len(examples):
+        say(f"left out {len(examples) - len(kept)} of {len(examples)} rows that are too long")
+    if not kept:
         raise UserError("data: no rows are left")
-    return groups
+    return kept

@@ -152,7 +152,7 @@ class Trainer:
         return b
 
     def _log_pi_t(self, b: WeightedBatch) -> Tensor:
-        if self.config.rollout.log_probs == "recorded":
+        if self.config.rollout.log_probs == "recorded" and self.algo.source == "online":
             return recorded_logp(b)
         return self.engine.score(self.engine.policy, b.tokens)
 
@@ -300,9 +300,9 @@ def batch_record(b: WeightedBatch, losses: list[dict[str, float]]) -> dict[str, 
         record[f"{name}/absent"] = float(np.mean([row.label.parts.get(name) is None for row in b.rows]))
     if batch.logp_old_NT is not None and batch.logp_ref_NT is not None:
         record["kl"] = float((batch.seq_old_N - batch.seq_ref_N).mean())
-    sampled = [sum(row.rollout.sampler_logp) for row in b.rows if row.label.value is not None]
     if batch.logp_old_NT is not None and any(row.rollout.sampler_logp for row in b.rows):
-        record["sampler_gap"] = float(np.abs(batch.seq_old_N.numpy() - np.array(sampled)).mean())
+        gap_N = ((batch.logp_old_NT - recorded_logp(b)) * batch.mask_NT).sum(-1)
+        record["sampler_gap"] = float(gap_N.abs().mean())  # 0 where log π_t is what was recorded
     for name in dict.fromkeys(name for loss in losses for name in loss):
         record[name] = float(np.mean([loss.get(name, 0.0) for loss in losses]))
     return record

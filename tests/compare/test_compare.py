@@ -46,7 +46,7 @@ def grid_file(tiny, tmp_path):
     return write
 
 
-def here(cell, resume):
+def here(cell, resume, stopping):
     """Runs a cell in this process: no seconds lost to start another Python."""
     try:
         config = resumed_config(cell.folder, ()) if resume else cell.config
@@ -62,11 +62,11 @@ def test_interrupted_after_one_cell_it_goes_on_with_the_second(grid_file):
     grid = load(grid_file(systems=TWO))
     begun = []
 
-    def cut_off(cell, resume):
+    def cut_off(cell, resume, stopping):
         if begun:
             raise KeyboardInterrupt
         begun.append(cell.name)
-        here(cell, resume)
+        here(cell, resume, stopping)
 
     with pytest.raises(KeyboardInterrupt):
         run_grid(grid, cut_off, print)
@@ -76,9 +76,9 @@ def test_interrupted_after_one_cell_it_goes_on_with_the_second(grid_file):
 
     again = []
 
-    def counted(cell, resume):
+    def counted(cell, resume, stopping):
         again.append(cell.name)
-        here(cell, resume)
+        here(cell, resume, stopping)
 
     assert run_grid(grid, counted, print) == {}
     assert again == ["grpo seed 0", "dar seed 1", "grpo seed 1"]
@@ -137,8 +137,8 @@ def test_the_best_rate_is_selected_on_a_seed_of_its_own(grid_file):
     grid = load(grid_file(systems={"dar": {}}, seeds=[0], select=select))
     rewards = {1e-9: 0.5, 3e-3: 0.75}
 
-    def pretend(cell, resume):
-        here(cell, resume)
+    def pretend(cell, resume, stopping):
+        here(cell, resume, stopping)
         if cell.seed == 7:
             summary = json.loads((cell.folder / "summary.json").read_text())
             summary["after"]["reward"] = rewards[cell.value]
@@ -194,7 +194,7 @@ def test_dry_run_counts_runs_labels_and_time(grid_file):
     lines = plan_lines(grid)
     assert lines[0].startswith("4 runs") and sum("16 labels to train, 9 to evaluate" in line for line in lines) == 4
     assert "still to do: 4 runs, 64 labels to train and 36 to evaluate" in lines[-2] and "unknown" in lines[-1]
-    here(cells(grid, {})[0], False)
+    here(cells(grid, {})[0], False, None)
     lines = plan_lines(grid)
     assert "finished" in lines[1] and "still to do: 3 runs" in lines[-2] and "by the 1 finished" in lines[-1]
 
@@ -235,6 +235,24 @@ def test_the_command_hands_an_interrupt_on_and_resumes(grid_file, tmp_path):
     done = len(list(folder.glob("batches/*.parquet")))
     assert launch(folder, f"train.online_batches={done + 1}", command="resume").returncode == 0
     assert (folder / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_is_not_a_cells_own_failure_ends_the_grid_at_once(grid_file, jobs):
+    grid = load(grid_file(systems={name: {} for name in "abcd"}, seeds=[0]))
+    begun = []
+
+    def broken(cell, resume, stopping):
+        begun.append(cell.system)
+        if cell.system == "a":
+            raise OSError("no room on the disk")
+        assert stopping.wait(60), "no one asked it to stop"
+        raise CellError("cut off")
+
+    said = []
+    with pytest.raises(OSError, match="no room"):
+        run_grid(grid, broken, said.append, jobs)
+    assert set(begun) <= set("ab"[:jobs]) and not any("FAILED" in line for line in said)
 
 
 def test_cells_side_by_side_are_stopped_and_finished_together(grid_file, tmp_path):

@@ -7,6 +7,7 @@ from scipy import stats
 
 from dualign.models.packing import Tokens, pack
 from dualign.models.policy import Policy, load_model
+from dualign.rollout import hf
 from dualign.rollout.base import Request, Sampling, uniforms
 from dualign.rollout.hf import HFSampler, choose, inverse_cdf, nucleus
 from dualign.schema import ModelConfig
@@ -51,6 +52,22 @@ def test_recorded_logprobs_are_a_full_forward_pass(kind, request):
         start = len(r.prompt_ids)
         expected = [logp[start + t - 1, c].item() for t, c in enumerate(r.completion_ids)]
         np.testing.assert_allclose(r.sampler_logp, expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny_gpt2"])
+@pytest.mark.parametrize("tokens", [1, 60, 100])
+def test_prompts_in_slices_are_prompts_at_once(kind, tokens, request, monkeypatch):
+    """Whatever the memory of the cache held before: a masked position weighs nothing, but nothing times NaN is NaN."""
+    policy, tokenizer, requests = setup(request.getfixturevalue(kind))
+    whole = draw(policy, tokenizer, requests, Sampling(3, 20, 0.9))
+    assert len(list(hf._slices(sorted(requests, key=lambda r: -len(r.prompt_ids))))) == 1
+    monkeypatch.setattr(hf, "PREFILL", tokens)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *size, **k: x.new_full(size, float("nan"), **k))
+    assert len(list(hf._slices(sorted(requests, key=lambda r: -len(r.prompt_ids))))) > 1
+    sliced = draw(policy, tokenizer, requests, Sampling(3, 20, 0.9))
+    for a, b in zip(whole, sliced, strict=True):
+        assert a.completion_ids == b.completion_ids
+        np.testing.assert_allclose(a.sampler_logp, b.sampler_logp, atol=1e-5)
 
 
 def test_eos_is_scored_padding_never_and_a_cut_completion_is_not_closed(tiny):

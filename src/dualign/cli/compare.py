@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from threading import Event
 from typing import Annotated
 
 import typer
@@ -12,7 +11,7 @@ import typer
 Base = Annotated[str | None, typer.Option(help="another base recipe than the grid's")]
 Out = Annotated[Path | None, typer.Option(help="another folder than the grid's")]
 ReportOnly = Annotated[bool, typer.Option("--report-only", help="run nothing; report what is finished")]
-Jobs = Annotated[int, typer.Option(min=1, help="runs side by side; each has its share of the cores")]
+Jobs = Annotated[int, typer.Option(min=1, help="runs side by side; the cores are shared out, GPUs and memory are not")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="show the runs, their labels and their time, and stop")]
 
 
@@ -65,9 +64,8 @@ def _run(
     from dualign.compare.cells import run_grid, subprocesses
     from dualign.compare.report import write_report
 
-    stopping = Event()
-    execute = subprocesses(grid.launch, jobs, stopping)
-    failed = {} if report_only else run_grid(grid, execute, partial(print, flush=True), jobs, stopping)
+    execute = subprocesses(grid.launch, jobs)
+    failed = {} if report_only else run_grid(grid, execute, partial(print, flush=True), jobs)
     try:
         print(write_report(grid, failed))
         print(f"report: {grid.out}/report/report.md")

@@ -172,12 +172,12 @@ def cheat(
     from dualign.eval import cheat as cheating
     from dualign.eval import results, show
 
-    path = out or run / "eval" / "cheat.json"
+    path = out or run / "eval" / ("cheat.json" if until is None else f"cheat-until-{until}.json")
     spec = second or cheating.independent(run)
     with _judge(spec, [str(run)], path) as judge:
         table = cheating.trace(run, judge, until)
     result = results.provenance("cheat", {"name": judge.name, "settings": judge.settings}, 0)
-    result |= {"second": spec, "batches": table, **cheating.verdict(table)}
+    result |= {"second": spec, "until": until, "batches": table, **cheating.verdict(table)}
     results.write(path, result)
     show.cheat(result, path)
 

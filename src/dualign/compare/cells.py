@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, current_thread, main_thread
@@ -22,7 +22,7 @@ from dualign.errors import UserError
 from dualign.runs import Run
 
 State = Literal["finished", "interrupted", "to do"]
-Execute = Callable[[Cell, bool], None]  # runs a cell, or resumes it; raises CellError
+Execute = Callable[[Cell, bool, Event], None]  # runs a cell, or resumes it, until asked to stop; raises CellError
 Say = Callable[[str], None]
 
 
@@ -52,15 +52,13 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {old}, now {new}"]
 
 
-def run_grid(grid: Grid, execute: Execute, say: Say, jobs: int = 1, stopping: Event | None = None) -> dict[str, str]:
+def run_grid(grid: Grid, execute: Execute, say: Say, jobs: int = 1) -> dict[str, str]:
     """Runs what is not finished: the selection first, then the compared cells, `jobs` at a time. Returns the failed ones
-    by name, each with its reason; the others went on. Before the first run, every cell's folder is checked. Asked to
-    stop, it sets `stopping`, waits for the cells that are running and raises KeyboardInterrupt."""
+    by name, each with its reason; the others went on. Before the first run, every cell's folder is checked."""
     first = selection_cells(grid)
     for cell in first:
         state(cell)
-    stopping = stopping or Event()
-    failed = run_cells(first, execute, say, False, jobs, stopping)
+    failed = run_cells(first, execute, say, False, jobs)
     chosen = selected(grid)
     if grid.select:
         for name in grid.systems:
@@ -69,17 +67,19 @@ def run_grid(grid: Grid, execute: Execute, say: Say, jobs: int = 1, stopping: Ev
                 say(f"{where} = {chosen[name]} selected on seed {grid.select.seed}")
             else:
                 failed[where] = "no run of the selection finished with a held-out reward, so the system is left out"
-    return failed | run_cells(cells(grid, chosen), execute, say, grid.keep_weights, jobs, stopping)
+    return failed | run_cells(cells(grid, chosen), execute, say, grid.keep_weights, jobs)
 
 
-def run_cells(
-    todo: Sequence[Cell], execute: Execute, say: Say, keep_weights: bool, jobs: int, stopping: Event
-) -> dict[str, str]:
-    """The failed cells by name, each with its reason. A finished one will not go on: its training state is dropped."""
+def run_cells(todo: Sequence[Cell], execute: Execute, say: Say, keep_weights: bool, jobs: int) -> dict[str, str]:
+    """The failed cells by name, each with its reason. A finished one will not go on: its training state is dropped.
+    Whatever else goes wrong, an interrupt included, stops the running cells, begins no other, and is raised."""
     states = {cell.folder: state(cell) for cell in todo}
     every = unique(todo)
+    stopping = Event()
 
     def run(number: int, cell: Cell) -> str | None:
+        if stopping.is_set():
+            return None
         where = f"[{number}/{len(every)}] {cell.name}"
         before = states[cell.folder]
         if before == "finished":
@@ -87,23 +87,27 @@ def run_cells(
             return None
         say(f"{where}: {'resumed' if before == 'interrupted' else 'started'}, in {cell.folder}")
         try:
-            execute(cell, before == "interrupted")
+            execute(cell, before == "interrupted", stopping)
             Run.open(cell.folder).slim(keep_weights)
         except CellError as error:
-            if not stopping.is_set():
-                say(f"{where}: FAILED: {error}")
-                return str(error)
+            if stopping.is_set():
+                return None
+            say(f"{where}: FAILED: {error}")
+            return str(error)
+        except BaseException:
+            stopping.set()
+            raise
         return None
 
     with _interrupted_by_sigterm(), ThreadPoolExecutor(jobs) as pool:
-        running = [(cell, pool.submit(run, number, cell)) for number, cell in enumerate(every, 1)]
         try:
-            return {cell.name: why for cell, found in running if (why := found.result())}
+            running = [pool.submit(run, number, cell) for number, cell in enumerate(every, 1)]
+            wait(running, return_when=FIRST_EXCEPTION)
         except BaseException:
-            for _, found in running:
-                found.cancel()
             stopping.set()
             raise
+        reasons = [found.result() for found in running]
+    return {cell.name: why for cell, why in zip(every, reasons, strict=True) if why}
 
 
 @contextmanager
@@ -131,15 +135,16 @@ def selected(grid: Grid) -> dict[str, Any]:
     return {name: value for name, (_, value) in best.items()}
 
 
-def subprocesses(launch: str, jobs: int, stopping: Event) -> Execute:
+def subprocesses(launch: str, jobs: int) -> Execute:
     """Runs each cell as `dualign train` (or resume) in a process of its own, with its words in a log beside its folder:
-    memory is given back, and a crash takes one cell. Several share the cores. When `stopping` is set, the interrupt is
-    handed on once, and the cell saves itself."""
+    memory is given back, and a crash takes one cell. Side by side they share the cores, unless `launch` has a say in
+    that. Asked to stop, the interrupt is handed on once, and the cell saves itself."""
     start = shlex.split(launch) or [sys.executable, "-m"]
-    share = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = os.environ | ({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", share)} if jobs > 1 else {})
+    environment = dict(os.environ)
+    if jobs > 1 and not launch:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // jobs)))
 
-    def execute(cell: Cell, resume: bool) -> None:
+    def execute(cell: Cell, resume: bool, stopping: Event) -> None:
         cell.folder.parent.mkdir(parents=True, exist_ok=True)
         recipe, log = (cell.folder.with_name(f"{cell.folder.name}.{kind}") for kind in ("yaml", "log"))
         recipe.write_text(dump(cell.config), encoding="utf-8")
@@ -156,6 +161,11 @@ def subprocesses(launch: str, jobs: int, stopping: Event) -> Execute:
             raise CellError(f"exit code {child.returncode}: {_last_line(log)} ({log})")
 
     return execute
+
+
+def _cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _last_line(log: Path) -> str:

@@ -32,12 +32,6 @@ def packed_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query: (1, heads, L, d); key, value: (1, kv heads, L, d). Returns (1, L, heads, d)."""
-    if layout is None and attention_mask is not None and query.device.type == "cpu":
-        # below, each key is first copied for all the query heads that share it
-        out = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
-        )
-        return out.transpose(1, 2).contiguous(), None
     if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

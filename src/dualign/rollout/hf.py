@@ -122,7 +122,7 @@ class HFSampler:
             visible[i, length - len(r.prompt_ids) :] = True
         return ids.to(self.policy.device), visible.to(self.policy.device)
 
-    def _logits(self, ids: Tensor, position: Tensor, mask: Tensor, cache: BranchCache) -> Tensor:
+    def _logits(self, ids: Tensor, position: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """The next token's logits, (N, V)."""
         inputs = {"input_ids": ids, "position_ids": position, "attention_mask": mask, "past_key_values": cache}
         with self.policy.autocast():
@@ -195,15 +195,10 @@ def inverse_cdf(weight_NV: Tensor, draw_N: Tensor) -> Tensor:
 
 
 def _slices(requests: Sequence[Request]) -> Iterator[tuple[int, Sequence[Request]]]:
-    """Neighbours of at most PREFILL tokens, padding included, with the place of the first."""
+    """Requests, the longest first, in slices of at most PREFILL tokens with padding, and the place of each slice's first."""
     at = 0
     while at < len(requests):
-        count, longest = 0, 0
-        for r in requests[at:]:
-            longest = max(longest, len(r.prompt_ids))
-            if count and (count + 1) * longest > PREFILL:
-                break
-            count += 1
+        count = max(1, PREFILL // len(requests[at].prompt_ids))
         yield at, requests[at : at + count]
         at += count
 
