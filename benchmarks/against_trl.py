@@ -34,6 +34,7 @@ SYSTEMS: dict[str, list[str]] = {  # dualign: overrides of the quickstart; TRL: 
     "dualign-rloo": ["algo.name=rloo"],
     "dualign-dar": ["algo.name=dar", "algo.skip_below=0"],
     "dualign-dar-skip": ["algo.name=dar", "algo.skip_below=1e-3"],
+    "dualign-dar-fast": ["algo.name=dar", "algo.skip_below=1e-3", "rollout.log_probs=recorded"],
     "trl-grpo": ["GRPO"],
     "trl-grpo-nocheckpointing": ["GRPO", "off"],
     "trl-rloo": ["RLOO"],

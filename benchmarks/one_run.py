@@ -63,6 +63,7 @@ def run_dualign(overrides: list[str], work: Work, model: str, prompts: Path, fol
     config = load(
         "quickstart",
         [
+            "rollout.log_probs=recomputed",  # as TRL does: equal work, unless the overrides say otherwise
             *overrides,
             f"model.name={model}",
             f"data.train={prompts}",
