@@ -12,12 +12,14 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
+
+import numpy as np
 
 from dualign.errors import UserError
 from dualign.schema import DataConfig
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 Content = str | tuple[Message, ...]
+X = TypeVar("X")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,14 @@ def load_examples(source: str, config: DataConfig | None = None, split: str | No
         Example(_prompt(row, content, config), completions, _finish(row, len(completions)))
         for row, content, completions in _parsed(source, rows, layout, config)
     ]
+
+
+def draw(items: Sequence[X], limit: int | None, seed: int = 0) -> list[X]:
+    """`limit` of the items in their order, for one seed always the same ones: a draw, not the file's first rows."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    chosen = np.random.default_rng(seed).permutation(len(items))[:limit]
+    return [items[i] for i in sorted(chosen.tolist())]
 
 
 def _finish(row: Row, count: int) -> tuple[Finish, ...]:

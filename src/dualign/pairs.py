@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dualign import annotate, data
 from dualign.annotate.base import Item, label_all
 from dualign.batch import Row
@@ -28,10 +26,7 @@ def make_pairs(config: Config, out: Path, limit: int | None = None) -> str:
     prompts, drawn by the run's seed."""
     if not config.reward:
         raise UserError("reward: none given; pairs are ranked by the recipe's rewards")
-    prompts = data.load_prompts(config.data.train, config.data, config.data.split)
-    if limit is not None and limit < len(prompts):
-        drawn = np.random.default_rng(config.run.seed).permutation(len(prompts))[:limit]
-        prompts = [prompts[i] for i in sorted(drawn.tolist())]
+    prompts = data.draw(data.load_prompts(config.data.train, config.data, config.data.split), limit, config.run.seed)
     r = config.rollout
     sampling = Sampling(max(2, r.k), r.max_new_tokens, r.temperature, r.top_p)
     rollouts = sample_from(config.model.name, prompts, sampling, config.run.seed, config.model.precision)

@@ -195,10 +195,7 @@ class Trainer:
         d, c = self.config.data, self.config
         if d.eval is None or self.labeller is None:
             return []
-        prompts = data.load_prompts(d.eval, d, d.eval_split)
-        if len(prompts) > c.eval.prompts:  # a fixed draw, not the file's first rows
-            chosen = np.random.default_rng(0).permutation(len(prompts))[: c.eval.prompts]
-            prompts = [prompts[i] for i in sorted(chosen.tolist())]
+        prompts = data.draw(data.load_prompts(d.eval, d, d.eval_split), c.eval.prompts)
         say = self.view.say
         return requests_of(
             prompts, self.engine.tokenizer, self.engine.context, c.rollout.max_new_tokens, d.max_prompt_tokens, say

@@ -34,12 +34,12 @@ def mtbench(
     out: Out = None,
 ) -> None:
     """MT-Bench: two turns, greedy, each graded 1-10; by category and turn."""
+    from dualign import data
     from dualign.eval import judges, mtbench, results, show
 
     path, how = _setting(source, "mtbench", max_new_tokens, out)
     prompts = mtbench.load_prompts(judge_prompts)
-    chosen = mtbench.load_questions(questions)
-    chosen = _draw(chosen, limit)
+    chosen = data.draw(mtbench.load_questions(questions), limit)
     answers = mtbench.answer(_model(source), chosen, how)
     client, settings = judges.open_client(judge, ledger=path.parent / "spent.sqlite", max_tokens=2048)
     try:
@@ -78,7 +78,7 @@ def alpaca(
     from dualign.schema import DataConfig
 
     path, how = _setting(source, "alpaca", max_new_tokens, out)
-    prompts = _draw(data.load_prompts(instructions, DataConfig(train=instructions), "eval"), limit)
+    prompts = data.draw(data.load_prompts(instructions, DataConfig(train=instructions), "eval"), limit)
     theirs = alpaca.baseline(prompts, column, reference)
     ours = _answers(source, prompts, how)
     files = path.with_name(f"{path.stem}-outputs.json"), path.with_name(f"{path.stem}-reference.json")
@@ -112,7 +112,7 @@ def ifeval(
     from dualign.schema import DataConfig
 
     path, how = _setting(source, "ifeval", max_new_tokens, out)
-    chosen = _draw(data.load_prompts(prompts, DataConfig(train=prompts), "train"), limit)
+    chosen = data.draw(data.load_prompts(prompts, DataConfig(train=prompts), "train"), limit)
     ours = _answers(source, chosen, how)
     rows = ifeval.check([a for answers in ours.answers.values() for a in answers])
     result = results.provenance("ifeval", None, 0) | {"source": source, **ifeval.table(rows)}
@@ -153,9 +153,3 @@ def _answers(source: str, prompts: list[Any], how: Generation) -> Outputs:
     by_key = {outputs.key_of(p): p for p in prompts}
     named = {key: tuple(replace(a, prompt=by_key[key]) for a in answers) for key, answers in found.items()}
     return outputs.Outputs(Path(source).name, named)
-
-
-def _draw(items: list[Any], limit: int | None) -> list[Any]:
-    from dualign.eval import outputs
-
-    return outputs.draw(items, limit)

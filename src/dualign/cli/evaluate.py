@@ -146,7 +146,7 @@ def _setting(
     path = out or folder / f"{name}.json"
     chosen = None
     if prompts is not None:
-        chosen = outputs.draw(data.load_prompts(prompts, DataConfig(train=prompts), "test"), limit)
+        chosen = data.draw(data.load_prompts(prompts, DataConfig(train=prompts), "test"), limit)
     return path, outputs.Generation(chosen, max_new_tokens, temperature, k, seed, path.parent / "outputs")
 
 

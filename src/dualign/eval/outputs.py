@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dualign.errors import UserError
 from dualign.types import Prompt
 
@@ -206,11 +204,3 @@ def identity(model: str) -> list[Any]:
         str(Path(model).resolve()) if files else model,
         *[[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
     ]
-
-
-def draw(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
-    """`limit` of the prompts, always the same ones: a fixed draw, not the file's first rows."""
-    if limit is None or limit >= len(prompts):
-        return list(prompts)
-    chosen = np.random.default_rng(0).permutation(len(prompts))[:limit]
-    return [prompts[i] for i in sorted(chosen.tolist())]

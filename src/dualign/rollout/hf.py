@@ -60,7 +60,7 @@ class HFSampler:
     def _decode(
         self, requests: Sequence[Request], s: Sampling, seed: tuple[int, int], done: Callable[[Rollout], None]
     ) -> None:
-        device = next(self.policy.parameters()).device
+        device = self.policy.device
         eos = torch.tensor(sorted(self.tokenizer.eos_ids), device=device)
         cache, logits_NV, visible_NL, position_N = self._prefill(requests, s)
         rows = [(r, r.group * s.k + k) for r in requests for k in range(s.k)]
