@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
@@ -92,6 +93,24 @@ def test_recorded_log_probs_train_as_recomputed_ones(algo, tiny, tmp_path):
         if online:
             assert {r["absent"] for r in metrics(run.folder)} == {2}
             assert all((r["sampler_gap"] == 0) == (kind == "recorded") for r in metrics(run.folder))
+
+
+def test_the_rate_rises_stays_and_falls_also_over_a_resume(tiny, tmp_path):
+    """warmup 2 of 6 updates, decay over the last half: (1/2, 1), (1, 1), (2/3, 1/3) of the rate."""
+    prompts = write_prompts(tmp_path)
+    straight = tree(tiny, prompts, tmp_path / "straight", {"name": "dar"}, decay=0.5)
+    dualign.train(straight, reward=vowels, quiet=True)
+    rates = [record["lr"] for record in metrics(tmp_path / "straight")]
+    assert rates == pytest.approx([0.75e-3, 1e-3, 0.5e-3])
+
+    parts = tree(tiny, prompts, tmp_path / "parts", {"name": "dar"}, decay=0.5)
+    parts["run"]["checkpoints"] = 3
+    dualign.train(parts, reward=vowels, quiet=True)
+    shutil.rmtree(sorted((tmp_path / "parts" / "checkpoints").iterdir())[-1])
+    dualign.train(parts, reward=vowels, resume=True, quiet=True)
+    assert [record["lr"] for record in metrics(tmp_path / "parts")] == rates
+    for name, value in weights(tmp_path / "straight").items():
+        assert torch.equal(value, weights(tmp_path / "parts")[name])
 
 
 def test_absent_labels_leave_the_batch_and_are_counted(tiny, tmp_path):

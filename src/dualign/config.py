@@ -50,6 +50,20 @@ class Config(Sections):
     def prompts_per_batch(self) -> int:
         return self.train.online_batch // self.group
 
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimizer steps on an online batch that is full."""
+        t = self.train
+        return (self.algo.updates_per_batch or max(1, round(t.online_batch / t.update_size))) * self.algo.epochs
+
+    @property
+    def labels(self) -> tuple[int, int]:
+        """Labels that a run buys at most, to train and to evaluate."""
+        t, e = self.train, self.eval
+        evaluations = 2 + ((t.online_batches - 1) // e.every if e.every else 0)
+        train = t.online_batches * t.online_batch if self.algo.source == "online" else 0
+        return train, evaluations * e.prompts * e.k if self.data.eval and self.reward else 0
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-6 as text; people who write learning rates mean the number."""

@@ -152,8 +152,9 @@ class Engine:
         self._exchange_gradients()
         sums = self._sum(sums)
         loss = sums.pop("loss") / denominator
+        lr = float(self.optimizer.param_groups[0]["lr"])
         norm = self._step(loss)
-        return {"loss": loss, "grad_norm": norm} | {k: v / len(rows) for k, v in sums.items()}
+        return {"loss": loss, "grad_norm": norm, "lr": lr} | {k: v / len(rows) for k, v in sums.items()}
 
     def _backward(
         self, algo: Algorithm, tokens: Tokens, batch: Batch, part: list[int], scale: float
@@ -269,7 +270,14 @@ class Engine:
             optimizer: Any = torch.optim.AdamW(groups, lr=t.lr, weight_decay=t.weight_decay, fused=True)
         else:
             optimizer = Adafactor(groups, lr=t.lr, weight_decay=t.weight_decay)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda u: min(1.0, (u + 1) / max(1, t.warmup)))
+        updates = t.online_batches * self.config.updates_per_batch
+        falling = t.decay * updates
+
+        def factor(done: int) -> float:
+            rising = (done + 1) / t.warmup if t.warmup else 1.0
+            return min(1.0, rising, max(0.0, updates - done) / falling if falling else 1.0)
+
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return optimizer
 
     def _sum(self, sums: dict[str, float]) -> dict[str, float]:

@@ -47,7 +47,7 @@ def memory_estimate(config: Config, count: int, hf: Any) -> dict[str, float]:
 
 def print_plan(config: Config) -> None:
     t, c = config.train, config
-    per = (c.algo.updates_per_batch or max(1, round(t.online_batch / t.update_size))) * c.algo.epochs
+    per = c.updates_per_batch
     print(f"{c.algo.name}: {c.algo.model_dump(exclude={'name'})}")
     try:
         count, hf = parameters_of(config)
@@ -73,17 +73,23 @@ def print_plan(config: Config) -> None:
         f"{t.online_batches} online batches of {t.online_batch} completions = {c.prompts_per_batch} prompts × {c.group}; "
         f"{per} updates each; {t.online_batches * per} updates in all"
     )
-    labels = t.online_batches * t.online_batch if c.algo.source == "online" else 0
-    print(f"labels needed: {labels} to train, {2 * c.eval.prompts * c.eval.k if c.data.eval else 0} to evaluate")
+    labels, evaluated = c.labels
+    print(f"labels needed: {labels} to train, {evaluated} to evaluate")
     for i, reward in enumerate(c.reward):
-        print(f"reward.{i}: {reward.type}, weight {reward.weight}" + _price(reward, labels))
+        print(f"reward.{i}: {reward.type}, weight {reward.weight}" + _priced(reward, labels + evaluated))
 
 
-def _price(reward: Any, labels: int) -> str:
+def price(reward: Any, labels: int) -> float:
     """Dollars, from prices per million tokens and an assumed 600 prompt tokens per call; replies at their ceiling."""
-    if not getattr(reward, "price_prompt", 0) and not getattr(reward, "price_completion", 0):
-        return ""
-    calls = labels * getattr(reward, "samples", 1)
-    replies = getattr(reward, "max_tokens", 0)
-    dollars = calls * (600 * reward.price_prompt + replies * reward.price_completion) / 1e6
-    return f", at most about {dollars:.2f} dollars for {calls} calls (assuming 600 prompt tokens each)"
+    prompt, completion = getattr(reward, "price_prompt", 0.0), getattr(reward, "price_completion", 0.0)
+    return float(_calls(reward, labels) * (600 * prompt + getattr(reward, "max_tokens", 0) * completion) / 1e6)
+
+
+def _calls(reward: Any, labels: int) -> int:
+    return labels * int(getattr(reward, "samples", 1))
+
+
+def _priced(reward: Any, labels: int) -> str:
+    dollars, calls = price(reward, labels), _calls(reward, labels)
+    words = f", at most about {dollars:.2f} dollars for {calls} calls (assuming 600 prompt tokens each)"
+    return words if dollars else ""

@@ -78,7 +78,8 @@ class TrainConfig(Settings):
     optimizer: Literal["adafactor", "adamw"] = "adafactor"
     lr: float = Field(1e-6, gt=0)
     critic_lr: float | None = Field(None, gt=0, description="of the value model; default: lr")
-    warmup: int = Field(15, ge=0, description="updates of linear warm-up, then constant")
+    warmup: int = Field(15, ge=0, description="updates of linear warm-up; then the rate is constant (papers)")
+    decay: float = Field(0.0, ge=0, le=1, description="share of the updates, the last, in which it falls linearly to 0")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     max_absent: float = Field(0.2, ge=0, le=1, description="stop when a larger share of a batch has no label")

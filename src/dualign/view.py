@@ -134,8 +134,7 @@ def _clock(seconds: float) -> str:
 def plan_lines(config: Config, engine: Engine, prompts: int, heldout: int) -> list[str]:
     """What the counts come to, in words."""
     t, c = config.train, config
-    count = c.algo.updates_per_batch or max(1, round(t.online_batch / t.update_size))
-    per = count * c.algo.epochs
+    per = c.updates_per_batch
     size = sum(p.numel() for p in engine.policy.parameters()) / 1e6
     sharing = "prompts shared" if engine.policy.share else "prompts not shared"
     return [

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from dualign.compare.cells import selected, state
 from dualign.compare.grid import Cell, Grid, cells, selection_cells, unique
-from dualign.compare.results import is_online, read
+from dualign.compare.results import read
 from dualign.config import Config
+from dualign.plan import price
 
 
 def plan_lines(grid: Grid) -> list[str]:
@@ -26,14 +26,14 @@ def plan_lines(grid: Grid) -> list[str]:
     lines = [f"{len(every)} runs in {grid.out}: {len(first)} to select, {len(every) - len(first)} to compare"]
     for cell in every:
         t = cell.config.train
-        labels, evaluated = labels_of(cell.config)
-        price = f", at most about {cost:.2f} dollars" if (cost := dollars(cell.config)) else ""
+        labels, evaluated = cell.config.labels
+        priced = f", at most about {cost:.2f} dollars" if (cost := dollars(cell.config)) else ""
         lines.append(
             f"  {cell.name}: {t.online_batches} × {t.online_batch}, lr {t.lr:g}; "
-            f"{labels} labels to train, {evaluated} to evaluate{price}; {states[cell.folder]}"
+            f"{labels} labels to train, {evaluated} to evaluate{priced}; {states[cell.folder]}"
         )
     todo = [cell for cell in every if states[cell.folder] != "finished"]
-    totals = np.array([labels_of(cell.config) for cell in todo]).reshape(-1, 2).sum(0)
+    totals = np.array([cell.config.labels for cell in todo]).reshape(-1, 2).sum(0)
     cost = sum(dollars(cell.config) for cell in todo)
     lines.append(
         f"still to do: {len(todo)} runs, {totals[0]} labels to train and {totals[1]} to evaluate"
@@ -42,23 +42,9 @@ def plan_lines(grid: Grid) -> list[str]:
     return [*lines, _time(todo, [cell for cell in every if states[cell.folder] == "finished"])]
 
 
-def labels_of(config: Config) -> tuple[int, int]:
-    """Labels that a run buys to train and to evaluate."""
-    t, e = config.train, config.eval
-    evaluations = 2 + ((t.online_batches - 1) // e.every if e.every else 0)
-    train = t.online_batches * t.online_batch if is_online(config) else 0
-    return train, evaluations * e.prompts * e.k if config.data.eval and config.reward else 0
-
-
 def dollars(config: Config) -> float:
-    """An upper estimate from prices per million tokens: 600 prompt tokens a call, replies at their ceiling."""
-    return sum(_dollars(reward, sum(labels_of(config))) for reward in config.reward)
-
-
-def _dollars(reward: Any, labels: int) -> float:
-    calls = labels * getattr(reward, "samples", 1)
-    prompt, completion = getattr(reward, "price_prompt", 0.0), getattr(reward, "price_completion", 0.0)
-    return float(calls * (600 * prompt + getattr(reward, "max_tokens", 0) * completion) / 1e6)
+    """An upper estimate of what a run's labels cost."""
+    return sum(price(reward, sum(config.labels)) for reward in config.reward)
 
 
 def _time(todo: Sequence[Cell], finished: Sequence[Cell]) -> str:
@@ -76,4 +62,4 @@ def _time(todo: Sequence[Cell], finished: Sequence[Cell]) -> str:
         float(np.mean(spent.get(c.system, [anyone]))) * c.config.train.online_batch * c.config.train.online_batches
         for c in todo
     )
-    return f"time: about {total / 3600:.1f} hours of training, by the {len(finished)} finished; evaluations come on top"
+    return f"time: about {total / 3600:.1f} hours of training one after the other, by the {len(finished)} finished; evaluations come on top"
