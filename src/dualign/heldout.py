@@ -33,6 +33,7 @@ class HeldOut:
     missing_eos: float
     absent: float
     seconds: float
+    distinct: float = float("nan")  # share of completions that differ; one answer to every prompt: 1/n
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,8 +72,15 @@ def evaluate(
         missing_eos=float(np.mean([row.rollout.finish == "length" for row in b.rows])),
         absent=b.absent / len(b.rows),
         seconds=sum(clock.seconds.values()),
+        distinct=distinct([row.rollout.text for row in b.rows]),
     )
     return result, list(b.rows)
+
+
+def distinct(completions: Sequence[str]) -> float:
+    """The share of completions that differ: a policy that gives every prompt the one answer that a reward likes most
+    has a high reward and almost none."""
+    return len(set(completions)) / len(completions) if completions else float("nan")
 
 
 def by_group(values: np.ndarray, group: Sequence[int]) -> np.ndarray:

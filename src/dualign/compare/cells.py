@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from dualign import config as configs
 from dualign.compare.grid import Cell, Grid, cells, selection_cells, unique
-from dualign.compare.results import final_reward
+from dualign.compare.results import final
 from dualign.config import dump
 from dualign.errors import UserError
 from dualign.runs import Run
@@ -126,12 +126,15 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 
 
 def selected(grid: Grid) -> dict[str, Any]:
-    """Each system's value with the highest final held-out reward among its finished selection runs."""
-    best: dict[str, tuple[float, Any]] = {}
+    """Each system's value with the highest final reward among its finished selection runs; of those whose policy did
+    not collapse, where there are any."""
+    best: dict[str, tuple[tuple[bool, float], Any]] = {}
     for cell in selection_cells(grid):
-        reward = final_reward(cell.folder)
-        if reward is not None and (cell.system not in best or reward > best[cell.system][0]):
-            best[cell.system] = (reward, cell.value)
+        if found := final(cell.folder):
+            reward, share = found
+            score = (share >= grid.select.distinct if grid.select else True, reward)
+            if cell.system not in best or score > best[cell.system][0]:
+                best[cell.system] = (score, cell.value)
     return {name: value for name, (_, value) in best.items()}
 
 

@@ -18,13 +18,17 @@ from dualign.errors import UserError
 
 
 class Select(Settings):
-    """One setting chosen for each system before the seeds run: the value whose run ends with the highest held-out
-    reward. Its seed is none of the compared ones, and `set` should give it other prompts to be measured on."""
+    """One setting chosen for each system before the seeds run: the value whose run ends with the highest reward, among
+    those whose policy did not collapse. Its seed is none of the compared ones, and `set` should give it other prompts
+    to be measured on."""
 
     key: str = "train.lr"
     values: list[Any] = Field(min_length=1)
     seed: int
     set: dict[str, Any] = Field(default_factory=dict, description="key.sub: value, for these runs only")
+    distinct: float = Field(
+        0.0, ge=0, le=1, description="share of different completions that a run must end with to be chosen"
+    )
 
 
 class System(Settings):

@@ -62,4 +62,7 @@ def _time(todo: Sequence[Cell], finished: Sequence[Cell]) -> str:
         float(np.mean(spent.get(c.system, [anyone]))) * c.config.train.online_batch * c.config.train.online_batches
         for c in todo
     )
-    return f"time: about {total / 3600:.1f} hours of training one after the other, by the {len(finished)} finished; evaluations come on top"
+    return (
+        f"time: about {total / 3600:.1f} hours of training one after the other, by the {len(finished)} finished; "
+        "evaluations come on top"
+    )

@@ -9,7 +9,7 @@ from dualign.compare import plots
 from dualign.compare.cells import selected, state
 from dualign.compare.grid import Cell, Grid, cells, selection_cells, unique
 from dualign.compare.pareto import fit
-from dualign.compare.results import Result, final_reward, finals, read
+from dualign.compare.results import Result, final, finals, read
 from dualign.compare.table import curves_csv, markdown, rows, table_csv, target_reward
 from dualign.errors import UserError
 from dualign.runs import write_text
@@ -77,9 +77,10 @@ def _selection(grid: Grid) -> list[str]:
     s, best = grid.select, selected(grid)
     lines = [
         f"\n## Selection of {s.key}\n",
-        f"For each system the value with the highest final held-out reward of one run on seed {s.seed}"
-        f"{', with ' + ', '.join(f'{k}={v}' for k, v in s.set.items()) if s.set else ''}; that seed is not among the "
-        "compared ones.\n",
+        f"For each system the value whose run on seed {s.seed}"
+        f"{', with ' + ', '.join(f'{k}={v}' for k, v in s.set.items()) if s.set else ''} ended with the highest reward"
+        + (f" among those with at least {s.distinct:.0%} different completions" if s.distinct else "")
+        + "; that seed is not among the compared ones. In brackets: different completions.\n",
         "| system | " + " | ".join(map(str, s.values)) + " | selected |",
         "| --- " * (len(s.values) + 2) + "|",
     ]
@@ -87,8 +88,8 @@ def _selection(grid: Grid) -> list[str]:
     for cell in selection_cells(grid):
         by_system.setdefault(cell.system, []).append(cell)
     for name, tried in by_system.items():
-        scores = [final_reward(c.folder) for c in tried]
-        texts = ["–" if v is None else f"{v:.3f}" for v in scores]
+        scores = [final(c.folder) for c in tried]
+        texts = ["–" if v is None else f"{v[0]:.3f} ({v[1]:.0%})" for v in scores]
         edge = " (edge of the grid)" if best.get(name) in (s.values[0], s.values[-1]) and len(s.values) > 1 else ""
         lines.append(f"| {name} | {' | '.join(texts)} | {best.get(name, '–')}{edge} |")
     return lines

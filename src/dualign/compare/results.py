@@ -14,7 +14,7 @@ import numpy as np
 from dualign.algos import Algorithm
 from dualign.compare.grid import Cell
 from dualign.config import Config
-from dualign.heldout import half_width
+from dualign.heldout import distinct, half_width
 from dualign.runs import Run
 
 
@@ -30,6 +30,7 @@ class Point:
     kl_interpolated: float  # α·KL(π_θ‖π_0): what DAR's objective charges at π_θ = π_t; no α: the whole of it
     length: float  # tokens
     missing_eos: float  # share
+    distinct: float  # share of different completions
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,22 @@ def is_online(config: Config) -> bool:
     return algo.source == "online"
 
 
-def final_reward(folder: Path) -> float | None:
-    """The held-out reward that a run ended with; None where it did not end, or measured none."""
+def final(folder: Path) -> tuple[float, float] | None:
+    """The reward that a run ended with, and the share of different completions it was measured on; None where it did
+    not end, or measured none."""
     path = folder / "summary.json"
     if not path.is_file():
         return None
-    reward = json.loads(path.read_text(encoding="utf-8")).get("after", {}).get("reward")
-    return reward if reward is not None and np.isfinite(reward) else None
+    after = json.loads(path.read_text(encoding="utf-8")).get("after", {})
+    if not np.isfinite(after.get("reward") or float("nan")):
+        return None
+    return after["reward"], _distinct(Run.open(folder).evaluation_path(after["batches"]))
+
+
+def _distinct(path: Path) -> float:
+    import pyarrow.parquet as pq
+
+    return distinct(pq.read_table(path, columns=["completion"])["completion"].to_pylist())
 
 
 def read(cell: Cell) -> Result | None:
@@ -101,7 +111,8 @@ def _points(run: Run, labels: Sequence[int], seconds: np.ndarray, alpha: float) 
         e = json.loads(pq.read_schema(path).metadata[b"dualign"])["stats"]
         done = e["batches"]
         measured = {key: e[key] for key in ("reward", "kl", "length", "missing_eos")}
-        yield Point(done, labels[done], float(seconds[done]), kl_interpolated=alpha * e["kl"], **measured)
+        measured |= {"kl_interpolated": alpha * e["kl"], "distinct": _distinct(path)}
+        yield Point(done, labels[done], float(seconds[done]), **measured)
 
 
 def groups(results: Sequence[Result]) -> dict[tuple[str, str | None, str], list[Result]]:
@@ -122,7 +133,7 @@ def mean_curve(seeds: Sequence[Result]) -> list[tuple[Point, Mean]]:
     for batches, points in sorted(by_batches.items()):
         reward = Mean.of(p.reward for p in points)
         if reward is not None and len(points) == len(seeds):
-            rest = ("seconds", "kl", "kl_interpolated", "length", "missing_eos")
+            rest = ("seconds", "kl", "kl_interpolated", "length", "missing_eos", "distinct")
             means = {key: float(np.mean([getattr(p, key) for p in points])) for key in rest}
             labels = round(np.mean([p.labels for p in points]))
             out.append((Point(batches=batches, labels=labels, reward=reward.value, **means), reward))

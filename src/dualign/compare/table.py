@@ -18,6 +18,7 @@ COLUMNS = {  # column: (heading, format)
     "kl_interpolated": ("α-interpolated KL", "{:.2f}"),
     "length": ("length, tokens", "{:.1f}"),
     "missing_eos": ("missing EOS", "{:.1%}"),
+    "distinct": ("different completions", "{:.0%}"),
     "labels": ("labels bought", "{:.0f}"),
     "batch_seconds": ("s / online batch", "{:.2f}"),
 }
@@ -105,7 +106,7 @@ def table_csv(table: Sequence[Row]) -> str:
 
 def curves_csv(results: Sequence[Result]) -> str:
     """Every evaluation of every run."""
-    fields = ("batches", "labels", "seconds", "reward", "kl", "length", "missing_eos")
+    fields = ("batches", "labels", "seconds", "reward", "kl", "length", "missing_eos", "distinct")
     lines: list[Sequence[object]] = [["system", "axis", "value", "seed", *fields]]
     for r in results:
         start = [r.cell.system, r.cell.axis or "", "" if r.cell.axis is None else r.cell.value, r.cell.seed]
