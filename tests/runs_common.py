@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-TIMED = {"seconds"}
+TIMED = {"seconds", "label_seconds"}
 
 
 def vowels(completions, **columns):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -111,6 +112,19 @@ def test_the_rate_rises_stays_and_falls_also_over_a_resume(tiny, tmp_path):
     assert [record["lr"] for record in metrics(tmp_path / "parts")] == rates
     for name, value in weights(tmp_path / "straight").items():
         assert torch.equal(value, weights(tmp_path / "parts")[name])
+
+
+def test_the_time_of_each_reward_is_apart_from_the_phases(tiny, tmp_path):
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}, online_batches=1)
+    dualign.train(config, reward=[vowels, slow_vowels], quiet=True)
+    (record,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert set(record["label_seconds"]) == {"vowels", "slow_vowels"} and record["label_seconds"]["slow_vowels"] >= 0.05
+    assert set(record["seconds"]) == {"sample", "label", "score", "write", "update", "sync"}
+
+
+def slow_vowels(completions, **columns):
+    time.sleep(0.05)
+    return vowels(completions, **columns)
 
 
 def test_absent_labels_leave_the_batch_and_are_counted(tiny, tmp_path):

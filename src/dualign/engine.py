@@ -253,7 +253,8 @@ class Engine:
         """Numbers of one online batch to the trackers that run.trackers names."""
         if self.config.run.trackers:
             flat = {k: v for k, v in record.items() if isinstance(v, int | float)}
-            flat |= {f"seconds/{phase}": spent for phase, spent in record["seconds"].items()}
+            for kind in ("seconds", "label_seconds"):
+                flat |= {f"{kind}/{name}": spent for name, spent in record.get(kind, {}).items()}
             self.accelerator.log(flat, step=record["step"])
 
     # --- construction ---

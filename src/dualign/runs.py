@@ -72,6 +72,15 @@ def write_text(path: Path, text: str) -> None:
     durable(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
+def _code() -> str:
+    """A digest of this package's modules: a version number says too little about a checkout."""
+    package = Path(__file__).parent
+    found = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        found.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
 class Run:
     """runs/NAME: config.yaml, run.json, metrics.jsonl, batches/*.parquet, evaluations/*.parquet, checkpoints/*/,
     summary.json, and the manifest that holds their hashes."""
@@ -112,7 +121,7 @@ class Run:
         for name in VERSIONED:
             with contextlib.suppress(metadata.PackageNotFoundError):
                 versions[name] = metadata.version(name)
-        self.write_text("run.json", json.dumps({"format": 1, "versions": versions}, indent=1))
+        self.write_text("run.json", json.dumps({"format": 1, "versions": versions, "code": _code()}, indent=1))
         self.write_text("config.yaml", config_text)  # last: with it, it is a run
 
     def _is_stillborn(self) -> bool:

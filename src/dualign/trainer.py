@@ -20,7 +20,7 @@ from dualign.batch import WeightedBatch, check_finite, labelled, recorded_logp, 
 from dualign.config import Config, build, dump
 from dualign.engine import Engine
 from dualign.errors import StopRun, UserError
-from dualign.heldout import HeldOut, evaluate, gain
+from dualign.heldout import HeldOut, distinct, evaluate, gain
 from dualign.interrupt import Interrupts, StopAsked
 from dualign.rollout.base import Request, Sampler
 from dualign.runs import Run
@@ -178,10 +178,10 @@ class Trainer:
         done = b.step + 1
         self.labels += len(b.tokens)
         record = batch_record(b, losses) | {"labels": self.labels, "seconds": clock.seconds}
-        for name, value in getattr(self.labeller and self.labeller.annotator, "stats", {}).items():
-            reward, _, what = name.rpartition("/")
-            if what == "seconds":
-                clock.seconds[f"label/{reward}"] = value
+        stats = getattr(self.labeller and self.labeller.annotator, "stats", {}).items()
+        # apart from the phases: rewards run side by side, within the phase "label" and during "sample"
+        if each := {name.removesuffix("/seconds"): v for name, v in stats if name.endswith("/seconds")}:
+            record["label_seconds"] = each
         if self.engine.main:
             self.run.log(record)
         self.engine.track(record)
@@ -289,6 +289,7 @@ def batch_record(b: WeightedBatch, losses: list[dict[str, float]]) -> dict[str, 
         "reward_std": float(batch.reward_N.std()) if len(batch) > 1 else 0.0,
         "length": float(np.mean(lengths)),
         "missing_eos": float(np.mean([row.rollout.finish == "length" for row in b.rows])),
+        "distinct": distinct([row.rollout.text for row in b.rows]),
         "absent": b.absent,
         **b.stats,
     }

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dualign.runs import Run
 
 SHOWN = 12  # latest batches in the live table
+COLLAPSED = 0.5  # of the share of different answers at π_0: a person should be told of less
 COLUMNS = {  # column: (key, format); shown when the key is there
     "batch": ("step", "{:d}"),
     "reward": ("reward", "{:+.3f}"),
@@ -30,6 +31,7 @@ COLUMNS = {  # column: (key, format); shown when the key is there
     "tied": ("tied", "{:.0%}"),
     "length": ("length", "{:.1f}"),
     "no EOS": ("missing_eos", "{:.0%}"),
+    "different": ("distinct", "{:.0%}"),
     "absent": ("absent", "{:d}"),
     "loss": ("loss", "{:.3g}"),
     "grad": ("grad_norm", "{:.2g}"),
@@ -83,7 +85,8 @@ class View:
         self.say(
             f"held-out after {result.batches} batches: reward {result.reward:+.3f} ± {result.reward_ci:.3f}, "
             f"KL to π_0 {result.kl:.2f} ± {result.kl_ci:.2f} nats, length {result.length:.1f}, "
-            f"no EOS {result.missing_eos:.0%} ({result.prompts} prompts, {result.seconds:.1f} s)"
+            f"no EOS {result.missing_eos:.0%}, different {result.distinct:.0%} "
+            f"({result.prompts} prompts, {result.seconds:.1f} s)"
         )
 
     def finish(self, summary: dict[str, Any], run: Run) -> None:
@@ -124,7 +127,11 @@ def _cells(record: dict[str, Any]) -> dict[str, str]:
 
 
 def _seconds(record: dict[str, Any]) -> str:
-    return " ".join(f"{phase} {spent:.1f}" for phase, spent in record["seconds"].items() if spent >= 0.05)
+    def words(spent: dict[str, float]) -> str:
+        return " ".join(f"{name} {seconds:.1f}" for name, seconds in spent.items() if seconds >= 0.05)
+
+    rewards = words(record.get("label_seconds", {}))
+    return words(record["seconds"]) + (f" ({rewards})" if rewards else "")
 
 
 def _clock(seconds: float) -> str:
@@ -181,6 +188,11 @@ def verdict(summary: dict[str, Any]) -> list[str]:
         f"KL to π_0 {after['kl']:.2f} ± {after['kl_ci']:.2f} nats; length {before['length']:.1f} -> {after['length']:.1f}; "
         f"no EOS {before['missing_eos']:.0%} -> {after['missing_eos']:.0%}",
     ]
+    if after.get("distinct", 1.0) < COLLAPSED * before.get("distinct", 1.0):
+        lines.append(
+            f"only {after['distinct']:.0%} of the answers differ ({before['distinct']:.0%} before): the policy has collapsed "
+            "to what the reward likes best; lower train.lr, raise algo.beta, or bound the reward (reward.N.clip)"
+        )
     return lines
 
 

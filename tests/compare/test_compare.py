@@ -11,6 +11,8 @@ import statistics
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -22,8 +24,10 @@ from dualign.compare.cells import CellError, run_grid, state
 from dualign.compare.grid import cells, load, selection_cells
 from dualign.compare.plan import plan_lines
 from dualign.compare.report import write_report
+from dualign.config import dump
 from dualign.errors import UserError
 from dualign.resume import resumed_config
+from dualign.runs import Run
 from dualign.verify import verify
 from runs_common import launch, reward_file, tree, write_prompts
 
@@ -153,7 +157,61 @@ def test_the_best_rate_is_selected_on_a_seed_of_its_own(grid_file):
     assert cell.config.train.lr == 3e-3 and cell.config.run.seed == 0 and state(cell) == "finished"
     write_report(grid, {})
     text = (grid_out(grid) / "report" / "report.md").read_text()
-    assert "| dar | 0.500 | 0.750 | 0.003 (edge of the grid) |" in text and "seed 7" in text
+    assert re.search(r"\| dar \| 0\.500 \(\d+%\) \| 0\.750 \(\d+%\) \| 0\.003 \(edge of the grid\) \|", text)
+    assert "seed 7" in text
+
+
+def test_a_collapsed_run_is_not_chosen_and_counts_where_all_collapsed(grid_file):
+    """The higher rate has the higher reward, with the same answer to every prompt."""
+    select = {"key": "train.lr", "values": [1e-9, 3e-3], "seed": 7, "distinct": 0.5}
+    grid = load(grid_file(systems={"dar": {}}, seeds=[0], select=select))
+    low, high = selection_cells(grid)
+    for cell, reward, answers in ((low, 0.5, list("abcd")), (high, 0.75, list("aaaa"))):
+        finish(cell, reward, answers)
+    assert running.selected(grid) == {"dar": 1e-9}
+    finish(low, 0.5, list("bbbb"))
+    assert running.selected(grid) == {"dar": 3e-3}
+
+
+def finish(cell, reward, answers):
+    """What a selection reads of a finished run."""
+    (cell.folder / "evaluations").mkdir(parents=True, exist_ok=True)
+    (cell.folder / "config.yaml").write_text(dump(cell.config))
+    (cell.folder / "summary.json").write_text(json.dumps({"after": {"batches": 2, "reward": reward}}))
+    pq.write_table(pa.table({"completion": answers}), Run.open(cell.folder).evaluation_path(2))
+
+
+def test_a_report_reads_no_run_of_other_settings(grid_file):
+    """Neither a compared one nor one of the selection; what was reported before stays."""
+    select = {"key": "train.lr", "values": [1e-3], "seed": 7}
+    path = grid_file(systems={"dar": {}}, seeds=[0], select=select)
+    assert run_grid(load(path), here, print) == {}
+    write_report(load(path), {})
+    table = grid_out(load(path)) / "report" / "table.csv"
+    before = table.read_text()
+    for changed in ({"select": {**select, "set": {"eval.prompts": 2}}}, {"select": select, "set": {"rollout.k": 2}}):
+        other = load(grid_file(systems={"dar": {}}, seeds=[0], **changed))
+        with pytest.raises(UserError, match="holds a run with other settings"):
+            write_report(other, {})
+        assert table.read_text() == before
+
+
+def test_runs_of_another_version_are_named(grid_file):
+    grid = load(grid_file(systems=TWO, seeds=[0, 1]))
+    assert run_grid(grid, here, print) == {}
+    write_report(grid, {})
+    report = grid_out(grid) / "report" / "report.md"
+    assert "versions of the code" not in report.read_text()
+    about = grid_out(grid) / "grpo" / "seed1" / "run.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"code": "another"}))
+    write_report(grid, {})
+    assert "begun by 2 versions of the code or its packages; unlike most: grpo seed 1." in report.read_text()
+
+
+def test_a_failed_cell_is_in_no_table_even_with_a_summary(grid_file):
+    grid = load(grid_file(systems=TWO, seeds=[0]))
+    assert run_grid(grid, here, print) == {}
+    assert "| grpo |" in write_report(grid, {}) and "| grpo |" not in write_report(grid, {"grpo seed 0": "killed"})
 
 
 def test_an_ablation_moves_one_key_and_shares_the_base(grid_file):
@@ -206,6 +264,11 @@ def test_dry_run_counts_runs_labels_and_time(grid_file):
         ({"systems": TWO, "reference": "grop"}, "reference: no system 'grop'"),
         ({"systems": {"dar": {"algo": {"alfa": 1}}}}, "algo.alfa: no such key"),
         ({"select": {"values": [1], "seed": 0}}, "select.seed: 0 is also compared"),
+        ({"seeds": [0, 1, 0]}, "seeds: [0, 1, 0] names one twice"),
+        (
+            {"axes": {"rollout.k": [{"rollout.k": 4, "algo.baseline": b} for b in ("batch", "none")]}},
+            "axes.rollout.k: two settings are called 4",
+        ),
     ],
 )
 def test_mistakes_in_a_grid_are_named(grid_file, keys, message):

@@ -32,7 +32,7 @@ def test_too_few_points_give_no_fit():
 
 
 def point(labels, reward):
-    return Point(labels // 10, labels, 0.0, reward, 0.0, 0.0, 0.0, 0.0)
+    return Point(labels // 10, labels, 0.0, reward, 0.0, 0.0, 0.0, 0.0, 1.0)
 
 
 def test_labels_are_counted_to_the_first_crossing():

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import dualign
 from dualign.cli import application
-from dualign.eval.cheat import independent, texts, verdict
+from dualign.errors import UserError
+from dualign.eval.cheat import _rose, independent, texts, verdict
 from runs_common import tree, vowels, write_prompts
 
 
@@ -90,6 +92,11 @@ def test_a_run_is_traced_batch_by_batch(tiny, tmp_path):
     assert table[0]["reward_sd"] == table[0]["second_sd"] == 0 and table[0]["kl"] == pytest.approx(0, abs=1e-4)
     assert table[-1]["kl"] > table[0]["kl"] and result["verdict"] in done.output.replace("\n", " ")
     assert independent(run.folder) == "builtin:helpful"
+    both = yaml.safe_load((run.folder / "config.yaml").read_text())
+    both["reward"] = [{"type": "head", "path": path} for path in ("builtin:helpful", "builtin:harmless")]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(both))
+    with pytest.raises(UserError, match="trained on both built-in heads"):
+        independent(tmp_path)
     short = tmp_path / "short.json"
     options = ["--second", second, "--until", "4", "--out", str(short)]
     CliRunner().invoke(application(), ["eval", "cheat", str(run.folder), *options])
@@ -98,3 +105,10 @@ def test_a_run_is_traced_batch_by_batch(tiny, tmp_path):
 
 def negative_length(completions, **columns):
     return [-float(len(c[0]["content"] if isinstance(c, list) else c)) for c in completions]
+
+
+def test_the_noise_of_the_first_batch_counts_too():
+    """A rise of 0.25 sd with standard errors of 0.2 in every batch, the first included, is none (0.23 of it is noise)."""
+    rows = [{"reward_sd": 0.0, "reward_se": 0.2}] + [{"reward_sd": 0.25, "reward_se": 0.2}] * 3
+    assert not _rose(rows)
+    assert _rose([rows[0] | {"reward_se": 0.0}, *rows[1:]])

@@ -112,6 +112,8 @@ def _find(name: str) -> Path:
 def _check(grid: Grid, file: Path) -> None:
     if grid.reference is not None and grid.reference not in grid.systems:
         raise UserError(f"{file}: reference: no system {grid.reference!r}; there are {', '.join(grid.systems)}")
+    if len(set(grid.seeds)) < len(grid.seeds):
+        raise UserError(f"{file}: seeds: {grid.seeds} names one twice; it would count as two runs")
     if grid.select and grid.select.seed in grid.seeds:
         raise UserError(f"{file}: select.seed: {grid.select.seed} is also compared; selection needs a seed of its own")
     for name in grid.systems:
@@ -138,6 +140,7 @@ def cells(grid: Grid, chosen: dict[str, Any]) -> list[Cell]:
     out the same (an axis passing through the base's own value) share one folder, and so one run."""
     found: list[Cell] = []
     folders: dict[tuple[str, str], Path] = {}
+    owners: dict[Path, Config] = {}
     for seed in grid.seeds:
         for name in grid.systems:
             if grid.select and name not in chosen:
@@ -147,7 +150,10 @@ def cells(grid: Grid, chosen: dict[str, Any]) -> list[Cell]:
                 folder = Path(grid.out) / name / (f"{axis}={value}" if axis else "") / f"seed{seed}"
                 config = _configure(grid, name, {**selected, **settings, "run.seed": seed}, folder)
                 folder = folders.setdefault((name, config.model_dump_json(exclude={"run": {"dir"}})), folder)
-                found.append(Cell(name, axis, value, seed, folder, _at(config, folder)))
+                settled = _at(config, folder)
+                if owners.setdefault(folder, settled) != settled:
+                    raise UserError(f"axes.{axis}: two settings are called {value}; give one of them another value")
+                found.append(Cell(name, axis, value, seed, folder, settled))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ KEYS = {
     "kl": "KL(π_θ‖π_0), nats",
     "length": "length, tokens",
     "missing_eos": "missing EOS, share",
+    "distinct": "different completions, share",
 }
 WIDTH, HEIGHT = 4.2, 3.2  # inches, of one panel
 
@@ -69,8 +70,8 @@ def curves(results: Sequence[Result]) -> Any:
 
 
 def behaviour(results: Sequence[Result]) -> Any:
-    """KL to π_0, length and missing EOS along training."""
-    figure, axes = _panels(3)
+    """KL to π_0, length, missing EOS and different completions along training."""
+    figure, axes = _panels(4)
     for name, look, seeds in _looks(results):
         points = [p for p, _ in mean_curve(seeds)]
         for axis, (key, label) in zip(axes, list(KEYS.items())[1:], strict=True):
@@ -80,8 +81,8 @@ def behaviour(results: Sequence[Result]) -> Any:
 
 
 def ablation(results: Sequence[Result], axis: str) -> Any:
-    """Final reward, KL, length and missing EOS against one setting."""
-    figure, panels = _panels(4)
+    """Final reward, KL, length, missing EOS and different completions against one setting."""
+    figure, panels = _panels(len(KEYS))
     numbers = all(isinstance(r.cell.value, int | float) for r in results)
     found = {str(r.cell.value): r.cell.value for r in results}
     values = sorted(found, key=lambda v: found[v]) if numbers else list(found)
@@ -100,17 +101,19 @@ def ablation(results: Sequence[Result], axis: str) -> Any:
 
 def pareto(plain: Sequence[Result], moved: Sequence[Result]) -> Any:
     """Reward against KL to π_0 (left) and against the α-interpolated KL (right). With a sweep: the final reward of each
-    setting, second-order fits, and a dashed line at the first system's peak (ICLR 2026, Fig. 4). Without: each
-    system's way through training."""
+    setting, a second-order fit of each axis, and a dashed line at the first one's peak (ICLR 2026, Fig. 4). Without:
+    each system's way through training."""
     figure, panels = _panels(2)
     labels = {"kl": "KL(π_θ‖π_0), nats", "kl_interpolated": "α-interpolated KL, nats"}
-    for first, (name, look, seeds) in enumerate(_looks(moved or plain)):
+    lines = _looks(moved, _system_and_axis) if moved else _looks(plain)
+    for first, (name, look, seeds) in enumerate(lines):
         points = finals(seeds) if moved else [p for p, _ in mean_curve(seeds)]
         for panel, (key, label) in zip(panels, labels.items(), strict=True):
             x, y = [getattr(p, key) for p in points], [p.reward for p in points]
             panel.plot(x, y, label=name, ms=4, lw=1.2, **(look | {"ls": ""} if moved else look))
             panel.set(xlabel=label, ylabel="held-out reward")
-            found = fit(x, y) if moved else None
+            # where the axis is α itself, α·KL is no measure of anything along it
+            found = fit(x, y) if moved and (key == "kl" or seeds[0].cell.axis != "algo.alpha") else None
             if found:
                 grid = np.linspace(found.low, found.high, 50)
                 panel.plot(grid, found.at(grid), lw=1.2, color=look["color"])
@@ -120,9 +123,13 @@ def pareto(plain: Sequence[Result], moved: Sequence[Result]) -> Any:
 
 
 def batch_seconds(results: Sequence[Result]) -> Any:
-    """Seconds of one online batch by system (ICLR 2026, Table 8)."""
+    """Seconds of one online batch by system and setting (ICLR 2026, Table 8)."""
     figure, (panel,) = _panels(1)
-    means = [(name, look, Mean.of(r.batch_seconds for r in seeds)) for name, look, seeds in _looks(results)]
+    once = {r.cell.folder: r for r in reversed(results)}.values()  # runs that several axes share
+    means = [
+        (name, look, Mean.of(r.batch_seconds for r in seeds)) for name, look, seeds in _looks([*once][::-1], _setting)
+    ]
+    figure.set_figheight(max(HEIGHT, 0.2 * len(means)))
     bars = sorted(((mean, name, look) for name, look, mean in means if mean), key=lambda bar: bar[0].value)
     for i, (mean, _, look) in enumerate(bars):
         panel.barh(i, mean.value, xerr=np.nan_to_num(mean.half), color=look["color"], capsize=2)
@@ -131,18 +138,33 @@ def batch_seconds(results: Sequence[Result]) -> Any:
     return figure
 
 
-def _looks(results: Sequence[Result]) -> list[tuple[str, dict[str, Any], list[Result]]]:
-    """(system, colour and marker, its results); the same system looks the same in every figure of a report."""
+def _system(r: Result) -> str:
+    return r.cell.system
+
+
+def _system_and_axis(r: Result) -> str:
+    return f"{r.cell.system}, {r.cell.axis}"
+
+
+def _setting(r: Result) -> str:
+    return r.cell.system + (f", {r.cell.axis} = {r.cell.value}" if r.cell.axis else "")
+
+
+def _looks(
+    results: Sequence[Result], line: Callable[[Result], str] = _system
+) -> list[tuple[str, dict[str, Any], list[Result]]]:
+    """(name, colour and marker, its results) of every line; the same system looks the same in every figure of a
+    report."""
     import matplotlib
 
-    names = list(dict.fromkeys(r.cell.system for r in results))
+    names = list(dict.fromkeys(map(line, results)))
     colours: Any = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
     palette = colours.colors
     return [
         (
             name,
             {"color": palette[i % len(palette)], "marker": MARKERS[i % len(MARKERS)], "ls": "-"},
-            [r for r in results if r.cell.system == name],
+            [r for r in results if line(r) == name],
         )
         for i, name in enumerate(names)
     ]

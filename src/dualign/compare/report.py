@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from dualign.compare import plots
 from dualign.compare.cells import selected, state
 from dualign.compare.grid import Cell, Grid, cells, selection_cells, unique
 from dualign.compare.pareto import fit
-from dualign.compare.results import Result, final, finals, read
+from dualign.compare.results import Result, along_axes, final, finals, read
 from dualign.compare.table import curves_csv, markdown, rows, table_csv, target_reward
 from dualign.errors import UserError
 from dualign.runs import write_text
@@ -18,8 +19,11 @@ from dualign.runs import write_text
 def write_report(grid: Grid, failed: dict[str, str]) -> str:
     """Writes OUT/report/ and returns the table. Raises UserError where nothing is finished, or (with everything but
     the figures written) where matplotlib is missing."""
-    compared = cells(grid, selected(grid))
-    results = [r for cell in compared if (r := read(cell)) is not None]
+    for cell in selection_cells(grid):
+        state(cell)  # raises where a folder holds other settings
+    compared = [cell for cell in cells(grid, selected(grid)) if cell.name not in failed]
+    finished = [cell for cell in compared if state(cell) == "finished"]
+    results = [r for cell in finished if (r := read(cell)) is not None]
     if not results:
         raise UserError(f"{grid.out}: no cell is finished, so there is nothing to report")
     folder = Path(grid.out) / "report"
@@ -31,9 +35,13 @@ def write_report(grid: Grid, failed: dict[str, str]) -> str:
     parts = [
         f"# {Path(grid.out).name}\n",
         f"Base recipe `{grid.base}`, seeds {', '.join(map(str, grid.seeds))}. Means over seeds ± half the 95 % "
-        "t-interval; rewards, KL, length and missing EOS on held-out prompts after the last online batch; seconds of "
-        "the median online batch. α-interpolated KL: α·KL(π_θ‖π_0), for systems without α the whole of it.\n",
+        "t-interval; rewards, KL, length, missing EOS and the share of different completions on held-out prompts after the "
+        "last online batch; seconds of the median online batch, which grow with the length of completions and with what "
+        "else the machine does. KL: mean of log π_θ/π_0 over completions sampled as the evaluation samples (its "
+        "temperature included). α-interpolated KL: α·KL(π_θ‖π_0), for systems without α the whole of it. Systems on a "
+        "fixed set buy no labels while training; what the set cost is not counted.\n",
         table,
+        *_codes(results),
         *_target(results, grid),
         *_selection(grid),
         *(["\n## Reward against KL: second-order fits\n\n", *fits] if fits else []),
@@ -46,18 +54,34 @@ def write_report(grid: Grid, failed: dict[str, str]) -> str:
 
 
 def pareto_lines(results: Sequence[Result]) -> list[str]:
-    """The fit of each system over its settings, against KL(π_θ‖π_0) and α·KL(π_θ‖π_0), as Markdown items."""
+    """The fit of each system over the values of each axis, against KL(π_θ‖π_0) and α·KL(π_θ‖π_0), as Markdown
+    items."""
     lines = []
-    for name in dict.fromkeys(r.cell.system for r in results):
-        points = finals([r for r in results if r.cell.system == name])
+    for (system, axis), seeds in along_axes(results).items():
+        points = finals(seeds)
         for key, label in (("kl", "KL(π_θ‖π_0)"), ("kl_interpolated", "α-interpolated KL")):
             found = fit([getattr(p, key) for p in points], [p.reward for p in points])
-            if found:
+            if found and not (axis == "algo.alpha" and key == "kl_interpolated"):  # α would vary along x
+                where = "peak" if found.low < found.peak_kl < found.high else "highest at an end of the range,"
                 lines.append(
-                    f"- {name}: reward = {found.a:.4g}·x² + {found.b:.4g}·x + {found.c:.4g} with x = {label} in "
-                    f"[{found.low:.3g}, {found.high:.3g}]; peak {found.peak_reward:.3f} at {found.peak_kl:.3g} nats"
+                    f"- {system}, {axis} ({len(points)} values): reward = {found.a:.4g}·x² + {found.b:.4g}·x + "
+                    f"{found.c:.4g} with x = {label} in [{found.low:.3g}, {found.high:.3g}]; {where} "
+                    f"{found.peak_reward:.3f} at {found.peak_kl:.3g} nats"
                 )
     return lines
+
+
+def _codes(results: Sequence[Result]) -> list[str]:
+    """Which runs were begun by which state of the package and of what it stands on, where that is not one for all."""
+    found: dict[str, list[str]] = {}
+    for r in {r.cell.folder: r for r in results}.values():
+        about = json.loads((r.cell.folder / "run.json").read_text(encoding="utf-8"))
+        found.setdefault(json.dumps([about.get("code"), about["versions"]]), []).append(r.cell.name)
+    if len(found) < 2:
+        return []
+    least = sorted(found.values(), key=len)[:-1]
+    names = ", ".join(name for some in least for name in some)
+    return [f"The runs were begun by {len(found)} versions of the code or its packages; unlike most: {names}.\n"]
 
 
 def _target(results: Sequence[Result], grid: Grid) -> list[str]:

@@ -24,7 +24,7 @@ class Point:
 
     batches: int
     labels: int  # bought so far; of a fixed set: 0
-    seconds: float  # spent on training so far, evaluations and checkpoints aside
+    seconds: float  # of training so far, at the run's median batch: a suspended machine is no training
     reward: float
     kl: float  # KL(π_θ‖π_0), nats per completion
     kl_interpolated: float  # α·KL(π_θ‖π_0): what DAR's objective charges at π_θ = π_t; no α: the whole of it
@@ -97,14 +97,16 @@ def read(cell: Cell) -> Result | None:
     if not path.is_file():
         return None
     run = Run.open(cell.folder)
-    spent = [sum(record["seconds"].values()) for record in run.metrics()]
+    # of a batch that was collected before an interruption, a part of the time is not known
+    spent = [sum(m["seconds"].values()) for m in run.metrics() if "write" in m["seconds"]]
+    median = float(np.median(spent)) if spent else float("nan")
     labels = [record["labels"] if is_online(cell.config) else 0 for record in run.metrics()]
     alpha = float(getattr(cell.config.algo, "alpha", 1.0))
-    curve = tuple(_points(run, [0, *labels], np.cumsum([0.0, *spent]), alpha))
-    return Result(cell, json.loads(path.read_text(encoding="utf-8")), curve, float(np.median(spent or [np.nan])))
+    curve = tuple(_points(run, [0, *labels], median, alpha))
+    return Result(cell, json.loads(path.read_text(encoding="utf-8")), curve, median)
 
 
-def _points(run: Run, labels: Sequence[int], seconds: np.ndarray, alpha: float) -> Iterable[Point]:
+def _points(run: Run, labels: Sequence[int], seconds: float, alpha: float) -> Iterable[Point]:
     import pyarrow.parquet as pq
 
     for path in sorted(run.evaluations.glob("*.parquet")):
@@ -112,7 +114,7 @@ def _points(run: Run, labels: Sequence[int], seconds: np.ndarray, alpha: float) 
         done = e["batches"]
         measured = {key: e[key] for key in ("reward", "kl", "length", "missing_eos")}
         measured |= {"kl_interpolated": alpha * e["kl"], "distinct": _distinct(path)}
-        yield Point(done, labels[done], float(seconds[done]), **measured)
+        yield Point(done, labels[done], seconds * done, **measured)
 
 
 def groups(results: Sequence[Result]) -> dict[tuple[str, str | None, str], list[Result]]:
@@ -120,6 +122,15 @@ def groups(results: Sequence[Result]) -> dict[tuple[str, str | None, str], list[
     found: dict[tuple[str, str | None, str], list[Result]] = {}
     for r in results:
         found.setdefault((r.cell.system, r.cell.axis, str(r.cell.value)), []).append(r)
+    return found
+
+
+def along_axes(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
+    """Results by (system, axis), of those that have an axis."""
+    found: dict[tuple[str, str], list[Result]] = {}
+    for r in results:
+        if r.cell.axis is not None:
+            found.setdefault((r.cell.system, r.cell.axis), []).append(r)
     return found
 
 

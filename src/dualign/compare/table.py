@@ -29,6 +29,7 @@ class Row:
     system: str
     setting: str  # "" or "key = value"
     seeds: int
+    online: bool
     means: dict[str, Mean | None]  # by COLUMNS
     to_reference: float | None  # labels until the reference system's final reward; None: never, or fixed data
 
@@ -44,7 +45,7 @@ def rows(results: Sequence[Result], reference: str | None) -> list[Row]:
             reach = labels_to_reach([p for p, _ in mean_curve(seeds)], target)
         setting = f"{axis} = {value}" if axis else ""
         means = {name: Mean.of(_value(r, name) for r in seeds) for name in COLUMNS}
-        found.append(Row(system, setting, len(seeds), means, reach))
+        found.append(Row(system, setting, len(seeds), seeds[0].online, means, reach))
     return found
 
 
@@ -57,7 +58,7 @@ def _value(r: Result, name: str) -> float | None:
     if name == "batch_seconds":
         return r.batch_seconds
     if name == "labels":
-        return float(r.summary["labels"]) if r.online else 0.0
+        return float(r.summary["labels"]) if r.online else None
     if name == "gain_sd":
         return r.summary.get("gain_sd")
     return float(getattr(r.last, name)) if r.last else None
@@ -71,24 +72,23 @@ def markdown(table: Sequence[Row], reference: str | None) -> str:
     lines = [heading, ["---"] * len(heading)]
     for row in table:
         cells = [row.system, *([row.setting] if settings else []), str(row.seeds)]
-        cells += [_text(row.means[name], form) for name, (_, form) in COLUMNS.items()]
+        cells += [_text(row.means[name], form, row.seeds) for name, (_, form) in COLUMNS.items()]
         cells += [_reach(row)] if reference else []
         lines.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _text(mean: Mean | None, form: str) -> str:
+def _text(mean: Mean | None, form: str, seeds: int) -> str:
     if mean is None:
         return "–"
     half = "" if np.isnan(mean.half) else " ± " + form.format(mean.half)
-    return form.format(mean.value) + half
+    return form.format(mean.value) + half + (f" ({mean.n} of {seeds})" if mean.n < seeds else "")
 
 
 def _reach(row: Row) -> str:
     if row.to_reference is not None:
         return f"{row.to_reference:.0f}"
-    labels = row.means["labels"]
-    return "none bought" if labels is None or labels.value == 0 else "not reached"
+    return "not reached" if row.online else "fixed data"
 
 
 def table_csv(table: Sequence[Row]) -> str:

@@ -37,7 +37,10 @@ def independent(run: Path) -> str:
     from dualign.config import load
 
     used = [getattr(r, "path", None) for r in load(run / "config.yaml").reward]
-    return "builtin:harmless" if "builtin:helpful" in used else "builtin:helpful"
+    for name in ("builtin:helpful", "builtin:harmless"):
+        if name not in used and "builtin:hh" not in used:  # hh is made of the two
+            return name
+    raise UserError(f"{run}: trained on both built-in heads, so neither is independent; name another (--second)")
 
 
 def trace(run: Path, second: Judge, until: int | None = None) -> list[Json]:
@@ -201,7 +204,8 @@ def _rose(table: Sequence[Json]) -> bool:
     """Whether the mean reward of the last three batches lies clearly above the first's."""
     rows = [row for row in table[1:][-3:] if row["reward_sd"] is not None]
     noise = [row["reward_se"] or 0.0 for row in rows]
-    return bool(rows and np.mean([r["reward_sd"] for r in rows]) > max(CLEAR * np.linalg.norm(noise) / len(rows), 0.1))
+    standard_error = np.hypot(np.linalg.norm(noise) / max(1, len(rows)), table[0]["reward_se"] or 0.0)
+    return bool(rows and np.mean([r["reward_sd"] for r in rows]) > max(CLEAR * standard_error, 0.1))
 
 
 def _words(table: Sequence[Json], grave: Sequence[tuple[int, str]], start: int | None, opposed: bool) -> str:
