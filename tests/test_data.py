@@ -76,6 +76,15 @@ def test_transcript_of_several_turns(tmp_path):
     assert load_prompts(source, DataConfig(train=source, format="hh"))[0].messages == example.prompt.messages
 
 
+def test_plain_text_is_a_users_message_where_asked(tmp_path):
+    source = write(tmp_path / "p.jsonl", [{"prompt": "hi"}, {"prompt": [{"role": "user", "content": "ho"}]}])
+    plain = load_prompts(source, DataConfig(train=source))
+    chat = load_prompts(source, DataConfig(train=source, chat=True, system_prompt="be kind"))
+    assert [p.conversational for p in plain] == [False, True] and plain[0].content == "hi"
+    assert [[m["role"] for m in p.messages] for p in chat] == [["system", "user"]] * 2
+    assert [p.messages[-1]["content"] for p in chat] == ["hi", "ho"]
+
+
 def test_system_prompt_only_where_there_is_none(tmp_path):
     own = [{"role": "system", "content": "own"}, *USER]
     source = write(tmp_path / "x.jsonl", [{"prompt": USER}, {"prompt": own}, {"prompt": "plain"}])

@@ -1,5 +1,6 @@
 """Whole small runs: every system trains, what it leaves behind is complete, and it goes where it should."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -114,12 +115,62 @@ def test_the_rate_rises_stays_and_falls_also_over_a_resume(tiny, tmp_path):
         assert torch.equal(value, weights(tmp_path / "parts")[name])
 
 
+def test_trackers_get_every_batch_and_evaluation(tiny, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"})
+    config["run"] |= {"trackers": ["tensorboard"], "project": "mine"}
+    dualign.train(config, reward=vowels, quiet=True)
+    events = EventAccumulator(str(tmp_path / "run" / "trackers" / "mine")).Reload()
+    rewards = [(e.step, e.value) for e in events.Scalars("reward")]
+    assert rewards == [(m["step"], pytest.approx(m["reward"])) for m in metrics(tmp_path / "run")] and len(rewards) == 3
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    heldout = [(e.step, e.value) for e in events.Scalars("heldout/reward")]
+    assert heldout == [(0, pytest.approx(summary["before"]["reward"])), (3, pytest.approx(summary["after"]["reward"]))]
+    assert {"seconds/update", "heldout/kl", "loss"} <= set(events.Tags()["scalars"])
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_any_work(tiny, tmp_path):
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"})
+    if importlib.util.find_spec("trackio"):
+        pytest.skip("trackio is installed")
+    config["run"]["trackers"] = ["trackio"]
+    with pytest.raises(UserError, match=r"run\.trackers: trackio is not installed: pip install trackio"):
+        dualign.train(config, reward=vowels, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_time_of_each_reward_is_apart_from_the_phases(tiny, tmp_path):
     config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}, online_batches=1)
     dualign.train(config, reward=[vowels, slow_vowels], quiet=True)
     (record,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert set(record["label_seconds"]) == {"vowels", "slow_vowels"} and record["label_seconds"]["slow_vowels"] >= 0.05
     assert set(record["seconds"]) == {"sample", "label", "score", "write", "update", "sync"}
+
+
+def test_a_reward_is_absent_only_where_it_gave_no_label(tiny, tmp_path):
+    """Not in rows that it does not apply to (`where`); and a penalty for a missing EOS is no reward that may be absent."""
+    rows = [{"prompt": f"say {i}: ", "kind": "ab"[i % 2]} for i in range(12)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tree(tiny, tmp_path / "prompts.jsonl", tmp_path / "run", {"name": "dar"}, online_batches=1, max_absent=0.9)
+    config["rollout"] |= {"max_new_tokens": 2, "missing_eos_penalty": 1}
+    one = {"type": "function", "path": f"{__file__}:vowels"}
+    config["reward"] = [one | {"where": {"kind": "a"}}, {"type": "function", "path": f"{__file__}:fitful"}]
+    dualign.train(config, quiet=True)
+    (record,) = metrics(tmp_path / "run")
+    assert (record["vowels/absent"], record["fitful/absent"], record["fitful/mean"]) == (0.0, 0.25, 2.0)
+    assert record["missing_eos"] > 0 and "missing_eos/absent" not in record and record["absent"] == 4
+
+    config["run"]["dir"] = str(tmp_path / "single")
+    config["reward"] = [one]
+    dualign.train(config, quiet=True)
+    (record,) = metrics(tmp_path / "single")
+    assert not [name for name in record if "/" in name]
+
+
+def fitful(completions, **columns):
+    """Every fourth is absent."""
+    return [2.0 if i % 4 else None for i in range(len(completions))]
 
 
 def slow_vowels(completions, **columns):

@@ -332,6 +332,8 @@ def _transcript(row: Row, column: str) -> list[Message]:
 
 
 def _prompt(row: Row, content: Content, config: DataConfig) -> Prompt:
+    if config.chat and isinstance(content, str):
+        content = ({"role": "user", "content": content},)
     if config.system_prompt and not isinstance(content, str) and content[0]["role"] != "system":
         content = ({"role": "system", "content": config.system_prompt}, *content)
     columns = {k: v for k, v in row.values.items() if k != config.prompt_column}

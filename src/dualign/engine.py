@@ -19,7 +19,7 @@ from torch import Tensor
 from dualign import cpu
 from dualign.algos import Algorithm, Batch
 from dualign.config import Config
-from dualign.errors import StopRun, out_of_memory
+from dualign.errors import StopRun, UserError, out_of_memory
 from dualign.models.critic import Critic
 from dualign.models.master import Masters, gradient_of
 from dualign.models.packing import Tokens, pack, plan
@@ -37,11 +37,17 @@ class Engine:
 
     def __init__(self, config: Config) -> None:
         from accelerate import Accelerator
+        from accelerate.tracking import get_available_trackers
         from accelerate.utils import set_seed
 
         self.config, self.train = config, config.train
+        for name in config.run.trackers:  # accelerate leaves out in silence what is not installed
+            if name not in {str(t.value) for t in get_available_trackers()}:
+                raise UserError(f"run.trackers: {name} is not installed: pip install {name}")
         self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), log_with=list(config.run.trackers) or None, project_dir=config.run.dir
+            cpu=not torch.cuda.is_available(),
+            log_with=list(config.run.trackers) or None,
+            project_dir=str(Path(config.run.dir) / "trackers"),
         )
         set_seed(config.run.seed)
         if self.device.type == "cpu":
@@ -249,13 +255,22 @@ class Engine:
         """Tokens that the model can see."""
         return int(getattr(self.policy.model.config, "max_position_embeddings", None) or 1 << 30)
 
-    def track(self, record: dict[str, Any]) -> None:
-        """Numbers of one online batch to the trackers that run.trackers names."""
+    def start_trackers(self) -> None:
+        """Opens the trackers that run.trackers names, which may write into the run's folder."""
         if self.config.run.trackers:
-            flat = {k: v for k, v in record.items() if isinstance(v, int | float)}
-            for kind in ("seconds", "label_seconds"):
-                flat |= {f"{kind}/{name}": spent for name, spent in record.get(kind, {}).items()}
-            self.accelerator.log(flat, step=record["step"])
+            tree = self.config.model_dump(exclude={"reward"})
+            settings = {k: v for k, v in _flat(tree, ".").items() if isinstance(v, int | float | str)}
+            self.accelerator.init_trackers(self.config.run.project, settings)
+
+    def track(self, step: int, record: dict[str, Any]) -> None:
+        """The numbers of `record` to the trackers; those of a section, as section/name."""
+        if self.config.run.trackers:
+            flat = {k: v for k, v in _flat(record, "/").items() if isinstance(v, int | float)}
+            self.accelerator.log(flat, step=step)
+
+    def stop_trackers(self) -> None:
+        if self.config.run.trackers:
+            self.accelerator.end_training()
 
     # --- construction ---
 
@@ -291,6 +306,18 @@ class Engine:
         return total
 
 
+def _flat(tree: dict[str, Any], between: str) -> dict[str, Any]:
+    """The leaves of nested mappings, each under its path."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            {f"{key}{between}{k}": v for k, v in _flat(value, between).items()}
+            if isinstance(value, dict)
+            else {key: value}
+        )
+    return flat
+
+
 def _to(batch: Batch, device: torch.device) -> Batch:
     """The batch's tensors on `device`."""
     if device.type == "cpu":
@@ -305,8 +332,6 @@ def _with_lora(model: Any, config: Config) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        from dualign.errors import UserError
-
         raise UserError("model.lora needs the package peft: pip install 'dualign[lora]'") from None
     c = config.model.lora
     assert c is not None

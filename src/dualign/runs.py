@@ -139,6 +139,7 @@ class Run:
             return
         for name in ("config.yaml", "run.json", "metrics.jsonl", "manifest", ".lock"):
             (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "trackers", ignore_errors=True)
         for part in (*parts, self.folder):
             with contextlib.suppress(OSError):  # not there, or something else is in it
                 part.rmdir()

@@ -45,12 +45,13 @@ def sample_to(
     top_p: float,
     limit: int | None,
     seed: int,
+    chat: bool,
 ) -> None:
     from dualign.errors import clean
 
     known = Path(source).exists() or source.startswith("builtin:") or ("/" in source and " " not in source)
     prompts = (
-        data.load_prompts(source, DataConfig(train=source), "test")
+        data.load_prompts(source, DataConfig(train=source, chat=chat), "test")
         if known
         else [Prompt("prompt", ({"role": "user", "content": source},))]
     )

@@ -39,6 +39,7 @@ class DataConfig(Settings):
     subset: str | None = Field(None, description="configuration of a data set taken by name")
     format: Literal["auto", "prompt", "completion", "preference", "hh"] = "auto"
     prompt_column: str = "prompt"
+    chat: bool = Field(False, description="plain-text prompts are a user's message, put in the model's chat template")
     system_prompt: str | None = Field(None, description="put before every conversation that has none")
     max_prompt_tokens: int | None = Field(
         None, ge=1, description="longer prompts are left out and counted; none: an error"

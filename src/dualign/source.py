@@ -24,6 +24,7 @@ from dualign.rollout.base import Request, Sampler, Sampling
 from dualign.types import Example, Label, Prompt, Rollout
 
 X = TypeVar("X")
+PENALTY = "missing_eos"  # what a label's parts call rollout.missing_eos_penalty
 STOP_WITHIN = 0.5  # seconds after which a wish to stop is noticed while labels are awaited
 
 
@@ -86,7 +87,7 @@ def penalised(row: Row, penalty: float) -> Row:
     label = row.label
     if not penalty or row.rollout.finish == "eos" or label.value is None:
         return row
-    parts = {**(label.parts or {"reward": label.value}), "missing_eos": -penalty}
+    parts = {**(label.parts or {"reward": label.value}), PENALTY: -penalty}
     return Row(row.rollout, replace(label, value=label.value - penalty, parts=parts))
 
 
@@ -231,13 +232,23 @@ def requests_of(
     return requests
 
 
+def _mention_plain_text(prompts: Sequence[Prompt], engine: Engine, say: Callable[[str], None]) -> None:
+    if engine.tokenizer.hf.chat_template is not None and any(not p.conversational for p in prompts):
+        say(
+            "note: prompts are plain text and reach the model as they are, though it has a chat template; "
+            "data.chat=true makes each a user's message"
+        )
+
+
 def load_stream(config: Config, engine: Engine, say: Callable[[str], None]) -> list[Request] | list[Example]:
     """The training data that the algorithm asks for."""
     d, context = config.data, engine.context
     if config.algo.source == "online":
         prompts = data.load_prompts(d.train, d, d.split)
+        _mention_plain_text(prompts, engine, say)
         return requests_of(prompts, engine.tokenizer, context, config.rollout.max_new_tokens, d.max_prompt_tokens, say)
     examples = data.load_examples(d.train, d, d.split)
+    _mention_plain_text([e.prompt for e in examples], engine, say)
     if len(examples[0].completions) < config.group:
         raise UserError(f"data.train: {config.algo.name} needs preference pairs (chosen, rejected); {d.train} has none")
     tokenizer, skip = engine.tokenizer, d.bad_rows == "skip"

@@ -24,7 +24,17 @@ from dualign.heldout import HeldOut, distinct, evaluate, gain
 from dualign.interrupt import Interrupts, StopAsked
 from dualign.rollout.base import Request, Sampler
 from dualign.runs import Run
-from dualign.source import Clock, DatasetSource, Labeller, OnlineSource, Source, everyones, load_stream, requests_of
+from dualign.source import (
+    PENALTY,
+    Clock,
+    DatasetSource,
+    Labeller,
+    OnlineSource,
+    Source,
+    everyones,
+    load_stream,
+    requests_of,
+)
 from dualign.view import View, plan_lines, warnings_of
 
 RewardFunction = Callable[..., Any]
@@ -67,6 +77,7 @@ def train(
     finally:
         if annotator is not None:
             annotator.close()
+        engine.stop_trackers()
         run.unlock()
     return run
 
@@ -103,6 +114,7 @@ class Trainer:
 
     def fit(self) -> None:
         start, skip, losses = self._restore()
+        self.engine.start_trackers()
         for step in range(start, self.config.train.online_batches):
             clock = Clock()
             try:
@@ -184,7 +196,7 @@ class Trainer:
             record["label_seconds"] = each
         if self.engine.main:
             self.run.log(record)
-        self.engine.track(record)
+        self.engine.track(b.step, record)
         self.view.batch(record, warnings_of(record, self.algo))
         if done in self._checkpoint_steps():
             self._checkpoint(done, 0, [])
@@ -216,6 +228,7 @@ class Trainer:
         result, rows = evaluate(self.config, self.engine, self.labeller, self.heldout, done)
         if self.engine.main:
             self.run.write_evaluation(done, rows, result.record())
+        self.engine.track(done, {"heldout": result.record()})
         self.view.evaluation(result)
         return result
 
@@ -293,9 +306,12 @@ def batch_record(b: WeightedBatch, losses: list[dict[str, float]]) -> dict[str, 
         "absent": b.absent,
         **b.stats,
     }
-    terms = {name for row in b.rows for name in row.label.parts}
-    for name in sorted(terms) if len(terms) > 1 else ():  # each reward of a sum; from the rows, so that a replay agrees
-        record[f"{name}/absent"] = float(np.mean([row.label.parts.get(name) is None for row in b.rows]))
+    rewards = {name for row in b.rows for name in row.label.parts} - {PENALTY}
+    for name in sorted(rewards) if len(rewards) > 1 else ():  # from the rows, so that a replay agrees
+        given = [row.label.parts[name] for row in b.rows if name in row.label.parts]  # of the rows that it applies to
+        labels = [value for value in given if value is not None]
+        record[f"{name}/absent"] = 1 - len(labels) / len(given)
+        record[f"{name}/mean"] = float(np.mean(labels)) if labels else None
     if batch.logp_old_NT is not None and batch.logp_ref_NT is not None:
         record["kl"] = float((batch.seq_old_N - batch.seq_ref_N).mean())
     if batch.logp_old_NT is not None and any(row.rollout.sampler_logp for row in b.rows):

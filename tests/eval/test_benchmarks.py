@@ -117,9 +117,7 @@ def test_the_published_mtbench_files_load_as_they_are():
 
 
 def alpaca_file(tmp_path):
-    rows = [
-        {"prompt": [{"role": "user", "content": f"tell {i}"}], "reference_gpt4_1106_preview": "x" * i} for i in range(4)
-    ]
+    rows = [{"instruction": f"tell {i}", "reference_gpt4_1106_preview": "x" * i} for i in range(4)]
     return write(tmp_path / "alpaca.jsonl", rows)
 
 

@@ -140,6 +140,8 @@ def test_models_and_files_need_to_know_against_what(run, tiny, tmp_path):
         run_cli("eval", "winrate", tmp_path / "a.jsonl", "--judge", LENGTH, "--out", tmp_path / "x.json")
     with pytest.raises(UserError, match="name prompts with --prompts"):
         run_cli("eval", "reward", tiny, "--judge", LENGTH, "--out", tmp_path / "x.json")
+    with pytest.raises(UserError, match="say how to sample on --prompts"):  # not left out in silence
+        run_cli("eval", "winrate", run, "--judge", LENGTH, "--limit", 2, "--out", tmp_path / "x.json")
     outputs(tmp_path, "b", ["a", "bbbb"])
     files = [tmp_path / "a.jsonl", "--against", tmp_path / "b.jsonl"]
     assert run_cli("eval", "winrate", *files, "--judge", LENGTH, "--out", tmp_path / "x.json").exit_code == 0
@@ -192,3 +194,17 @@ def test_a_comparing_judge_gives_no_rewards(tmp_path):
     told = pytest.raises(UserError, match="compares two answers and scores none")
     with FaultServer(faults=0.0, latency=0.0) as server, judge_at(server, tmp_path) as judge, told:
         rewards.scored(judge, [outputs(tmp_path, "a", ["x"])])
+
+
+def test_plain_prompts_are_asked_as_chat_where_said_so_and_kept_apart(tiny, tmp_path):
+    """One file of plain text, asked both ways: other answers, and neither's are taken for the other's."""
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"say {i}: "}) + "\n" for i in range(6)))
+    said = []
+    for n, option in enumerate(([], ["--chat"], ["--no-chat"])):
+        arguments = ["--judge", LENGTH, "--prompts", prompts, "--max-new-tokens", 8, *option]
+        assert run_cli("eval", "reward", tiny, *arguments, "--out", tmp_path / f"{n}.json").exit_code == 0
+        said.append({p.name: p.read_text() for p in (tmp_path / "outputs").iterdir()})
+    assert [len(files) for files in said] == [1, 2, 2]
+    first, second = (next(said[1][n] for n in names) for names in (said[0], set(said[1]) - set(said[0])))
+    assert first != second

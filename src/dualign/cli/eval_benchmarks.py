@@ -14,6 +14,7 @@ Source = Annotated[str, typer.Argument(help="a run (its last checkpoint), a chec
 JudgeModel = Annotated[
     str, typer.Option("--judge", help="a YAML file or an inline mapping: {base_url: ..., model: ...}")
 ]
+Chat = Annotated[bool, typer.Option("--chat/--no-chat", help="ask in the model's chat template, or in plain text")]
 Limit = Annotated[int | None, typer.Option(min=1, help="so many, always the same draw")]
 Tokens = Annotated[int, typer.Option(min=1, help="longest answer")]
 Out = Annotated[Path | None, typer.Option(help="a .json file; default: RUN/eval/NAME.json, or eval/NAME.json")]
@@ -65,6 +66,8 @@ def alpaca(
     ] = None,
     reference: Annotated[Path | None, typer.Option(help="the baseline's outputs, in AlpacaEval's JSON")] = None,
     column: Annotated[str | None, typer.Option(help="or the column of the instructions that holds them")] = None,
+    prompt_column: Annotated[str, typer.Option(help="the column that holds the instruction")] = "instruction",
+    chat: Chat = True,
     official: Annotated[
         str | None, typer.Option(help="run the installed alpaca_eval package with this annotators_config")
     ] = None,
@@ -78,7 +81,8 @@ def alpaca(
     from dualign.schema import DataConfig
 
     path, how = _setting(source, "alpaca", max_new_tokens, out)
-    prompts = data.draw(data.load_prompts(instructions, DataConfig(train=instructions), "eval"), limit)
+    setting = DataConfig(train=instructions, prompt_column=prompt_column, chat=chat)
+    prompts = data.draw(data.load_prompts(instructions, setting, "eval"), limit)
     theirs = alpaca.baseline(prompts, column, reference)
     ours = _answers(source, prompts, how)
     files = path.with_name(f"{path.stem}-outputs.json"), path.with_name(f"{path.stem}-reference.json")
@@ -102,6 +106,7 @@ def alpaca(
 def ifeval(
     source: Source,
     prompts: Annotated[str, typer.Option(help="IFEval's prompts, with instruction_id_list and kwargs")],
+    chat: Chat = True,
     max_new_tokens: Tokens = 512,
     limit: Limit = None,
     out: Out = None,
@@ -112,7 +117,7 @@ def ifeval(
     from dualign.schema import DataConfig
 
     path, how = _setting(source, "ifeval", max_new_tokens, out)
-    chosen = data.draw(data.load_prompts(prompts, DataConfig(train=prompts), "train"), limit)
+    chosen = data.draw(data.load_prompts(prompts, DataConfig(train=prompts, chat=chat), "train"), limit)
     ours = _answers(source, chosen, how)
     rows = ifeval.check([a for answers in ours.answers.values() for a in answers])
     result = results.provenance("ifeval", None, 0) | {"source": source, **ifeval.table(rows)}

@@ -22,12 +22,18 @@ JudgeSpec = Annotated[str, typer.Option("--judge", help=JUDGE_HELP)]
 Prompts = Annotated[
     str | None, typer.Option(help="held-out prompts to sample on; default: what a run's own evaluations sampled")
 ]
+Chat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help="plain-text prompts as a user's message; default: as the run's data.chat"),
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="so many prompts, always the same draw")]
 Tokens = Annotated[int, typer.Option(min=1, help="longest answer")]
 Temperature = Annotated[float, typer.Option(min=0, help="0: greedy")]
 K = Annotated[int, typer.Option("--k", min=1, help="answers per prompt")]
 Seed = Annotated[int, typer.Option()]
 Out = Annotated[Path | None, typer.Option(help="a .json file; default: RUN/eval/NAME.json, or eval/NAME.json")]
+
+TOKENS = 128
 
 app = typer.Typer(no_args_is_help=True, help="Is it better, by how much, how sure is that, and did it cheat?")
 
@@ -47,7 +53,8 @@ def winrate(
     against: Annotated[str | None, typer.Option(help="likewise; default: each run's π_0")] = None,
     prompts: Prompts = None,
     limit: Limit = None,
-    max_new_tokens: Tokens = 128,
+    chat: Chat = None,
+    max_new_tokens: Tokens = TOKENS,
     temperature: Temperature = 0.0,
     k: K = 1,
     seed: Seed = 0,
@@ -57,7 +64,7 @@ def winrate(
     from dualign.eval import cost, outputs, results, show
     from dualign.eval import winrate as rates
 
-    path, how = _setting(sources, prompts, limit, max_new_tokens, temperature, k, seed, out, "winrate", judge)
+    path, how = _setting(sources, prompts, limit, max_new_tokens, temperature, k, seed, out, "winrate", judge, chat)
     systems, rows, last = [], [], []
     with _judge(judge, sources, path) as chosen:
         other = outputs.points(against, how)[-1] if against else None
@@ -82,7 +89,8 @@ def reward(
     second: Annotated[str | None, typer.Option(help="another judge of the same outputs: " + JUDGE_HELP)] = None,
     prompts: Prompts = None,
     limit: Limit = None,
-    max_new_tokens: Tokens = 128,
+    chat: Chat = None,
+    max_new_tokens: Tokens = TOKENS,
     temperature: Temperature = 0.0,
     k: K = 1,
     seed: Seed = 0,
@@ -91,7 +99,7 @@ def reward(
     """Mean reward of each source, and with --second whether the gain survives another judge."""
     from dualign.eval import outputs, results, rewards, show
 
-    path, how = _setting(sources, prompts, limit, max_new_tokens, temperature, k, seed, out, "reward", judge)
+    path, how = _setting(sources, prompts, limit, max_new_tokens, temperature, k, seed, out, "reward", judge, chat)
     systems: list[dict[str, Any]] = []
     all_points = [outputs.points(source, how) for source in sources]
     first = [_scored(judge, sources, path, points) for points in all_points]
@@ -134,19 +142,29 @@ def _setting(
     out: Path | None,
     kind: str,
     judge: str,
+    chat: bool | None,
 ) -> tuple[Path, Generation]:
     """Where the result goes, and how models are sampled."""
     from dualign import data
+    from dualign.config import load
+    from dualign.errors import UserError
     from dualign.eval import outputs
     from dualign.schema import DataConfig
 
+    if prompts is None and (limit, max_new_tokens, temperature, k, chat) != (None, TOKENS, 0.0, 1, None):
+        raise UserError(
+            "--limit, --max-new-tokens, --temperature, --k and --chat say how to sample on --prompts; without it, what a "
+            "run's own evaluations sampled is judged"
+        )
     run = next((s for s in sources if outputs.is_run(s)), None)
     folder = Path(run) / "eval" if run else Path("eval")
     name = "-".join([kind, _slug(judge), *([_slug(prompts)] if prompts else [])])
     path = out or folder / f"{name}.json"
     chosen = None
     if prompts is not None:
-        chosen = data.draw(data.load_prompts(prompts, DataConfig(train=prompts), "test"), limit)
+        if chat is None:
+            chat = load(Path(run) / "config.yaml").data.chat if run else False
+        chosen = data.draw(data.load_prompts(prompts, DataConfig(train=prompts, chat=chat), "test"), limit)
     return path, outputs.Generation(chosen, max_new_tokens, temperature, k, seed, path.parent / "outputs")
 
 

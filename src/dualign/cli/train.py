@@ -61,12 +61,13 @@ def sample(
     top_p: Annotated[float, typer.Option()] = 1.0,
     limit: Annotated[int | None, typer.Option(help="at most so many prompts")] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    chat: Annotated[bool, typer.Option(help="a file's plain-text prompts as a user's message")] = False,
 ) -> None:
     """Sample completions from a model."""
     _quiet()
     from dualign.sampling import sample_to
 
-    sample_to(model, prompts, out, k, max_new_tokens, temperature, top_p, limit, seed)
+    sample_to(model, prompts, out, k, max_new_tokens, temperature, top_p, limit, seed, chat)
 
 
 def recipes() -> None:

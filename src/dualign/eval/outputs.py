@@ -181,7 +181,7 @@ def generate(model: str, how: Generation) -> list[Answer]:
     about = {
         "model": identity(model),
         "sampling": [how.k, how.max_new_tokens, how.temperature, how.seed],
-        "prompts": [p.messages for p in how.prompts],
+        "prompts": [p.content for p in how.prompts],  # plain text and one user turn are asked differently
     }
     file = how.folder / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.jsonl"
     if not file.is_file():
