@@ -43,3 +43,23 @@ def test_every_system_has_its_row(system: type) -> None:
     rows = [line for line in EQUATIONS.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     named = [row for row in rows if re.search(rf"::{system.__name__}[.`]", row)]
     assert named and all(any("test_" in file for file, _ in REFERENCE.findall(row)) for row in named)
+
+
+def test_the_configuration_page_is_what_the_code_says() -> None:
+    """Made by `dualign keys --markdown > docs/configuration.md`; every key says what it does."""
+    from dualign import reference
+
+    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == reference.markdown()
+    assert [f"{heading}: {key.name}" for heading, keys in reference.sections() for key in keys if not key.meaning] == []
+
+
+def test_keys_of_one_section_are_printed_and_a_wrong_name_is_refused() -> None:
+    from typer.testing import CliRunner
+
+    from dualign.cli import application
+    from dualign.errors import UserError
+
+    printed = CliRunner().invoke(application(), ["keys", "dar", "eval"]).stdout
+    assert "w_clip" in printed and "20" in printed and "micro_batch_tokens" not in printed and "every" in printed
+    with pytest.raises(UserError, match="called darr"):
+        CliRunner().invoke(application(), ["keys", "darr"], catch_exceptions=False)

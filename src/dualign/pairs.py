@@ -29,7 +29,7 @@ def make_pairs(config: Config, out: Path, limit: int | None = None) -> str:
     prompts = data.draw(data.load_prompts(config.data.train, config.data, config.data.split), limit, config.run.seed)
     r = config.rollout
     sampling = Sampling(max(2, r.k), r.max_new_tokens, r.temperature, r.top_p)
-    rollouts = sample_from(config.model.name, prompts, sampling, config.run.seed, config.model.precision)
+    rollouts = sample_from(config.model, prompts, sampling, config.run.seed)
     annotator = annotate.build(config.reward)
     try:
         labels = label_all(annotator, [Item(o.index, o.group, o.prompt, o.text, o.completion_ids) for o in rollouts])

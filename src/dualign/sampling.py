@@ -16,18 +16,16 @@ from dualign.source import requests_of
 from dualign.types import Prompt, Rollout
 
 
-def sample_from(
-    model: str, prompts: Sequence[Prompt], sampling: Sampling, seed: int, precision: str = "bf16"
-) -> list[Rollout]:
-    """K rollouts of each prompt, in order. `model`: as model.name in a recipe."""
+def sample_from(model: ModelConfig, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[Rollout]:
+    """K rollouts of each prompt, in order."""
     import torch
 
-    hf, tokenizer = load_model(ModelConfig(name=model))
+    hf, tokenizer = load_model(model)
     if torch.cuda.is_available():
         hf.to("cuda")
     else:
         cpu.keep_memory()
-    policy = Policy(hf, precision).frozen_copy()
+    policy = Policy(hf, model.precision).frozen_copy()
     context = int(getattr(hf.config, "max_position_embeddings", None) or 1 << 30)
     requests = requests_of(prompts, tokenizer, context, sampling.max_new_tokens, None, print)
     rollouts: list[Rollout] = []
@@ -56,7 +54,7 @@ def sample_to(
         else [Prompt("prompt", ({"role": "user", "content": source},))]
     )
     sampling = Sampling(k, max_new_tokens, temperature, top_p)
-    rollouts = sample_from(model, prompts[:limit], sampling, seed)
+    rollouts = sample_from(ModelConfig(name=model), prompts[:limit], sampling, seed)
     if out is None:
         for r in rollouts:
             print(

@@ -2,18 +2,22 @@
 
 import json
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import dualign
 from dualign.cli import application
+from dualign.data import load_prompts
 from dualign.errors import UserError
 from dualign.eval import cost, rewards
 from dualign.eval.judges import judge_pairs, open_judge
-from dualign.eval.outputs import Outputs, grouped, read
+from dualign.eval.outputs import Generation, Outputs, generate, grouped, points, read
 from dualign.eval.winrate import measure
+from dualign.schema import ModelConfig
 from fault_server import FaultServer
 from runs_common import tree, vowels, write_prompts
 
@@ -194,6 +198,28 @@ def test_a_comparing_judge_gives_no_rewards(tmp_path):
     told = pytest.raises(UserError, match="compares two answers and scores none")
     with FaultServer(faults=0.0, latency=0.0) as server, judge_at(server, tmp_path) as judge, told:
         rewards.scored(judge, [outputs(tmp_path, "a", ["x"])])
+
+
+def test_pi_0_of_a_run_is_asked_in_the_runs_own_chat_template(tiny, tmp_path):
+    """Named by model.name alone it would answer in the model's own template, and the gain would be the template's."""
+    (tmp_path / "loud.jinja").write_text("{% for m in messages %}LOUD {{ m.content }}{% endfor %}")
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}, online_batches=1)
+    config["model"]["chat_template"] = str(tmp_path / "loud.jinja")
+    config["reward"] = [{"type": "function", "path": VOWELS}]
+    run = dualign.train(config, quiet=True).folder
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": [{"role": "user", "content": f"say {i}"}]}) + "\n" for i in range(4))
+    )
+    how = Generation(load_prompts(str(prompts)), 8, 0.0, 1, 0, tmp_path / "outputs")
+    first, _ = points(str(run), how)
+    loud = ModelConfig(name=str(tiny), precision="fp32", chat_template=str(tmp_path / "loud.jinja"))
+    plain = ModelConfig(name=str(tiny), precision="fp32")
+    said = [[a.text for a in generate(m, replace(how, folder=tmp_path / "others"))] for m in (loud, plain)]
+    assert [a.text for a in first] == said[0] != said[1]
+    assert AutoTokenizer.from_pretrained(run / "checkpoints" / "000001").chat_template.startswith(
+        "{% for m in messages %}LOUD"
+    )
 
 
 def test_plain_prompts_are_asked_as_chat_where_said_so_and_kept_apart(tiny, tmp_path):

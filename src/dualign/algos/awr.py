@@ -22,7 +22,7 @@ class RWR(Algorithm):
     """w = exp(r / β), unbounded. β is in units of the reward; neither paper on DAR gives one."""
 
     name: Literal["rwr"] = "rwr"
-    beta: float = Field(1.0, gt=0)
+    beta: float = Field(1.0, gt=0, description="temperature of the exponential")
 
     @property
     def needs_ref(self) -> bool:
@@ -50,8 +50,10 @@ class AWR(RWR):
     """w = min(exp(A / β), w_clip), A = r - baseline, in units of the reward. The clip is Peng et al.'s."""
 
     name: Literal["awr"] = "awr"  # type: ignore[assignment]
-    w_clip: float = Field(20.0, gt=0)
-    baseline: Baseline = "group"
+    w_clip: float = Field(20.0, gt=0, description="a weight is at most this")
+    baseline: Baseline = Field(
+        "group", description="what is subtracted from a reward: its prompt's mean, the batch's, nothing"
+    )
 
     @property
     def compares(self) -> bool:

@@ -16,10 +16,14 @@ class DAO(Algorithm):
     """As DAR, without the weights' clip. The paper's experiments use the REINFORCE style."""
 
     name: Literal["dao"] = "dao"
-    variant: Literal["reinforce", "ppo"] = "reinforce"
-    alpha: float = Field(0.1, ge=0, le=1)
-    beta: float = Field(0.05, gt=0)
-    baseline: Baseline = "group"
+    variant: Literal["reinforce", "ppo"] = Field(
+        "reinforce", description="policy gradient, or with the sequence's ratio"
+    )
+    alpha: float = Field(0.1, ge=0, le=1, description="of the two references, π_0 and π_t, how much π_0")
+    beta: float = Field(0.05, gt=0, description="of the two KL terms together")
+    baseline: Baseline = Field(
+        "group", description="what is subtracted from a reward: its prompt's mean, the batch's, nothing"
+    )
 
     @property
     def compares(self) -> bool:

@@ -22,10 +22,12 @@ class DAR(Algorithm):
     (direct AI alignment; for RLHF with a reward model ICLR uses α = β = 0.5)."""
 
     name: Literal["dar"] = "dar"
-    alpha: float = Field(0.1, ge=0, le=1)
-    beta: float = Field(0.05, gt=0)
-    w_clip: float = Field(20.0, gt=0)
-    baseline: Baseline = "group"
+    alpha: float = Field(0.1, ge=0, le=1, description="of the two references, π_0 and π_t, how much π_0")
+    beta: float = Field(0.05, gt=0, description="temperature of exp(A/β)")
+    w_clip: float = Field(20.0, gt=0, description="a weight, the product of both factors, is at most this")
+    baseline: Baseline = Field(
+        "group", description="what is subtracted from a reward: its prompt's mean, the batch's, nothing"
+    )
     skip_below: float = Field(
         0.0,
         ge=0,

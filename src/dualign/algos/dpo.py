@@ -12,7 +12,7 @@ from dualign.algos.pairs import Pairs, logistic
 
 class DPO(Pairs):
     name: Literal["dpo"] = "dpo"
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(0.1, gt=0, description="of the log-ratios to π_0 in the logistic")
 
     def pair_loss(self, h: Tensor) -> Tensor:
         return logistic(self.beta * h)

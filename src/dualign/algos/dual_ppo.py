@@ -22,8 +22,8 @@ class DualPPO(PPO):
     name: Literal["dual_ppo"] = "dual_ppo"  # type: ignore[assignment]
     recompute: ClassVar[bool] = True
     epochs: int = Field(1, ge=1, description="passes over each online batch")
-    alpha: float = Field(0.3, ge=0, le=1)
-    beta: float = Field(0.02, ge=0)
+    alpha: float = Field(0.3, ge=0, le=1, description="of the two references, π_0 and π_t, how much π_0")
+    beta: float = Field(0.02, ge=0, description="of the penalty in the reward of every token")
     clip: float | None = Field(None, gt=0, description="of the ratio π_θ/π_t; null: none")
 
     @property
@@ -49,8 +49,8 @@ class DualPPO(PPO):
 
 class DualPPOClip(DualPPO):
     name: Literal["dual_ppo_clip"] = "dual_ppo_clip"  # type: ignore[assignment]
-    alpha: float = Field(0.9, ge=0, le=1)
-    beta: float = Field(0.01, ge=0)
+    alpha: float = Field(0.9, ge=0, le=1, description="of the two references, π_0 and π_t, how much π_0")
+    beta: float = Field(0.01, ge=0, description="of the penalty in the reward of every token")
     clip: float | None = Field(0.2, gt=0, description="of the ratio π_θ/π_t; null: none")
 
 

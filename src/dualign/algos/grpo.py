@@ -18,8 +18,8 @@ class GRPO(Algorithm):
     """HelpSteer2: β = 0.03."""
 
     name: Literal["grpo"] = "grpo"
-    beta: float = Field(0.04, ge=0)
-    clip: float = Field(0.2, gt=0)
+    beta: float = Field(0.04, ge=0, description="of the KL to π_0")
+    clip: float = Field(0.2, gt=0, description="of the ratio π_θ/π_t")
 
     @property
     def compares(self) -> bool:

@@ -15,7 +15,7 @@ class IPO(Pairs):
     completion: 0.5 at β = 1 (ICLR's, after Guo et al.), 5 at β = 0.1 (arXiv v1's). A larger β stays nearer π_0."""
 
     name: Literal["ipo"] = "ipo"
-    beta: float = Field(1.0, gt=0)
+    beta: float = Field(1.0, gt=0, description="the target is 1/(2β) nats: larger stays nearer π_0")
 
     def pair_loss(self, h: Tensor) -> Tensor:
         return (h - 1 / (2 * self.beta)) ** 2

@@ -16,12 +16,12 @@ class PPO(Algorithm):
     name: Literal["ppo"] = "ppo"
     critic: ClassVar[bool] = True
     epochs: int = Field(4, ge=1, description="passes over each online batch")
-    beta: float = Field(0.03, ge=0)
+    beta: float = Field(0.03, ge=0, description="of the KL penalty in the reward of every token")
     clip: float | None = Field(0.2, gt=0, description="of the ratio π_θ/π_t; null: none")
-    value_clip: float = Field(0.2, gt=0)
-    vf_coef: float = Field(10.0, ge=0)
-    gamma: float = Field(1.0, ge=0, le=1)
-    lam: float = Field(0.95, ge=0, le=1)
+    value_clip: float = Field(0.2, gt=0, description="of a value's change since sampling")
+    vf_coef: float = Field(10.0, ge=0, description="of the value loss")
+    gamma: float = Field(1.0, ge=0, le=1, description="discount")
+    lam: float = Field(0.95, ge=0, le=1, description="of GAE")
     missing_eos_penalty: float = Field(1.0, ge=0, description="off the reward of a completion that was cut off")
 
     @property

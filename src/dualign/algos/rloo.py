@@ -16,7 +16,7 @@ class RLOO(Algorithm):
     """The KL to π_0 is in the reward, at sampling time. HelpSteer2: β = 0.05."""
 
     name: Literal["rloo"] = "rloo"
-    beta: float = Field(0.03, ge=0)
+    beta: float = Field(0.03, ge=0, description="of the KL to π_0")
 
     @property
     def compares(self) -> bool:

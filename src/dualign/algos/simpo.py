@@ -14,8 +14,8 @@ from dualign.algos.pairs import Pairs, logistic
 class SimPO(Pairs):
     name: Literal["simpo"] = "simpo"
     source: ClassVar[Literal["online", "pairs", "demonstrations"]] = "pairs"
-    beta: float = Field(2.0, gt=0)
-    gamma: float = Field(1.6, ge=0)
+    beta: float = Field(2.0, gt=0, description="of the mean log-probs in the logistic")
+    gamma: float = Field(1.6, ge=0, description="the margin that is asked for")
 
     @property
     def needs_ref(self) -> bool:

@@ -60,25 +60,25 @@ class ClassifierReward(RewardSettings):
     """A Hugging Face sequence classifier with one output, in process."""
 
     type: Literal["classifier"] = "classifier"
-    model: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    batch_size: int = Field(16, ge=1)
+    model: str = Field(description="a local folder or a hub name")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model; only if you trust it")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of its weights")
+    batch_size: int = Field(16, ge=1, description="completions of one forward pass")
     max_tokens: int = Field(4096, ge=8, description="longer inputs are absent, never cut silently")
 
 
 class Endpoint(RewardSettings):
     """A server, how hard it may be asked, and what it may cost."""
 
-    base_url: str
-    model: str
+    base_url: str = Field(description="http://HOST:PORT/v1")
+    model: str = Field(description="its name on the server")
     api_key_env: str = Field(
         "OPENAI_API_KEY", description="environment variable that holds the key; may be unset for local servers"
     )
-    concurrency: int = Field(64, ge=1)
-    requests_per_minute: int | None = Field(None, ge=1)
-    tokens_per_minute: int | None = Field(None, ge=1)
+    concurrency: int = Field(64, ge=1, description="requests at once")
+    requests_per_minute: int | None = Field(None, ge=1, description="a limit, evenly spread")
+    tokens_per_minute: int | None = Field(None, ge=1, description="likewise")
     timeout: float = Field(60.0, gt=0, description="seconds for one attempt")
     retries: int = Field(6, ge=0, description="further attempts after a failure that may pass")
     price_prompt: float = Field(0.0, ge=0, description="dollars per million prompt tokens")
@@ -116,12 +116,12 @@ class ServedReward(Endpoint):
     """A reward model behind vLLM's classification or pooling endpoint."""
 
     type: Literal["served"] = "served"
-    route: Literal["classify", "pooling"] = "classify"
+    route: Literal["classify", "pooling"] = Field("classify", description="the server's endpoint")
 
 
 class JudgeSampling(Endpoint):
-    temperature: float = Field(0.0, ge=0)
-    max_tokens: int = Field(256, ge=1)
+    temperature: float = Field(0.0, ge=0, description="of the judge's replies")
+    max_tokens: int = Field(256, ge=1, description="of one reply")
     samples: int = Field(1, ge=1, description="replies per completion, averaged (needs temperature > 0 to differ)")
 
     @model_validator(mode="after")
@@ -144,7 +144,7 @@ class PreferenceReward(JudgeSampling):
     won, 0 where it lost, 0.5 for a tie; with K > 2 the K completions of a prompt meet as neighbours (1-2, 3-4, ...)."""
 
     type: Literal["preference"] = "preference"
-    rubric: str
+    rubric: str = Field(description="summarization, helpfulness, harmlessness, or a YAML file")
 
 
 RewardConfig = Annotated[

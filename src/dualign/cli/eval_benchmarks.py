@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from dualign.eval.outputs import Generation, Outputs
+    from dualign.schema import ModelConfig
 
 Source = Annotated[str, typer.Argument(help="a run (its last checkpoint), a checkpoint, a model")]
 JudgeModel = Annotated[
@@ -134,18 +135,20 @@ def _setting(source: str, name: str, max_new_tokens: int, out: Path | None) -> t
     return path, outputs.Generation(None, max_new_tokens, 0.0, 1, 0, path.parent / "outputs")
 
 
-def _model(source: str) -> str:
+def _model(source: str) -> ModelConfig:
     """What is sampled: a run's last checkpoint, else what was named. Raises UserError for a run without one."""
+    from dualign.config import load
     from dualign.errors import UserError
     from dualign.eval import outputs
     from dualign.runs import Run
+    from dualign.schema import ModelConfig
 
     if not outputs.is_run(source):
-        return source
+        return ModelConfig(name=source)
     saved = Run.open(Path(source)).saved()
     if not saved:
         raise UserError(f"{source}: the run has no checkpoint yet")
-    return str(saved[-1])
+    return outputs.saved_model(load(Path(source) / "config.yaml").model, saved[-1])
 
 
 def _answers(source: str, prompts: list[Any], how: Generation) -> Outputs:

@@ -1,4 +1,4 @@
-"""train, resume, sample, recipes."""
+"""train, resume, sample, recipes, keys."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def register(app: typer.Typer) -> None:
     app.command()(resume)
     app.command()(sample)
     app.command()(recipes)
+    app.command()(keys)
 
 
 def train(
@@ -77,6 +78,28 @@ def recipes() -> None:
     for name, path in configs.recipes().items():
         first = path.read_text(encoding="utf-8").splitlines()[0]
         print(f"{name:36} {first.removeprefix('#').strip() if first.startswith('#') else ''}")
+
+
+def keys(
+    sections: Annotated[list[str] | None, typer.Argument(help="train, algo, dar, judge, ...; none: all")] = None,
+    markdown: Annotated[bool, typer.Option(help="all of them, as docs/configuration.md has them")] = False,
+) -> None:
+    """Every key of a recipe: what it takes, its default, what it does."""
+    from dualign import reference
+    from dualign.errors import UserError
+
+    if markdown:
+        print(reference.markdown(), end="")
+        return
+    found = reference.matching(sections or [])
+    if not found:
+        raise UserError(
+            f"no section, system or reward is called {' or '.join(sections or [])}; `dualign keys` has them all"
+        )
+    for heading, every in found:
+        print(f"\n{heading}")
+        for key in every:
+            print(f"  {key.name:28} {key.default:16} {key.meaning or key.kind}")
 
 
 def _quiet() -> None:

@@ -1,4 +1,4 @@
-"""The report of a grid: report.md, table.csv, curves.csv, pareto.csv and figures, from what is finished by now."""
+"""The report of a grid: report.md, table.csv, curves.csv and figures, from what is finished by now."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from dualign.annotate.settings import JudgeSampling
 from dualign.errors import UserError
 from dualign.eval.outputs import Generation, generate, key_of
 from dualign.eval.statistics import t_interval
+from dualign.schema import ModelConfig
 from dualign.types import Label, Message, Prompt
 
 NEED_REFERENCE = ("math", "reasoning", "coding")
@@ -72,7 +73,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}: not readable as JSON Lines: {error}") from None
 
 
-def answer(model: str, questions: Sequence[Question], how: Generation) -> list[tuple[str, str]]:
+def answer(model: ModelConfig, questions: Sequence[Question], how: Generation) -> list[tuple[str, str]]:
     """Both turns' answers; the second prompt holds the first answer."""
     prompts = [Prompt(q.id, ({"role": "user", "content": q.turns[0]},)) for q in questions]
     first = _texts(model, prompts, how)
@@ -83,7 +84,7 @@ def answer(model: str, questions: Sequence[Question], how: Generation) -> list[t
     return list(zip(first, _texts(model, prompts, how), strict=True))
 
 
-def _texts(model: str, prompts: Sequence[Prompt], how: Generation) -> list[str]:
+def _texts(model: ModelConfig, prompts: Sequence[Prompt], how: Generation) -> list[str]:
     found = {key_of(a.prompt): a.text for a in generate(model, replace(how, prompts=prompts, temperature=0.0, k=1))}
     return [found[key_of(p)] for p in prompts]
 

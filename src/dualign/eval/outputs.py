@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dualign.errors import UserError
+from dualign.schema import ModelConfig
 from dualign.types import Prompt
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
@@ -79,7 +80,7 @@ def points(source: str, how: Generation) -> list[Outputs]:
     path = Path(source)
     if path.name.endswith(SUFFIXES):
         return [Outputs(path.name, grouped(read(path)))]
-    return [Outputs(path.name if path.exists() else source, grouped(generate(source, how)))]
+    return [Outputs(path.name if path.exists() else source, grouped(generate(ModelConfig(name=source), how)))]
 
 
 # --- runs ---
@@ -106,10 +107,15 @@ def _checkpoints(folder: Path, how: Generation) -> list[Outputs]:
     from dualign.runs import Run
 
     run = Run.open(folder)
-    first = configs.load(folder / "config.yaml").model.name
-    models = [(0, first)] + [(int(p.name), str(p)) for p in run.saved() if "+" not in p.name]
+    first = configs.load(folder / "config.yaml").model
+    models = [(0, first)] + [(int(p.name), saved_model(first, p)) for p in run.saved() if "+" not in p.name]
     metrics = run.metrics()
     return [Outputs(_name(step), grouped(generate(m, how)), step, labels_at(metrics, step)) for step, m in models]
+
+
+def saved_model(first: ModelConfig, checkpoint: Path) -> ModelConfig:
+    """A checkpoint of `first`, whose chat template was saved with it."""
+    return first.model_copy(update={"name": str(checkpoint), "revision": None, "chat_template": None})
 
 
 def _name(step: int) -> str:
@@ -169,14 +175,14 @@ def user_prompt(id: str, text: str) -> Prompt:
 # --- sampling ---
 
 
-def generate(model: str, how: Generation) -> list[Answer]:
+def generate(model: ModelConfig, how: Generation) -> list[Answer]:
     """Samples from `model`, once: the outputs are kept under what decides them. Raises UserError without prompts."""
     from dualign.rollout.base import Sampling
     from dualign.runs import write_text
     from dualign.sampling import sample_from
 
     if how.prompts is None:
-        raise UserError(f"{model}: to sample from a model, name prompts with --prompts")
+        raise UserError(f"{model.name}: to sample from a model, name prompts with --prompts")
     sampling = Sampling(how.k, how.max_new_tokens, how.temperature)
     about = {
         "model": identity(model),
@@ -188,7 +194,7 @@ def generate(model: str, how: Generation) -> list[Answer]:
         rollouts = sample_from(model, how.prompts, sampling, how.seed)
         lines = [
             {"id": r.prompt.id, "prompt": r.prompt.messages, "completion": [{"role": "assistant", "content": r.text}],
-             "finish": r.finish, "tokens": len(r.completion_ids), "model": model}
+             "finish": r.finish, "tokens": len(r.completion_ids), "model": model.name}
             for r in rollouts
         ]  # fmt: skip
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -196,11 +202,13 @@ def generate(model: str, how: Generation) -> list[Answer]:
     return read(file)
 
 
-def identity(model: str) -> list[Any]:
-    """What tells a model from another of the same name: its files' sizes and times. (Reading 15 GB would take longer
-    than judging.)"""
-    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+def identity(model: ModelConfig) -> list[Any]:
+    """What tells a model from another of the same name: its settings, and its files' sizes and times. (Reading 15 GB
+    would take longer than judging.)"""
+    name, template = Path(model.name), Path(model.chat_template or "")
+    files = sorted(name.glob("*.safetensors")) if name.is_dir() else []
     return [
-        str(Path(model).resolve()) if files else model,
+        str(name.resolve()) if files else model.name,
+        *[model.revision, model.precision, template.read_text(encoding="utf-8") if template.is_file() else None],
         *[[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
     ]
