@@ -91,7 +91,7 @@ def test_interrupted_after_one_cell_it_goes_on_with_the_second(grid_file):
 
 
 def test_the_table_is_what_the_summaries_say(grid_file):
-    grid = load(grid_file(systems=TWO, seeds=[0, 1, 2], reference="grpo"))
+    grid = load(grid_file(systems=TWO, seeds=[0, 1, 2], reference="grpo", at_kl=[1e6]))
     assert run_grid(grid, here, print) == {}
     table = write_report(grid, {})
     report = list(csv.DictReader((grid_out(grid) / "report" / "table.csv").open()))
@@ -112,6 +112,7 @@ def test_the_table_is_what_the_summaries_say(grid_file):
         reward = statistics.mean(s["after"]["reward"] for s in summaries)
         (line,) = (line for line in table.splitlines() if line.startswith(f"| {row['system']} |"))
         assert f"{reward:.3f} ± " in line
+        assert row["reward_at_kl_1e+06"] == ""  # none gets there
     # α-interpolated KL: α·KL for DAR, the whole of it for a system that knows π_0 alone
     dar, grpo = report
     assert float(dar["kl_interpolated"]) == pytest.approx(0.1 * float(dar["kl"]), abs=1e-9)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from dualign.compare.pareto import fit
-from dualign.compare.results import Mean, Point, labels_to_reach
+from dualign.compare.results import Mean, Point, labels_to_reach, reward_at
 
 
 def test_a_parabola_is_found_again_with_its_peak():
@@ -42,6 +44,15 @@ def test_labels_are_counted_to_the_first_crossing():
     assert labels_to_reach(curve, 2.0) == 300
     assert labels_to_reach(curve, 2.1) is None
     assert labels_to_reach(curve, -1) == 0
+
+
+def test_reward_at_a_kl_is_that_of_the_first_crossing():
+    curve = [
+        replace(point(i, reward), kl=kl) for i, (kl, reward) in enumerate([(0, 0.0), (4, 1.0), (3, 0.5), (8, 3.0)])
+    ]
+    assert reward_at(curve, 1.0) == 0.25 and reward_at(curve, 4.0) == 1.0
+    assert reward_at(curve, 5.5) == 1.75  # between 3 and 8
+    assert reward_at(curve, 8.1) is None and reward_at(curve[:1], 0.0) is None
 
 
 def test_intervals_of_a_mean():

@@ -51,6 +51,7 @@ class Grid(Settings):
     )
     select: Select | None = None
     reference: str | None = Field(None, description="the system to whose final reward labels are counted")
+    at_kl: list[float] = Field(default_factory=list, description="nats of KL to π_0 at which systems are compared, too")
     keep_weights: bool = Field(True, description="of the finished cells; those of the selection are always dropped")
     launch: str = Field("", description="what starts a run, where not this Python: `accelerate launch -m`")
 

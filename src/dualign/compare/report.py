@@ -28,8 +28,9 @@ def write_report(grid: Grid, failed: dict[str, str]) -> str:
         raise UserError(f"{grid.out}: no cell is finished, so there is nothing to report")
     folder = Path(grid.out) / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    table = markdown(rows(results, grid.reference), grid.reference)
-    write_text(folder / "table.csv", table_csv(rows(results, grid.reference)))
+    found = rows(results, grid.reference, grid.at_kl)
+    table = markdown(found, grid.reference)
+    write_text(folder / "table.csv", table_csv(found))
     write_text(folder / "curves.csv", curves_csv(results))
     fits = pareto_lines(results)
     parts = [
@@ -41,6 +42,7 @@ def write_report(grid: Grid, failed: dict[str, str]) -> str:
         "temperature included). α-interpolated KL: α·KL(π_θ‖π_0), for systems without α the whole of it. Systems on a "
         "fixed set buy no labels while training; what the set cost is not counted.\n",
         table,
+        *_equal_kl(grid),
         *_codes(results),
         *_target(results, grid),
         *_selection(grid),
@@ -69,6 +71,15 @@ def pareto_lines(results: Sequence[Result]) -> list[str]:
                     f"{found.peak_reward:.3f} at {found.peak_kl:.3g} nats"
                 )
     return lines
+
+
+def _equal_kl(grid: Grid) -> list[str]:
+    if not grid.at_kl:
+        return []
+    return [
+        "Reward at KL: where a run's curve first came to so many nats, linear between evaluations; the mean over the seeds "
+        "that came so far.\n"
+    ]
 
 
 def _codes(results: Sequence[Result]) -> list[str]:

@@ -157,6 +157,15 @@ def finals(results: Sequence[Result]) -> list[Point]:
     return [curve[-1][0] for curve in curves if curve]
 
 
+def reward_at(curve: Sequence[Point], kl: float) -> float | None:
+    """The reward where the curve first comes to KL(π_θ‖π_0) = `kl`, linear between evaluations; None if it never does."""
+    for before, after in pairwise(curve):
+        if before.kl <= kl <= after.kl and after.kl > before.kl:
+            share = (kl - before.kl) / (after.kl - before.kl)
+            return before.reward + share * (after.reward - before.reward)
+    return None
+
+
 def labels_to_reach(curve: Sequence[Point], target: float) -> float | None:
     """Labels at which the curve first reaches `target`, linear between evaluations; None if it never does."""
     for before, after in pairwise(curve):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dualign.compare.results import Mean, Result, groups, labels_to_reach, mean_curve
+from dualign.compare.results import Mean, Result, groups, labels_to_reach, mean_curve, reward_at
 
 COLUMNS = {  # column: (heading, format)
     "reward": ("held-out reward", "{:.3f}"),
@@ -31,10 +31,11 @@ class Row:
     seeds: int
     online: bool
     means: dict[str, Mean | None]  # by COLUMNS
+    at_kl: dict[float, Mean | None]  # reward where a run first came to so many nats of KL to π_0
     to_reference: float | None  # labels until the reference system's final reward; None: never, or fixed data
 
 
-def rows(results: Sequence[Result], reference: str | None) -> list[Row]:
+def rows(results: Sequence[Result], reference: str | None, at_kl: Sequence[float] = ()) -> list[Row]:
     """Rows in the grid's order. `reference`: the system to whose mean final reward labels are counted, on the mean
     curve over seeds."""
     target = target_reward(results, reference)
@@ -45,7 +46,8 @@ def rows(results: Sequence[Result], reference: str | None) -> list[Row]:
             reach = labels_to_reach([p for p, _ in mean_curve(seeds)], target)
         setting = f"{axis} = {value}" if axis else ""
         means = {name: Mean.of(_value(r, name) for r in seeds) for name in COLUMNS}
-        found.append(Row(system, setting, len(seeds), seeds[0].online, means, reach))
+        equal_kl = {kl: Mean.of(reward_at(r.curve, kl) for r in seeds) for kl in at_kl}
+        found.append(Row(system, setting, len(seeds), seeds[0].online, means, equal_kl, reach))
     return found
 
 
@@ -68,11 +70,13 @@ def markdown(table: Sequence[Row], reference: str | None) -> str:
     """A Markdown table for documents."""
     settings = any(row.setting for row in table)
     heading = ["system", *(["setting"] if settings else []), "seeds", *(h for h, _ in COLUMNS.values())]
+    heading += [f"reward at KL {kl:g}" for kl in (table[0].at_kl if table else ())]
     heading += [f"labels to {reference}'s final reward"] if reference else []
     lines = [heading, ["---"] * len(heading)]
     for row in table:
         cells = [row.system, *([row.setting] if settings else []), str(row.seeds)]
         cells += [_text(row.means[name], form, row.seeds) for name, (_, form) in COLUMNS.items()]
+        cells += [_text(mean, COLUMNS["reward"][1], row.seeds) for mean in row.at_kl.values()]
         cells += [_reach(row)] if reference else []
         lines.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -93,11 +97,12 @@ def _reach(row: Row) -> str:
 
 def table_csv(table: Sequence[Row]) -> str:
     """The same for programs: mean and half width of each column apart."""
-    names = [n for column in COLUMNS for n in (column, f"{column}_ci")]
+    columns = [*COLUMNS, *(f"reward_at_kl_{kl:g}" for kl in (table[0].at_kl if table else ()))]
+    names = [n for column in columns for n in (column, f"{column}_ci")]
     lines: list[Sequence[object]] = [["system", "setting", "seeds", *names, "labels_to_reference"]]
     for row in table:
         numbers: list[object] = []
-        for mean in row.means.values():
+        for mean in (*row.means.values(), *row.at_kl.values()):
             numbers += ["", ""] if mean is None else [mean.value, "" if np.isnan(mean.half) else mean.half]
         reach = "" if row.to_reference is None else row.to_reference
         lines.append([row.system, row.setting, row.seeds, *numbers, reach])
