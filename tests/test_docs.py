@@ -62,4 +62,5 @@ def test_keys_of_one_section_are_printed_and_a_wrong_name_is_refused() -> None:
     printed = CliRunner().invoke(application(), ["keys", "dar", "eval"]).stdout
     assert "w_clip" in printed and "20" in printed and "micro_batch_tokens" not in printed and "every" in printed
     with pytest.raises(UserError, match="called darr"):
-        CliRunner().invoke(application(), ["keys", "darr"], catch_exceptions=False)
+        CliRunner().invoke(application(), ["keys", "dar", "darr"], catch_exceptions=False)
+    assert "weight" in CliRunner().invoke(application(), ["keys", "reward"]).stdout

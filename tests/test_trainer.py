@@ -3,7 +3,8 @@
 import importlib.util
 import json
 import math
-import shutil
+import os
+import signal
 import time
 
 import pyarrow.parquet as pq
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM
 import dualign
 from dualign.algos import ALGORITHMS
 from dualign.errors import StopRun, UserError
+from dualign.resume import resumed_config
+from dualign.runs import Run
 from runs_common import (
     launch,
     metrics,
@@ -106,13 +109,33 @@ def test_the_rate_rises_stays_and_falls_also_over_a_resume(tiny, tmp_path):
     assert rates == pytest.approx([0.75e-3, 1e-3, 0.5e-3])
 
     parts = tree(tiny, prompts, tmp_path / "parts", {"name": "dar"}, decay=0.5)
-    parts["run"]["checkpoints"] = 3
-    dualign.train(parts, reward=vowels, quiet=True)
-    shutil.rmtree(sorted((tmp_path / "parts" / "checkpoints").iterdir())[-1])
+    calls = []
+
+    def stopping(completions, **columns):
+        calls.append(1)
+        if len(calls) == 4:  # an evaluation and two online batches were before
+            os.kill(os.getpid(), signal.SIGTERM)
+        return vowels(completions, **columns)
+
+    with pytest.raises(StopRun):
+        dualign.train(parts, reward=stopping, quiet=True)
+    assert Run(tmp_path / "parts").resumable() is not None
     dualign.train(parts, reward=vowels, resume=True, quiet=True)
     assert [record["lr"] for record in metrics(tmp_path / "parts")] == rates
     for name, value in weights(tmp_path / "straight").items():
         assert torch.equal(value, weights(tmp_path / "parts")[name])
+    with pytest.raises(UserError, match=r"train\.online_batches cannot change on resume where train\.decay"):
+        resumed_config(tmp_path / "parts", ["train.online_batches=6"])
+
+
+def test_a_skipped_update_counts_in_the_schedule(tiny, tmp_path):
+    """Ties alone: nothing is learned, and the rate rises and falls all the same."""
+    run = fit(
+        tiny, tmp_path, {"name": "dpo"}, reward=lambda completions, **columns: [0.0] * len(completions), decay=1.0
+    )
+    records = metrics(run.folder)
+    assert all(record["skipped"] == 1 for record in records)
+    assert [record["lr"] for record in records] == pytest.approx([(0.5 + 5 / 6) / 2e3, 7 / 12e3, 3 / 12e3])
 
 
 def test_trackers_get_every_batch_and_evaluation(tiny, tmp_path):

@@ -141,11 +141,12 @@ class Engine:
             logp_NT = self.score(self.policy, tokens)
             value_NT = self.score(self.critic, tokens) if self.critic else None
             batch = batch.having(algo.refresh(batch, logp_NT, value_NT))
+        lr = float(self.optimizer.param_groups[0]["lr"])
         denominator = float(algo.denominator(batch))
         keep = batch.columns.get("keep")
         rows = [i for i in range(len(tokens)) if keep is None or keep[i]]
         if denominator == 0 or not rows:
-            return {"loss": 0.0, "grad_norm": 0.0, "skipped": 1.0}
+            return {"loss": 0.0, "grad_norm": 0.0, "lr": lr, "skipped": 1.0}
 
         def work() -> dict[str, float]:
             sums: dict[str, float] = {"loss": 0.0}
@@ -158,7 +159,6 @@ class Engine:
         self._exchange_gradients()
         sums = self._sum(sums)
         loss = sums.pop("loss") / denominator
-        lr = float(self.optimizer.param_groups[0]["lr"])
         norm = self._step(loss)
         return {"loss": loss, "grad_norm": norm, "lr": lr} | {k: v / len(rows) for k, v in sums.items()}
 
@@ -188,7 +188,6 @@ class Engine:
             self._clear_gradients()
             raise StopRun(f"the loss ({loss}) or its gradient (norm {norm}) is not finite; no step was taken")
         self.optimizer.step()
-        self.scheduler.step()
         self._clear_gradients()
         self.masters.round()
         return norm
@@ -221,8 +220,11 @@ class Engine:
             self.micro_batch_tokens //= 2
             log.warning("out of memory: going on with %d tokens in a micro-batch", self.micro_batch_tokens)
 
-    def seed(self, step: int, update: int) -> None:
-        """Makes what is random in an update (dropout) a function of the run's seed and its place in the run."""
+    def begin_update(self, step: int, update: int) -> None:
+        """Makes an update's learning rate, and what is random in it (dropout), functions of its place in the run."""
+        at = step * self.config.updates_per_batch + update
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self._share_of_rate(at)
         place = [self.config.run.seed, step, update, self.rank]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
@@ -237,10 +239,10 @@ class Engine:
         model.save_pretrained(folder, state_dict=rounded)
         model.config.dtype = kept
         self.tokenizer.hf.save_pretrained(folder)
-        save_state(folder, self.masters.named, self.optimizer, self.scheduler, progress)
+        save_state(folder, self.masters.named, self.optimizer, progress)
 
     def load(self, folder: Path) -> dict[str, Any]:
-        progress = load_state(folder, self.masters.named, self.optimizer, self.scheduler)
+        progress = load_state(folder, self.masters.named, self.optimizer)
         self.masters.round()
         return progress
 
@@ -270,7 +272,8 @@ class Engine:
 
     def stop_trackers(self) -> None:
         if self.config.run.trackers:
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:  # end_training would take the process group with it
+                tracker.finish()
 
     # --- construction ---
 
@@ -286,15 +289,15 @@ class Engine:
             optimizer: Any = torch.optim.AdamW(groups, lr=t.lr, weight_decay=t.weight_decay, fused=True)
         else:
             optimizer = Adafactor(groups, lr=t.lr, weight_decay=t.weight_decay)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        return optimizer
+
+    def _share_of_rate(self, at: int) -> float:
+        """Of the learning rate, in update `at` of the run: a linear rise, constant, a linear fall to 0."""
+        t = self.train
         updates = t.online_batches * self.config.updates_per_batch
         falling = t.decay * updates
-
-        def factor(done: int) -> float:
-            rising = (done + 1) / t.warmup if t.warmup else 1.0
-            return min(1.0, rising, max(0.0, updates - done) / falling if falling else 1.0)
-
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return optimizer
+        return min(1.0, (at + 1) / max(1, t.warmup), (updates - at) / falling if falling else 1.0)
 
     def _sum(self, sums: dict[str, float]) -> dict[str, float]:
         if self.world == 1:

@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 from dualign.algos import ALGORITHMS
 from dualign.annotate.settings import Endpoint, RewardConfig, RewardSettings
 from dualign.config import Config
+from dualign.errors import UserError
 
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 INTRODUCTION = """# Every key of a recipe
@@ -50,8 +51,13 @@ def sections() -> Iterator[tuple[str, list[Key]]]:
 
 
 def matching(names: list[str]) -> list[tuple[str, list[Key]]]:
-    """The sections whose heading holds one of `names` (a section's, a system's, a reward's type), or all."""
-    return [(h, keys) for h, keys in sections() if not names or any(n in h.replace(",", "").split() for n in names)]
+    """The sections that `names` name (each a section, a system or a reward's type), or all. Raises UserError."""
+    every = list(sections())
+    words = {heading: heading.replace(".N", "").replace(",", "").split() for heading, _ in every}
+    for name in names:
+        if not any(name in found for found in words.values()):
+            raise UserError(f"no section, system or reward is called {name}; `dualign keys` has them all")
+    return [(h, keys) for h, keys in every if not names or any(name in words[h] for name in names)]
 
 
 def markdown() -> str:

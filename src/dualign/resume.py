@@ -27,6 +27,8 @@ ALLOWED = (  # none of these changes a number that is already in the folder
     "reward.*.retries",
     "reward.*.api_key_env",
     "reward.*.max_dollars",
+    "reward.*.price_prompt",
+    "reward.*.price_completion",
     "reward.*.max_tokens_total",
     "reward.*.max_calls",
     "reward.*.base_url",
@@ -43,6 +45,11 @@ def resumed_config(folder: Path, overrides: Iterable[str]) -> Config:
         if generic not in ALLOWED:
             raise UserError(
                 f"{key} cannot change on resume: what is stored was made with its old value. These can: {', '.join(ALLOWED)}"
+            )
+        if key == "train.online_batches" and configs.load(run.config_file).train.decay:
+            raise UserError(
+                "train.online_batches cannot change on resume where train.decay is set: the rates of the updates that are "
+                "done depend on it"
             )
     run.check(run.config_file, "A run's configuration is changed by overrides: dualign resume RUN key.sub=value")
     config = configs.load(run.config_file, overrides)

@@ -72,7 +72,7 @@ def write_text(path: Path, text: str) -> None:
     durable(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
-def _code() -> str:
+def code_digest() -> str:
     """A digest of this package's modules: a version number says too little about a checkout."""
     package = Path(__file__).parent
     found = hashlib.sha256()
@@ -121,8 +121,14 @@ class Run:
         for name in VERSIONED:
             with contextlib.suppress(metadata.PackageNotFoundError):
                 versions[name] = metadata.version(name)
-        self.write_text("run.json", json.dumps({"format": 1, "versions": versions, "code": _code()}, indent=1))
+        self.write_text("run.json", json.dumps({"format": 1, "versions": versions, "code": code_digest()}, indent=1))
         self.write_text("config.yaml", config_text)  # last: with it, it is a run
+
+    @property
+    def of_this_code(self) -> bool:
+        """Whether the package has not changed since the run was begun."""
+        path = self.folder / "run.json"
+        return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("code") == code_digest()
 
     def _is_stillborn(self) -> bool:
         """Whether the folder holds nothing, or no more than `create` leaves when it is killed half-way."""

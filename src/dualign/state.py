@@ -12,9 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
-def save_state(
-    folder: Path, parameters: Mapping[str, Tensor], optimizer: Any, scheduler: Any, progress: dict[str, Any]
-) -> None:
+def save_state(folder: Path, parameters: Mapping[str, Tensor], optimizer: Any, progress: dict[str, Any]) -> None:
     """Trained parameters in full precision as `train.safetensors`, optimizer tensors as `optimizer.safetensors`,
     and the plain numbers as `state.json` (last: where it is, all is)."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -28,13 +26,10 @@ def save_state(
             else:
                 numbers.setdefault(str(index), {})[key] = value
     save_file(tensors, folder / "optimizer.safetensors")
-    schedule = {
-        k: v for k, v in scheduler.state_dict().items() if isinstance(v, int | float | list) and k != "lr_lambdas"
-    }
-    (folder / "state.json").write_text(json.dumps({"progress": progress, "optimizer": numbers, "scheduler": schedule}))
+    (folder / "state.json").write_text(json.dumps({"progress": progress, "optimizer": numbers}))
 
 
-def load_state(folder: Path, parameters: Mapping[str, Tensor], optimizer: Any, scheduler: Any) -> dict[str, Any]:
+def load_state(folder: Path, parameters: Mapping[str, Tensor], optimizer: Any) -> dict[str, Any]:
     """The inverse of save_state, bit for bit; returns `progress`."""
     stored = load_file(folder / "train.safetensors")
     with torch.no_grad():
@@ -47,9 +42,6 @@ def load_state(folder: Path, parameters: Mapping[str, Tensor], optimizer: Any, s
         state.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    scheduler.load_state_dict(scheduler.state_dict() | plain["scheduler"])
-    for group, lr in zip(optimizer.param_groups, plain["scheduler"]["_last_lr"], strict=True):
-        group["lr"] = lr
     return plain["progress"]
 
 

@@ -176,7 +176,7 @@ class Trainer:
                 continue
             self._stop_if_asked(b.step, u, losses)
             self.view.phase(b.step, f"update {u + 1}")
-            self.engine.seed(b.step, u)
+            self.engine.begin_update(b.step, u)
             with clock("update"):
                 losses.append(self._one_update(b, tokens, rows))
 
@@ -190,10 +190,11 @@ class Trainer:
         done = b.step + 1
         self.labels += len(b.tokens)
         record = batch_record(b, losses) | {"labels": self.labels, "seconds": clock.seconds}
-        stats = getattr(self.labeller and self.labeller.annotator, "stats", {}).items()
-        # apart from the phases: rewards run side by side, within the phase "label" and during "sample"
-        if each := {name.removesuffix("/seconds"): v for name, v in stats if name.endswith("/seconds")}:
-            record["label_seconds"] = each
+        if "label" in clock.seconds and self.labeller is not None:  # else nothing was labelled now
+            stats = getattr(self.labeller.annotator, "stats", {}).items()
+            # apart from the phases: rewards run side by side, within the phase "label" and during "sample"
+            if each := {name.removesuffix("/seconds"): v for name, v in stats if name.endswith("/seconds")}:
+                record["label_seconds"] = each
         if self.engine.main:
             self.run.log(record)
         self.engine.track(b.step, record)

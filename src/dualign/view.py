@@ -188,7 +188,7 @@ def verdict(summary: dict[str, Any]) -> list[str]:
         f"KL to π_0 {after['kl']:.2f} ± {after['kl_ci']:.2f} nats; length {before['length']:.1f} -> {after['length']:.1f}; "
         f"no EOS {before['missing_eos']:.0%} -> {after['missing_eos']:.0%}",
     ]
-    if after.get("distinct", 1.0) < COLLAPSED * before.get("distinct", 1.0):
+    if "distinct" in before and after["distinct"] < COLLAPSED * before["distinct"]:
         lines.append(
             f"only {after['distinct']:.0%} of the answers differ ({before['distinct']:.0%} before): the policy has collapsed "
             "to what the reward likes best; lower train.lr, raise algo.beta, or bound the reward (reward.N.clip)"

@@ -12,7 +12,7 @@ from dualign.annotate.base import Item, label_all
 from dualign.annotate.budget import Hold, Ledger, Spent, prompt_bound
 from dualign.annotate.judge import JudgeAnnotator
 from dualign.annotate.settings import Endpoint, JudgeReward
-from dualign.errors import StopRun
+from dualign.errors import StopRun, UserError
 from dualign.types import Prompt
 from fault_server import FaultServer
 
@@ -133,3 +133,11 @@ def test_what_a_killed_process_had_in_flight_counts_as_spent(tmp_path: Path) -> 
 )
 def test_no_tokenizer_makes_more_tokens_than_the_bound(text: str) -> None:
     assert prompt_bound([text]) >= len(text.encode()) + 16
+
+
+def test_a_ceiling_in_dollars_needs_prices():
+    """At a price of nothing it would never stop anything; a stored configuration can still be read."""
+    free = JudgeReward(rubric="helpfulness", base_url="http://localhost:1/v1", model="m", max_dollars=5)
+    with pytest.raises(UserError, match="max_dollars: without price_prompt and price_completion"):
+        Ledger(None, free)
+    Ledger(None, free.model_copy(update={"price_completion": 0.4}))

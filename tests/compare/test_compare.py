@@ -172,6 +172,9 @@ def test_a_collapsed_run_is_not_chosen_and_counts_where_all_collapsed(grid_file)
     assert running.selected(grid) == {"dar": 1e-9}
     finish(low, 0.5, list("bbbb"))
     assert running.selected(grid) == {"dar": 3e-3}
+    finish(high, 0.0, list("abcd"))  # a reward of zero is a reward
+    finish(low, -0.5, list("abcd"))
+    assert running.selected(grid) == {"dar": 3e-3}
 
 
 def finish(cell, reward, answers):

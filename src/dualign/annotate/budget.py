@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dualign.annotate.cache import connect
 from dualign.annotate.settings import Endpoint
+from dualign.errors import UserError
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS account (
@@ -54,6 +55,11 @@ class Ledger:
     """One endpoint's account. `path` None: in memory, for this process alone."""
 
     def __init__(self, path: Path | None, settings: Endpoint) -> None:
+        if settings.max_dollars is not None and not settings.price_prompt and not settings.price_completion:
+            raise UserError(
+                "max_dollars: without price_prompt and price_completion nothing costs anything, and it would never stop "
+                "anything; set them, or max_tokens_total or max_calls"
+            )
         self.name = f"{settings.model} at {settings.base_url}"
         self._prices = math.ceil(settings.price_prompt * 1e6), math.ceil(settings.price_completion * 1e6)
         self._ceilings = (

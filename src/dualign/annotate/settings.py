@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -101,15 +101,6 @@ class Endpoint(RewardSettings):
         if re.search(r"//[^/]*@|[?&][^=&]*(key|token|secret|password)[^=&]*=", url, re.IGNORECASE):
             raise ValueError("holds a password or key; put it into the environment variable that api_key_env names")
         return url
-
-    @model_validator(mode="after")
-    def _dollars_need_prices(self) -> Self:
-        if self.max_dollars is not None and not self.price_prompt and not self.price_completion:
-            raise ValueError(
-                "max_dollars: without price_prompt and price_completion nothing costs anything, and it would never stop "
-                "the run; set them, or max_tokens_total or max_calls"
-            )
-        return self
 
 
 class ServedReward(Endpoint):

@@ -64,7 +64,9 @@ def winrate(
     from dualign.eval import cost, outputs, results, show
     from dualign.eval import winrate as rates
 
-    path, how = _setting(sources, prompts, limit, max_new_tokens, temperature, k, seed, out, "winrate", judge, chat)
+    path, how = _setting(
+        sources, prompts, limit, max_new_tokens, temperature, k, seed, out, "winrate", judge, chat, against
+    )
     systems, rows, last = [], [], []
     with _judge(judge, sources, path) as chosen:
         other = outputs.points(against, how)[-1] if against else None
@@ -143,6 +145,7 @@ def _setting(
     kind: str,
     judge: str,
     chat: bool | None,
+    against: str | None = None,
 ) -> tuple[Path, Generation]:
     """Where the result goes, and how models are sampled."""
     from dualign import data
@@ -163,7 +166,11 @@ def _setting(
     chosen = None
     if prompts is not None:
         if chat is None:
-            chat = load(Path(run) / "config.yaml").data.chat if run else False
+            runs = [s for s in (*sources, *([against] if against else [])) if outputs.is_run(s)]
+            asked = {load(Path(r) / "config.yaml").data.chat for r in runs}
+            if len(asked) > 1:
+                raise UserError("the runs differ in data.chat: say --chat or --no-chat, and all are asked alike")
+            chat = any(asked)
         chosen = data.draw(data.load_prompts(prompts, DataConfig(train=prompts, chat=chat), "test"), limit)
     return path, outputs.Generation(chosen, max_new_tokens, temperature, k, seed, path.parent / "outputs")
 

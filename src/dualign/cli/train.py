@@ -86,17 +86,11 @@ def keys(
 ) -> None:
     """Every key of a recipe: what it takes, its default, what it does."""
     from dualign import reference
-    from dualign.errors import UserError
 
     if markdown:
         print(reference.markdown(), end="")
         return
-    found = reference.matching(sections or [])
-    if not found:
-        raise UserError(
-            f"no section, system or reward is called {' or '.join(sections or [])}; `dualign keys` has them all"
-        )
-    for heading, every in found:
+    for heading, every in reference.matching(sections or []):
         print(f"\n{heading}")
         for key in every:
             print(f"  {key.name:28} {key.default:16} {key.meaning or key.kind}")

@@ -80,9 +80,10 @@ def final(folder: Path) -> tuple[float, float] | None:
     if not path.is_file():
         return None
     after = json.loads(path.read_text(encoding="utf-8")).get("after", {})
-    if not np.isfinite(after.get("reward") or float("nan")):
+    reward = after.get("reward")
+    if reward is None or not np.isfinite(reward):
         return None
-    return after["reward"], _distinct(Run.open(folder).evaluation_path(after["batches"]))
+    return reward, _distinct(Run.open(folder).evaluation_path(after["batches"]))
 
 
 def _distinct(path: Path) -> float:
