@@ -50,8 +50,8 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
 
 
 def curves(results: Sequence[Result]) -> Any:
-    """Held-out reward against labels bought and against wall-clock; a band is the 95 % t-interval over seeds. Systems
-    on a fixed set buy no labels: dashed, at their final reward."""
+    """Held-out reward against labels bought and against wall-clock; a band is the 95 % t-interval over seeds, cut
+    off at what single runs reached. Systems on a fixed set buy no labels: dashed, at their final reward."""
     figure, (left, right) = _panels(2)
     for name, look, seeds in _looks(results):
         curve = mean_curve(seeds)
@@ -66,6 +66,10 @@ def curves(results: Sequence[Result]) -> Any:
         _band(right, [p.seconds / 60 for p, _ in curve], reward, half, None, look)
     left.set(xlabel="labels bought", ylabel="held-out reward")
     right.set(xlabel="training time, minutes", ylabel="held-out reward")
+    seen = [p.reward for r in results for p in r.curve]
+    margin = 0.05 * (max(seen) - min(seen)) or 1.0
+    for axis in (left, right):  # bands of two seeds reach far beyond what any run has seen
+        axis.set_ylim(min(seen) - margin, max(seen) + margin)
     return _legend(figure, left)
 
 
