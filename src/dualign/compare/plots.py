@@ -50,26 +50,25 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
 
 
 def curves(results: Sequence[Result]) -> Any:
-    """Held-out reward against labels bought and against wall-clock; a band is the 95 % t-interval over seeds, cut
-    off at what single runs reached. Systems on a fixed set buy no labels: dashed, at their final reward."""
+    """Held-out reward against labels bought and against wall-clock; thin lines are single seeds (intervals of two
+    or three are wider than the figure; the table has them). Systems on a fixed set buy no labels: dashed, at their
+    final reward."""
     figure, (left, right) = _panels(2)
     for name, look, seeds in _looks(results):
-        curve = mean_curve(seeds)
-        if not curve:
+        mean = [p for p, _ in mean_curve(seeds)]
+        if not mean:
             continue
-        reward = np.array([p.reward for p, _ in curve])
-        half = np.array([np.nan_to_num(m.half) for _, m in curve])
-        if seeds[0].online:
-            _band(left, [p.labels for p, _ in curve], reward, half, name, look)
-        else:
-            left.axhline(reward[-1], ls="--", lw=1, color=look["color"], label=name)
-        _band(right, [p.seconds / 60 for p, _ in curve], reward, half, None, look)
+        thin = {"color": look["color"], "lw": 0.6, "alpha": 0.4}
+        for points, style in ((mean, {"ms": 3, "lw": 1.5, **look}), *((r.curve, thin) for r in seeds)):
+            reward = [p.reward for p in points]
+            label = name if points is mean else None
+            if seeds[0].online:
+                left.plot([p.labels for p in points], reward, label=label, **style)
+            elif points is mean:
+                left.axhline(reward[-1], ls="--", lw=1, color=look["color"], label=label)
+            right.plot([p.seconds / 60 for p in points], reward, **style)
     left.set(xlabel="labels bought", ylabel="held-out reward")
     right.set(xlabel="training time, minutes", ylabel="held-out reward")
-    seen = [p.reward for r in results for p in r.curve]
-    margin = 0.05 * (max(seen) - min(seen)) or 1.0
-    for axis in (left, right):  # bands of two seeds reach far beyond what any run has seen
-        axis.set_ylim(min(seen) - margin, max(seen) + margin)
     return _legend(figure, left)
 
 
@@ -172,13 +171,6 @@ def _looks(
         )
         for i, name in enumerate(names)
     ]
-
-
-def _band(
-    axis: Any, x: Sequence[float], y: np.ndarray, half: np.ndarray, name: str | None, look: dict[str, Any]
-) -> None:
-    axis.plot(x, y, label=name, ms=3, lw=1.3, **look)
-    axis.fill_between(x, y - half, y + half, color=look["color"], alpha=0.15, lw=0)
 
 
 def _panels(count: int) -> tuple[Any, list[Any]]:
