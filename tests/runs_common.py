@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,12 @@ def reward_file() -> dict[str, Any]:
     return {"type": "function", "path": f"{Path(__file__)}:vowels"}
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 def launch(recipe: Path, *arguments: str, processes: int = 1, command: str = "train", wait: bool = True) -> Any:
     """`dualign train RECIPE` in processes of its own, on gloo where there are several."""
     launcher = [sys.executable, "-m"]
@@ -82,7 +89,7 @@ def launch(recipe: Path, *arguments: str, processes: int = 1, command: str = "tr
             "torch.distributed.run",
             f"--nproc-per-node={processes}",
             "--master-port",
-            str(20000 + os.getpid() % 20000),
+            str(free_port()),
             "-m",
         ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
