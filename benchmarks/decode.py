@@ -119,7 +119,11 @@ def main() -> None:
     source = "builtin:quickstart/train"
     prompts = data.load_prompts(source, DataConfig(train=source), "train")[: o.prompts]
     requests = requests_of(prompts, tokenizer, sampler.policy.model.config.max_position_embeddings, 1, None, print)
-    record: dict[str, Any] = {"machine": about, "options": {k: v for k, v in vars(o).items() if k != "out"}, "cases": {}}
+    record: dict[str, Any] = {
+        "machine": about,
+        "options": {k: v for k, v in vars(o).items() if k != "out"},
+        "cases": {},
+    }
     rows = []
     for name, tokens, stop in cases(tokenizer, o.tokens):
         tokenizer.eos_ids = frozenset(stop)

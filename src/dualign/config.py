@@ -238,8 +238,12 @@ def _model_of(annotation: Any, tree: Any) -> Any:
         return get_args(annotation)[0]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         tags = [f.annotation for f in annotation.model_fields.values() if get_origin(f.annotation) is Literal]
-        given = {tree.get("name"), tree.get("type")} if isinstance(tree, dict) else set()
-        return annotation if not tags or given & set(get_args(tags[0])) or not given - {None} else None
+        # a list and not a set: people can write anything for a tag, also what cannot be hashed
+        given = (
+            [tag for key in ("name", "type") if (tag := tree.get(key)) is not None] if isinstance(tree, dict) else []
+        )
+        known = get_args(tags[0]) if tags else ()
+        return annotation if not tags or not given or any(tag in known for tag in given) else None
     return next((found for option in get_args(annotation) if (found := _model_of(option, tree))), None)
 
 

@@ -313,11 +313,10 @@ def _flat(tree: dict[str, Any], between: str) -> dict[str, Any]:
     """The leaves of nested mappings, each under its path."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= (
-            {f"{key}{between}{k}": v for k, v in _flat(value, between).items()}
-            if isinstance(value, dict)
-            else {key: value}
-        )
+        if isinstance(value, dict):
+            flat |= {f"{key}{between}{k}": v for k, v in _flat(value, between).items()}
+        else:
+            flat[key] = value
     return flat
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from dualign.algos import ALGORITHMS
 from dualign.annotate.settings import Endpoint, RewardConfig, RewardSettings
@@ -64,9 +63,8 @@ def markdown() -> str:
     """docs/configuration.md"""
     parts = [INTRODUCTION]
     for heading, keys in sections():
-        rows = [f"| `{k.name}` | {k.kind} | {k.default} | {k.meaning} |".replace("  ", " ") for k in keys]
-        body = ["| key | value | default | |", "|---|---|---|---|", *rows] if rows else ["No keys of its own."]
-        parts.append("\n".join([f"## {heading}\n", *body]) + "\n")
+        rows = [f"| `{k.name}` | {k.kind} | {k.default} | {k.meaning} |" for k in keys]
+        parts.append("\n".join([f"## {heading}\n", "| key | value | default | |", "|---|---|---|---|", *rows]) + "\n")
     return "\n".join(parts)
 
 
@@ -76,7 +74,7 @@ def _keys(model: type[BaseModel], without: set[str], prefix: str = "") -> Iterat
             continue
         nested = _model(field.annotation)
         if nested is not None:
-            yield Key(f"{prefix}{name}", "a section, or none", _default(field), field.description or "")
+            yield Key(f"{prefix}{name}", "a section, or none", _default(field), _meaning(field))
             yield from _keys(nested, set(), f"{prefix}{name}.")
         else:
             yield Key(f"{prefix}{name}", _kind(field), _default(field), _meaning(field))
@@ -93,8 +91,6 @@ def _type(annotation: Any) -> str:
         return ", ".join(f"`{a}`" for a in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join(_type(a) for a in arguments if a is not type(None))
-    if origin is Annotated:
-        return _type(arguments[0])
     if origin is list:
         return f"list ({_type(arguments[0])})"
     if origin is dict:
@@ -106,7 +102,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "must be given"
     value = field.get_default(call_default_factory=True)
-    if value is None or value is PydanticUndefined:
+    if value is None:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()

@@ -274,6 +274,13 @@ KEYS = ["model", "data", "train", "rollout", "algo", "reward", "eval", "run"]
 quick = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
 
+@pytest.mark.parametrize("tag", [[], {}, [["dar"]], {"name": "dar"}])
+@pytest.mark.parametrize("section", ["model", "algo", "rollout"])
+def test_a_tag_that_is_no_word_is_an_error_in_words(section, tag):
+    with pytest.raises(UserError, match=section):
+        build({section: {"name": tag, "": None}})
+
+
 @quick
 @given(
     st.dictionaries(st.sampled_from([*KEYS, "other"]), PLAIN | st.dictionaries(st.text(max_size=6), PLAIN, max_size=3))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dualign.compare import plots
-from dualign.compare.cells import selected, state
+from dualign.compare.cells import State, selected, state
 from dualign.compare.grid import Cell, Grid, cells, selection_cells, unique
 from dualign.compare.pareto import fit
 from dualign.compare.results import Result, along_axes, final, finals, read
@@ -21,9 +21,8 @@ def write_report(grid: Grid, failed: dict[str, str]) -> str:
     the figures written) where matplotlib is missing."""
     for cell in selection_cells(grid):
         state(cell)  # raises where a folder holds other settings
-    compared = [cell for cell in cells(grid, selected(grid)) if cell.name not in failed]
-    finished = [cell for cell in compared if state(cell) == "finished"]
-    results = [r for cell in finished if (r := read(cell)) is not None]
+    states = [(cell, state(cell)) for cell in cells(grid, selected(grid)) if cell.name not in failed]
+    results = [r for cell, s in states if s == "finished" and (r := read(cell)) is not None]
     if not results:
         raise UserError(f"{grid.out}: no cell is finished, so there is nothing to report")
     folder = Path(grid.out) / "report"
@@ -47,7 +46,7 @@ def write_report(grid: Grid, failed: dict[str, str]) -> str:
         *_target(results, grid),
         *_selection(grid),
         *(["\n## Reward against KL: second-order fits\n\n", *fits] if fits else []),
-        *_unfinished(compared, failed),
+        *_unfinished(states, failed),
     ]
     write_text(folder / "report.md", "\n".join(parts))
     figures = plots.draw(results, folder)
@@ -130,7 +129,8 @@ def _selection(grid: Grid) -> list[str]:
     return lines
 
 
-def _unfinished(compared: Sequence[Cell], failed: dict[str, str]) -> list[str]:
+def _unfinished(states: Sequence[tuple[Cell, State]], failed: dict[str, str]) -> list[str]:
     lines = [f"- {name}: failed: {why}" for name, why in failed.items()]
-    lines += [f"- {c.name}: {s}" for c in unique(compared) if c.name not in failed and (s := state(c)) != "finished"]
+    of = {cell.folder: s for cell, s in states}
+    lines += [f"- {c.name}: {of[c.folder]}" for c in unique(c for c, _ in states) if of[c.folder] != "finished"]
     return ["\n## Not finished\n", *lines] if lines else []
