@@ -48,6 +48,15 @@ def test_every_grid_is_valid_and_priced(name, monkeypatch, tmp_path):
     assert all("to do" in line for line in lines[1:-2])
 
 
+def test_one_reward_needs_no_list(tmp_path):
+    (tmp_path / "one.yaml").write_text("base: quickstart\nreward: {type: head, path: builtin:harmless}\n")
+    config = configs.load(tmp_path / "one.yaml", ["reward.0.weight=2"])
+    assert [(r.type, r.weight) for r in config.reward] == [("head", 2)]
+    assert configs.load("quickstart", ["reward={type: head, path: builtin:hh}"]).reward[0].path == "builtin:hh"
+    with pytest.raises(UserError, match="reward.0.pth: no such key; did you mean reward.0.path"):
+        configs.load("quickstart", ["reward={type: head, pth: builtin:hh}"])
+
+
 def test_grids_do_not_share_a_folder():
     folders = [grids.load(name).out for name in GRIDS]
     assert len(set(folders)) == len(folders)

@@ -117,6 +117,7 @@ def read(recipe: str | Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, An
     base = tree.pop("base", None)
     if not isinstance(base, str | None):
         raise UserError(f"{path}: base: expected a recipe's name or file, not {base!r}")
+    tree = one_reward(tree)
     return (merge(read(base, (*above, path))[0], tree) if base else tree), path
 
 
@@ -137,14 +138,20 @@ def merge(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
     """`patch` laid over `base`, key by key within sections. A list replaces a list; an algo that has a name replaces
     the base's: one system's α is not another's."""
     out = dict(base)
-    for key, value in patch.items():
+    for key, value in one_reward(patch).items():
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
         out[key] = merge(out[key], value) if both and not (key == "algo" and "name" in value) else value
     return out
 
 
+def one_reward(tree: dict[str, Any]) -> dict[str, Any]:
+    """A single reward may be written without the list's dash."""
+    return {**tree, "reward": [tree["reward"]]} if isinstance(tree.get("reward"), dict) else tree
+
+
 def build(tree: dict[str, Any], where: str = "config") -> Config:
     """A checked Config from a plain tree. Raises UserError with one line per fault."""
+    tree = one_reward(tree)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -59,7 +59,7 @@ def _run(
     if dry_run:
         from dualign.compare.plan import plan_lines
 
-        print("\n".join(plan_lines(grid)))
+        print("\n".join(plan_lines(grid, jobs)))
         return
     from dualign.compare.cells import run_grid, subprocesses
     from dualign.compare.report import write_report

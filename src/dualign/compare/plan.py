@@ -13,8 +13,8 @@ from dualign.config import Config
 from dualign.plan import price
 
 
-def plan_lines(grid: Grid) -> list[str]:
-    """What a run of the grid would do. Until the selection is finished, its first value stands for the selected one."""
+def plan_lines(grid: Grid, jobs: int = 1) -> list[str]:
+    """What a run of the grid would do, `jobs` at a time. Until the selection is finished, its first value stands for the selected one."""
     first = selection_cells(grid)
     done = selected(grid)
     assumed = {name: done.get(name, grid.select.values[0]) for name in grid.systems} if grid.select else {}
@@ -39,7 +39,7 @@ def plan_lines(grid: Grid) -> list[str]:
         f"still to do: {len(todo)} runs, {totals[0]} labels to train and {totals[1]} to evaluate"
         + (f", at most about {cost:.2f} dollars" if cost else "")
     )
-    return [*lines, _time(todo, [cell for cell in every if states[cell.folder] == "finished"])]
+    return [*lines, _time(todo, [cell for cell in every if states[cell.folder] == "finished"], jobs)]
 
 
 def dollars(config: Config) -> float:
@@ -47,7 +47,7 @@ def dollars(config: Config) -> float:
     return sum(price(reward, sum(config.labels)) for reward in config.reward)
 
 
-def _time(todo: Sequence[Cell], finished: Sequence[Cell]) -> str:
+def _time(todo: Sequence[Cell], finished: Sequence[Cell], jobs: int) -> str:
     """Seconds per completion of the same system's finished runs, or of all where it has none."""
     spent: dict[str, list[float]] = {}
     for cell in finished:
@@ -62,7 +62,8 @@ def _time(todo: Sequence[Cell], finished: Sequence[Cell]) -> str:
         float(np.mean(spent.get(c.system, [anyone]))) * c.config.train.online_batch * c.config.train.online_batches
         for c in todo
     )
+    how = "one after the other" if jobs == 1 else f"{jobs} at a time, if they ran so before"
     return (
-        f"time: about {total / 3600:.1f} hours of training one after the other, by the {len(finished)} finished; "
+        f"time: about {total / jobs / 3600:.1f} hours of training, {how}, by the {len(finished)} finished; "
         "evaluations come on top"
     )
