@@ -73,6 +73,26 @@ def test_the_batch_file_holds_the_whole_story(tiny, tmp_path):
     assert all(r["reward"] == pytest.approx(vowels([r["completion"]])[0]) for r in rows)
 
 
+def test_a_run_cannot_be_resumed_to_fewer_batches_than_are_done(tiny, tmp_path):
+    run = fit(tiny, tmp_path, {"name": "dar"})
+    before = sorted(p.name for p in run.evaluations.iterdir())
+    with pytest.raises(UserError, match=r"train\.online_batches=2: the run has done 3 already"):
+        dualign.train(resumed_config(run.folder, ["train.online_batches=2"]), reward=vowels, resume=True, quiet=True)
+    assert sorted(p.name for p in run.evaluations.iterdir()) == before
+
+
+def test_a_fixed_set_buys_no_labels(tiny, tmp_path):
+    run = fit(tiny, tmp_path, {"name": "offline_dpo"})
+    assert [r["labels"] for r in metrics(run.folder)] == [0, 0, 0]
+
+
+def test_a_preference_cannot_measure_held_out_prompts(tiny, tmp_path):
+    judged = {"type": "preference", "rubric": "helpfulness", "base_url": "http://127.0.0.1:9/v1", "model": "m"}
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dpo"}) | {"reward": [judged]}
+    with pytest.raises(UserError, match=r"data\.eval: an AI preference .* eval winrate"):
+        dualign.train(config, quiet=True)
+
+
 def some_absent(completions, **columns):
     return [None if i % 7 == 5 else v for i, v in enumerate(vowels(completions))]
 

@@ -39,6 +39,11 @@ class Config(Sections):
         if t.update_size > t.online_batch:
             raise ValueError(f"train.update_size: {t.update_size} is more than train.online_batch ({t.online_batch})")
         algo.check(k)
+        if self.data.eval is not None and any(reward.type == "preference" for reward in self.reward):
+            raise ValueError(
+                "data.eval: an AI preference compares the completions of one prompt with each other, so its mean on held-out "
+                "prompts never changes; set data.eval: null, and hold checkpoints against π_0 with `dualign eval winrate`"
+            )
         return self
 
     @property
@@ -55,6 +60,13 @@ class Config(Sections):
         """Optimizer steps on an online batch that is full."""
         t = self.train
         return (self.algo.updates_per_batch or max(1, round(t.online_batch / t.update_size))) * self.algo.epochs
+
+    @property
+    def update_completions(self) -> str:
+        """How many completions an optimizer step has: an online batch's prompts are split evenly, in words."""
+        updates = self.updates_per_batch // self.algo.epochs
+        least = self.prompts_per_batch // updates * self.group
+        return str(least) if self.prompts_per_batch % updates == 0 else f"{least} or {least + self.group}"
 
     @property
     def labels(self) -> tuple[int, int]:

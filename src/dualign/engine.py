@@ -22,7 +22,7 @@ from dualign.config import Config
 from dualign.errors import StopRun, UserError, out_of_memory
 from dualign.models.critic import Critic
 from dualign.models.master import Masters, gradient_of
-from dualign.models.packing import Tokens, pack, plan
+from dualign.models.packing import Tokens, deal, pack, plan, size_of
 from dualign.models.policy import Policy, load_model
 from dualign.optim import Adafactor
 from dualign.rollout.base import Sampler
@@ -67,11 +67,11 @@ class Engine:
         policy.train()
         self.policy = policy
         self.critic = Critic(policy).to(self.device) if algo.critic else None
-        modules: list[Policy] = [m for m in (policy, self.critic) if m is not None]
+        self.modules: list[Policy] = [m for m in (policy, self.critic) if m is not None]
         exact: dict[Any, Tensor] = {}
-        for module in modules:
+        for module in self.modules:
             exact |= module.round()
-        self.masters = Masters(list(modules), exact)
+        self.masters = Masters(list(self.modules), exact)
         if self.device.type == "cpu":  # what lives as long as the run is allocated before what comes and goes
             for p in self.masters.named.values():
                 gradient_of(p)
@@ -96,6 +96,13 @@ class Engine:
         """The share of `items` that this process works on."""
         return items[self.rank :: self.world]
 
+    def _my_parts(self, tokens: Tokens, rows: Sequence[int]) -> list[list[int]]:
+        """The micro-batches of `rows` that this process works on: of no more tokens than an even share, so that there
+        is work for everyone."""
+        shared = self.policy.share
+        budget = min(self.micro_batch_tokens, math.ceil(size_of(tokens, rows, shared) / self.world))
+        return deal(tokens, plan(tokens, rows, budget, shared), self.world, shared)[self.rank]
+
     def gather(self, items: list[X]) -> list[X]:
         """The items of all processes, on all of them."""
         if self.world == 1:
@@ -114,7 +121,7 @@ class Engine:
         out_NT = torch.zeros(len(tokens), tokens.width)
 
         def work() -> None:
-            for part in self.mine(plan(tokens, range(len(tokens)), self.micro_batch_tokens)):
+            for part in self._my_parts(tokens, range(len(tokens))):
                 micro = pack(tokens, part, tokens.width, self.tokenizer.pad_id, model.share).to(self.device)
                 out_NT[micro.rows] = model(micro).float().cpu()
 
@@ -149,11 +156,11 @@ class Engine:
             return {"loss": 0.0, "grad_norm": 0.0, "lr": lr, "skipped": 1.0}
 
         def work() -> dict[str, float]:
-            sums: dict[str, float] = {"loss": 0.0}
-            for part in self.mine(plan(tokens, rows, self.micro_batch_tokens)):
+            sums: dict[str, Tensor] = {"loss": torch.zeros((), dtype=torch.float64, device=self.device)}
+            for part in self._my_parts(tokens, rows):
                 for name, value in self._backward(algo, tokens, batch, part, 1 / denominator).items():
-                    sums[name] = sums.get(name, 0.0) + value
-            return sums
+                    sums[name] = sums[name] + value if name in sums else value
+            return {name: float(value) for name, value in sums.items()}  # read once: a GPU is not waited for before
 
         sums = self._fitting(work)
         self._exchange_gradients()
@@ -164,8 +171,8 @@ class Engine:
 
     def _backward(
         self, algo: Algorithm, tokens: Tokens, batch: Batch, part: list[int], scale: float
-    ) -> dict[str, float]:
-        """Forward and backward of one micro-batch; returns sums over its rows."""
+    ) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch; returns sums over its rows, in double precision."""
         micro = pack(tokens, part, tokens.width, self.tokenizer.pad_id, self.policy.share)
         rows = _to(batch.select(micro.rows), self.device)
         micro = micro.to(self.device)
@@ -173,7 +180,7 @@ class Engine:
         value_NT = self.critic(micro) if self.critic else None
         loss, stats = algo.loss(logp_NT, rows, value_NT)
         (loss * scale).backward()
-        return {"loss": float(loss.detach())} | {k: float(v.detach().double().sum()) for k, v in stats.items()}
+        return {"loss": loss.detach().double()} | {k: v.detach().double().sum() for k, v in stats.items()}
 
     def _exchange_gradients(self) -> None:
         """The sum over processes, in fp32. A process that had no rows contributes zeros."""
@@ -189,8 +196,14 @@ class Engine:
             raise StopRun(f"the loss ({loss}) or its gradient (norm {norm}) is not finite; no step was taken")
         self.optimizer.step()
         self._clear_gradients()
-        self.masters.round()
+        self._follow_masters()
         return norm
+
+    def _follow_masters(self) -> None:
+        """What computes in bf16 becomes the rounding of the weights as they are now."""
+        self.masters.round()
+        for module in self.modules:
+            module.stepped()
 
     def _clear_gradients(self) -> None:
         # On a CPU the buffers stay: first touches of new memory cost more than the arithmetic on it.
@@ -209,9 +222,8 @@ class Engine:
             if all(self.gather([bool(result)])):
                 return result[0]
             del result
-            for module in (self.policy, self.critic):
-                if module is not None:
-                    module.zero_grad(set_to_none=True)
+            for module in self.modules:
+                module.zero_grad(set_to_none=True)
             self.optimizer.zero_grad(set_to_none=True)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -243,7 +255,7 @@ class Engine:
 
     def load(self, folder: Path) -> dict[str, Any]:
         progress = load_state(folder, self.masters.named, self.optimizer)
-        self.masters.round()
+        self._follow_masters()
         return progress
 
     def sampler(self) -> Sampler:

@@ -90,9 +90,9 @@ def by_group(values: np.ndarray, group: Sequence[int]) -> np.ndarray:
 
 
 def half_width(values: np.ndarray) -> float:
-    """Half the width of the 95 % t-interval of the mean; 0 for a single value."""
+    """Half the width of the 95 % t-interval of the mean; NaN for a single value, which has none."""
     if len(values) < 2:
-        return 0.0
+        return float("nan")
     return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
 
 

@@ -71,7 +71,7 @@ def print_plan(config: Config) -> None:
         print(f"data: {c.data.train} (not at hand here: {error})")
     print(
         f"{t.online_batches} online batches of {t.online_batch} completions = {c.prompts_per_batch} prompts × {c.group}; "
-        f"{per} updates each; {t.online_batches * per} updates in all"
+        f"{per} updates each, on {c.update_completions} completions; {t.online_batches * per} updates in all"
     )
     labels, evaluated = c.labels
     print(f"labels needed: {labels} to train, {evaluated} to evaluate")

@@ -182,7 +182,7 @@ def gradient_cosine(model: Path | str, config: Config, b: WeightedBatch, other: 
         policy.zero_grad(set_to_none=True)
         batch = point(again(b, algo))
         rows = [i for i in range(len(batch)) if "keep" not in batch.columns or batch["keep"][i]]
-        for part in plan(b.tokens, rows, config.train.micro_batch_tokens):
+        for part in plan(b.tokens, rows, config.train.micro_batch_tokens, policy.share):
             micro = pack(b.tokens, part, b.tokens.width, tokenizer.pad_id, policy.share)
             some = batch.select(micro.rows)
             algo.loss(policy(micro), some, some.value_old_NT)[0].backward()

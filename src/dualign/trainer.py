@@ -188,7 +188,7 @@ class Trainer:
 
     def _finish_batch(self, b: WeightedBatch, losses: list[dict[str, float]], clock: Clock) -> None:
         done = b.step + 1
-        self.labels += len(b.tokens)
+        self.labels += len(b.tokens) if self.algo.source == "online" else 0  # a fixed set's were bought elsewhere
         record = batch_record(b, losses) | {"labels": self.labels, "seconds": clock.seconds}
         if "label" in clock.seconds and self.labeller is not None:  # else nothing was labelled now
             stats = getattr(self.labeller.annotator, "stats", {}).items()
@@ -278,6 +278,10 @@ class Trainer:
         )
         if found:
             self.view.say(f"going on from {found}: {progress['step']} online batches done")
+        if progress["step"] > self.config.train.online_batches:
+            raise UserError(
+                f"train.online_batches={self.config.train.online_batches}: the run has done {progress['step']} already"
+            )
         self.labels = progress["labels"]
         if self.engine.main:
             self.run.forget_metrics_from(progress["step"])

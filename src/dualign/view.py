@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -148,7 +149,7 @@ def plan_lines(config: Config, engine: Engine, prompts: int, heldout: int) -> li
         f"{c.algo.name} on {c.model.name} ({size:.0f}M parameters, {c.model.precision}, {sharing}), "
         f"{engine.world} process{'es' if engine.world > 1 else ''}, {engine.device}",
         f"{t.online_batches} online batches of {t.online_batch} completions = {c.prompts_per_batch} prompts × {c.group}; "
-        f"{per} update{'s' if per > 1 else ''} each on {t.update_size} completions; "
+        f"{per} update{'s' if per > 1 else ''} each on {c.update_completions} completions; "
         f"{t.online_batches * per} updates and {t.online_batches * t.online_batch} labels in all",
         f"{prompts} training prompts ({t.online_batches * c.prompts_per_batch / prompts:.1f} epochs), {heldout} held out",
     ]
@@ -182,6 +183,8 @@ def verdict(summary: dict[str, Any]) -> list[str]:
     """Did it get better, by how much, and at what price, in words."""
     before, after, gain, ci = summary["before"], summary["after"], summary["gain_sd"], summary["gain_sd_ci"]
     clear = "better" if gain - ci > 0 else "worse" if gain + ci < 0 else "no clear change"
+    if math.isnan(ci):
+        clear = "one prompt says nothing about others"
     lines = [
         f"held-out reward {before['reward']:+.3f} -> {after['reward']:+.3f}: {gain:+.2f} ± {ci:.2f} standard deviations "
         f"(95 % interval over {after['prompts']} prompts): {clear}",

@@ -10,7 +10,7 @@ import dualign
 from dualign.cli import application
 from dualign.errors import UserError
 from dualign.eval.cheat import _rose, independent, texts, verdict
-from runs_common import tree, vowels, write_prompts
+from runs_common import tree, vowels, write_pairs, write_prompts
 
 
 def batch(step, **changes):
@@ -112,3 +112,10 @@ def test_the_noise_of_the_first_batch_counts_too():
     rows = [{"reward_sd": 0.0, "reward_se": 0.2}] + [{"reward_sd": 0.25, "reward_se": 0.2}] * 3
     assert not _rose(rows)
     assert _rose([rows[0] | {"reward_se": 0.0}, *rows[1:]])
+
+
+def test_a_fixed_set_says_nothing_about_cheating(tiny, tmp_path):
+    config = tree(tiny, write_pairs(tmp_path), tmp_path / "run", {"name": "offline_dpo"})
+    dualign.train(config, reward=vowels, quiet=True)
+    said = CliRunner().invoke(application(), ["eval", "cheat", str(tmp_path / "run")])
+    assert said.exit_code != 0 and "fixed set" in str(said.exception)

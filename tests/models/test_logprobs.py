@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from dualign.models import logprobs
+from dualign.models.attention import _attend, _attend_by_sdpa
 from dualign.models.logprobs import token_logp
 from dualign.models.master import LightEmbedding, Masters
-from dualign.models.packing import Tokens, pack, plan
+from dualign.models.packing import Tokens, deal, pack, plan, size_of
 from dualign.models.policy import Policy, load_model
 from dualign.schema import ModelConfig
 
@@ -112,6 +113,33 @@ def test_whole_prompts_stay_together_within_the_budget():
         for other in batches:
             if other is not part:
                 assert {tokens.group[i] for i in part}.isdisjoint({tokens.group[i] for i in other})
+
+
+def test_without_sharing_padding_counts_towards_the_budget():
+    tokens = rows()
+    whole = [len(p) + len(c) for p, c in zip(tokens.prompt_ids, tokens.completion_ids, strict=True)]
+    for part in plan(tokens, range(len(tokens)), 100, share=False):
+        padded = pack(tokens, part, tokens.width, 0, share=False).input_ids.numel()
+        assert padded == size_of(tokens, part, False) == len(part) * max(whole[i] for i in part)
+        assert padded <= 100 or len({tokens.group[i] for i in part}) == 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_micro_batches_are_dealt_out_evenly_and_each_once(world):
+    tokens = rows()
+    parts = plan(tokens, range(len(tokens)), 30)
+    hands = deal(tokens, parts, world, True)
+    assert sorted(map(tuple, (part for hand in hands for part in hand))) == sorted(map(tuple, parts))
+    loads = [sum(size_of(tokens, part, True) for part in hand) for hand in hands]
+    assert max(loads) - min(loads) <= max(size_of(tokens, part, True) for part in parts)
+
+
+def test_attention_by_sdpa_is_attention_spelled_out():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 6, 5, 8), torch.randn(3, 2, 7, 8), torch.randn(3, 2, 7, 8)
+    mask = torch.rand(3, 1, 5, 7) < 0.7
+    mask[..., 0] = True
+    assert torch.allclose(_attend(q, k, v, mask, 0.3, 0.0), _attend_by_sdpa(q, k, v, mask, 0.3, 0.0), atol=1e-6)
 
 
 def test_a_rounded_copy_gives_the_very_same_numbers(tiny):

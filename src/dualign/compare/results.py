@@ -64,7 +64,7 @@ class Mean:
         known = np.array([v for v in values if v is not None and np.isfinite(v)], dtype=float)
         if not len(known):
             return None
-        return Mean(float(known.mean()), half_width(known) if len(known) > 1 else float("nan"), len(known))
+        return Mean(float(known.mean()), half_width(known), len(known))
 
 
 def is_online(config: Config) -> bool:

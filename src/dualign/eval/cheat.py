@@ -45,9 +45,16 @@ def independent(run: Path) -> str:
 
 def trace(run: Path, second: Judge, until: int | None = None) -> list[Json]:
     """One row of signs per online batch, of the first `until`. Raises UserError for a run without batches."""
+    from dualign.config import load
     from dualign.runs import Run
 
     opened = Run.open(run)
+    config = load(opened.config_file)
+    if config.algo.source != "online" or any(r.type == "preference" for r in config.reward):
+        raise UserError(
+            f"{run}: its batches do not say whether it cheated: they are a fixed set's, or compared with each other; "
+            "`dualign eval winrate` and `eval reward` look at its checkpoints"
+        )
     steps = sorted(int(p.stem) for p in opened.batches.glob("*.parquet"))
     if not steps:
         raise UserError(f"{run}: no online batch yet")

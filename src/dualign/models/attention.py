@@ -90,14 +90,12 @@ class _Collect(Function):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dropout: float) -> Tensor:
-    """Grouped-query attention; query heads that share a key head are stacked along the sequence, so keys are never
-    repeated. On a CPU spelled out: SDPA's backward there takes twice as long."""
+    """Grouped-query attention. On a CPU spelled out, since SDPA's backward there takes twice as long; query heads that
+    share a key head are stacked along the sequence, so keys are never repeated."""
+    if q.device.type != "cpu":
+        return _attend_by_sdpa(q, k, v, mask, scale, dropout)
     b, heads, s, d = q.shape
     groups = heads // k.shape[1]
-    if q.device.type != "cpu":
-        return nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout, enable_gqa=groups > 1
-        )
     stacked = q.reshape(b, heads // groups, groups * s, d)
     score = (stacked @ k.transpose(-1, -2)).unflatten(2, (groups, s))
     bias = torch.zeros(mask.shape, dtype=score.dtype).masked_fill_(~mask, float("-inf"))
@@ -105,6 +103,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dropout
     if dropout:
         weight = nn.functional.dropout(weight, dropout)
     return (weight.flatten(2, 3) @ v).reshape(b, heads, s, d)
+
+
+def _attend_by_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dropout: float) -> Tensor:
+    """Keys and values are repeated: with a mask, CUDA's fused kernels know no grouped queries, and SDPA would fall back
+    to one that keeps every score."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout)
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -85,26 +85,42 @@ def _moved(record: Any, device: torch.device) -> dict[str, Tensor]:
     return {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
 
 
-def plan(tokens: Tokens, rows: Sequence[int], budget: int) -> list[list[int]]:
+def plan(tokens: Tokens, rows: Sequence[int], budget: int, share: bool = True) -> list[list[int]]:
     """Rows by micro-batch: whole prompts together, longest first, at most `budget` tokens each (a prompt that is
-    longer with its completions gets a micro-batch to itself)."""
+    longer with its completions gets a micro-batch to itself). Where prompts are not shared, padding counts."""
+    batches: list[list[int]] = []
+    for members in sorted(_by_prompt(tokens, rows), key=lambda m: -size_of(tokens, m, share)):
+        if batches and size_of(tokens, [*batches[-1], *members], share) <= budget:
+            batches[-1] += members
+        else:
+            batches.append(members)
+    return batches
+
+
+def size_of(tokens: Tokens, rows: Sequence[int], share: bool) -> int:
+    """Tokens that a forward pass over `rows` computes."""
+    if not share:
+        return len(rows) * max((len(tokens.prompt_ids[r]) + len(tokens.completion_ids[r]) for r in rows), default=0)
+    prompts = sum(len(tokens.prompt_ids[members[0]]) for members in _by_prompt(tokens, rows))
+    return prompts + sum(len(tokens.completion_ids[row]) for row in rows)
+
+
+def deal(tokens: Tokens, parts: Sequence[list[int]], world: int, share: bool) -> list[list[list[int]]]:
+    """Micro-batches by process: each, the largest first, to the one that has least to do so far."""
+    hands: list[list[list[int]]] = [[] for _ in range(world)]
+    load = [0] * world
+    for part in sorted(parts, key=lambda rows: -size_of(tokens, rows, share)):
+        least = load.index(min(load))
+        hands[least].append(part)
+        load[least] += size_of(tokens, part, share)
+    return hands
+
+
+def _by_prompt(tokens: Tokens, rows: Sequence[int]) -> list[list[int]]:
     groups: dict[int, list[int]] = defaultdict(list)
     for row in rows:
         groups[tokens.group[row]].append(row)
-
-    def size(members: list[int]) -> int:
-        return len(tokens.prompt_ids[members[0]]) + sum(len(tokens.completion_ids[row]) for row in members)
-
-    batches: list[list[int]] = []
-    used = 0
-    for members in sorted(groups.values(), key=lambda m: -size(m)):
-        if batches and used + size(members) <= budget:
-            batches[-1] += members
-            used += size(members)
-        else:
-            batches.append(list(members))
-            used = size(members)
-    return batches
+    return list(groups.values())
 
 
 def pack(tokens: Tokens, rows: Sequence[int], width: int, pad_id: int, share: bool) -> MicroBatch:

@@ -104,7 +104,7 @@ class Policy(nn.Module):
         self.head = model.get_output_embeddings()
         self.plain_head = self._head_is_linear()
         self._rounded: Any = None
-        self._rounded_version: Any = None
+        self._rounded_of: Any = None  # the weight that it is the rounding of
         LightEmbedding.take(model.get_input_embeddings())
         if share and model.config._attn_implementation == "sdpa":
             self.share = self._try_sharing()
@@ -138,18 +138,23 @@ class Policy(nn.Module):
         return micro.scatter(logp_M)
 
     def rounded_head(self) -> Tensor:
-        """(V, H): the head's weight in the dtype of its products, rounded anew only when it has changed."""
+        """(V, H): the head's weight in the dtype of its products, rounded anew only when it has changed. Whoever steps
+        an optimizer says so by `stepped`: fused ones do not count a weight's version up."""
         weight = self.head.weight
         if weight.dtype == self.dtype:
             return weight.detach()
         version = (weight.data_ptr(), weight._version)
-        if self._rounded_version != version:
+        if self._rounded_of != version:
             with torch.inference_mode(False), torch.no_grad():
                 if self._rounded is None or self._rounded.device != weight.device:
                     self._rounded = torch.empty_like(weight, dtype=self.dtype)
                 self._rounded.copy_(weight)
-            self._rounded_version = version
+            self._rounded_of = version
         return self._rounded
+
+    def stepped(self) -> None:
+        """The weights have changed."""
+        self._rounded_of = None
 
     @torch.no_grad()
     def _head_is_linear(self) -> bool:
