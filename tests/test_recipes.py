@@ -53,7 +53,7 @@ def test_one_reward_needs_no_list(tmp_path):
     config = configs.load(tmp_path / "one.yaml", ["reward.0.weight=2"])
     assert [(r.type, r.weight) for r in config.reward] == [("head", 2)]
     assert configs.load("quickstart", ["reward={type: head, path: builtin:hh}"]).reward[0].path == "builtin:hh"
-    with pytest.raises(UserError, match="reward.0.pth: no such key; did you mean reward.0.path"):
+    with pytest.raises(UserError, match=r"reward\.0\.pth: no such key; did you mean reward\.0\.path"):
         configs.load("quickstart", ["reward={type: head, pth: builtin:hh}"])
 
 

@@ -63,6 +63,8 @@ def test_by_order_sees_position_bias() -> None:
     assert (first.preferred_first, first.preferred_second, first.first_named, first.consistent) == (1, 0, 1, 0)
     right = agreement.by_order(pairs, [Verdict(p.human, p.human) for p in pairs])  # type: ignore[arg-type]
     assert (right.preferred_first, right.preferred_second, right.first_named, right.consistent) == (1, 1, 0.5, 1)
+    harm = agreement.by_order(pairs, [Verdict("b", "a", asks="loser")] * 8)  # the first is always called the worse one
+    assert harm.first_named == 1 and harm.consistent == 0
     some = agreement.by_order([*pairs, pair("tie")], [Verdict("a", None)] * 9)
     assert some.pairs == 0 and math.isnan(some.consistent)
 
@@ -73,6 +75,12 @@ def test_the_human_ceiling() -> None:
     split = agreement.human_ceiling([pair("a", {"a": 2, "b": 1, "tie": 0})])
     assert split and split.share == pytest.approx(1 / 3)  # (1/2 + 1/2 + 0) / 3
     assert agreement.human_ceiling([pair("a", {"a": 1, "b": 0, "tie": 0}), pair("a")]) is None
+
+
+def test_pairs_that_say_nothing_do_not_narrow_the_human_ceiling() -> None:
+    telling = [pair("a", {"a": 2, "b": 1, "tie": 0})] * 10
+    found, alone = (agreement.human_ceiling(p) for p in (telling + [pair("tie", {"tie": 3})] * 90, telling))
+    assert found and alone and (found.pairs, found.low, found.high) == (10, alone.low, alone.high)
 
 
 def test_the_longer_answer() -> None:

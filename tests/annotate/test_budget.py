@@ -112,6 +112,14 @@ def test_processes_share_one_ceiling(tmp_path: Path) -> None:
     assert sum(granted.get(timeout=5) for _ in workers) == 1000
 
 
+def test_another_address_is_no_new_budget(tmp_path: Path) -> None:
+    for url in ("http://a:1/v1", "http://a:1/v1/", "http://b:2/v1"):
+        ledger = Ledger(tmp_path / "spent.sqlite", Endpoint(**{**WHERE, "base_url": url}, max_calls=3))
+        while ledger.hold(1, 1):
+            pass
+        assert ledger.spent().calls == 3
+
+
 def _hold_and_die(path: Path) -> None:
     Ledger(path, Endpoint(**WHERE, max_tokens_total=100)).hold(60, 0)
     os.kill(os.getpid(), signal.SIGKILL)

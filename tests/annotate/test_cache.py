@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+from importlib import resources
 from pathlib import Path
 
 from dualign.annotate.base import Item, label_all
@@ -84,6 +85,19 @@ def _fill_and_die(path: Path, start: int, kill: bool) -> None:
         cache.put(Row(key_of(request), "m", "r", request, {"text": str(i)}), (1, 1), 5)
         if kill and i == start + 200:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_reply_that_can_no_longer_be_read_is_bought_once_more_and_kept(tmp_path: Path) -> None:
+    text = resources.files("dualign.annotate").joinpath("rubrics/helpfulness.yaml").read_text("utf-8")
+    rubric = tmp_path / "mine.yaml"
+    with FaultServer(reply="SCORE: 9") as server:
+        rubric.write_text(text)
+        assert label(server, tmp_path / "c.sqlite", ["x"], rubric=str(rubric))[0].value == 9
+        rubric.write_text(text.replace("scale: [1, 10]", "scale: [1, 5]"))  # the same words, another scale
+        server.reply = "SCORE: 4"
+        for _ in range(3):
+            assert label(server, tmp_path / "c.sqlite", ["x"], rubric=str(rubric))[0].value == 4
+        assert server.stats.calls == 2
 
 
 def test_several_processes_and_a_kill_leave_it_whole(tmp_path: Path) -> None:

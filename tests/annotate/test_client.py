@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dualign.annotate import client
 from dualign.annotate.base import Item, label_all
 from dualign.annotate.client import Client, Pace
 from dualign.annotate.faults import retry_after
@@ -199,6 +200,38 @@ def test_add_returns_at_once(tmp_path: Path) -> None:
         assert len(session.close()) == 50
         assert added < 0.25
         annotator.close()
+
+
+def test_a_server_that_always_says_at_once_is_not_asked_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "PATIENCE", 1.0)
+    for wait in ("0", "nan"):
+        with FaultServer(faults=1.0, kinds=("429",), retry_after=wait) as server, pytest.raises(StopRun):
+            label(server, tmp_path, 9, retries=0)
+        assert server.stats.calls < 100  # nine requests
+
+
+def test_a_key_that_cannot_be_sent_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with FaultServer(key="good") as server:
+        monkeypatch.setenv("OPENAI_API_KEY", "good\n")
+        assert all(one.value is not None for one in label(server, tmp_path, 2))
+    monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
+    with pytest.raises(UserError, match="OPENAI_API_KEY: this key cannot be sent") as told:
+        label("http://127.0.0.1:9/v1", tmp_path, 1)
+    assert "schl" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("counts", "read"),
+    [
+        ({"prompt_tokens": 5, "completion_tokens": 2}, (5, 2)), ({"prompt_tokens": 5}, (5, 0)), (None, None), ({}, None),
+        ({"prompt_tokens": 5, "completion_tokens": None}, None), ({"prompt_tokens": -5, "completion_tokens": 2}, None),
+        ({"prompt_tokens": 5, "completion_tokens": "2"}, None), ({"prompt_tokens": True, "completion_tokens": 2}, None),
+    ],
+)  # fmt: skip
+def test_a_count_that_is_none_is_billed_at_its_most(counts: object, read: object) -> None:
+    assert client.usage({"usage": counts}) == read
 
 
 def test_a_wrong_url_is_told_at_once() -> None:

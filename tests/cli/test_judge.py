@@ -142,3 +142,53 @@ def test_agreement_needs_no_judge(pairs: Path) -> None:
     assert "longer answer" in run("agreement", pairs)
     with pytest.raises(UserError, match="--model"):
         run("agreement", pairs, "--rubric", "helpfulness", "--base-url", "http://localhost:1/v1")
+
+
+def test_a_judge_that_never_answers_is_no_success(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    with FaultServer(status=500) as server, pytest.raises(StopRun, match="nothing was labelled and nothing written"):
+        run("judge", rows, *judge_options(server, tmp_path), "--set", "retries=0", "--out", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_texts_with_foreign_line_ends_are_read_back(tmp_path: Path) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    texts = [f"one\u2028two\x85three {i} quality-{i + 1}" for i in range(3)]
+    rows.write_text(
+        "".join(json.dumps({"id": f"r{i}", "prompt": "a", "completion": t}) + "\n" for i, t in enumerate(texts))
+    )
+    with FaultServer() as server:
+        run("judge", rows, *judge_options(server, tmp_path), "--out", out)
+    assert "3" in run("granularity", out, out)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"id": "x", "response": "a", "reward": 1}\n{"id": "x", "response": "a", "reward": 2}\n', "ids must be unique"),
+        ("not json\n", "expected rows with id, response and reward"),
+        ('{"id": 1}\n', "expected rows with id, response and reward"),
+    ],
+)  # fmt: skip
+def test_rewards_that_cannot_be_read_are_told(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(UserError, match=told):
+        run("granularity", tmp_path / "a.jsonl", tmp_path / "a.jsonl")
+
+
+def test_what_is_wrong_is_told_before_anything_is_bought(pairs: Path, tmp_path: Path) -> None:
+    for more, told in (
+        (["--set", "weight=3"], "--set weight"), (["--set", "cache=["], "not readable as YAML"), (["--plot", "x.foo"], "--plot"),
+    ):  # fmt: skip
+        with FaultServer() as server, pytest.raises(UserError, match=told):
+            run("agreement", pairs, *judge_options(server, tmp_path), *more)
+        assert server.stats.calls == 0
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    for votes in ([1, 2], "two", {"a": "2"}, {"c": 1}):
+        pairs.write_text(json.dumps({**rows[0], "votes": votes}) + "\n")
+        with pytest.raises(UserError, match="votes: expected counts"):
+            run("agreement", pairs)
+    pairs.write_text(json.dumps({**rows[0], "response_a": "x\ud800"}) + "\n")
+    with pytest.raises(UserError, match="half of a character"):
+        run("agreement", pairs)

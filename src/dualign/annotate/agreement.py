@@ -101,12 +101,13 @@ def kappa(judged: Sequence[tuple[str, str]]) -> float:
 
 def by_order(pairs: Sequence[Pair], verdicts: Sequence[Verdict]) -> Orders:
     """Agreement by which response was shown first."""
-    first = second = named = consistent = decided = n = 0
+    first = second = consistent = decided = n = 0
+    named = 0.0
     for pair, verdict in zip(pairs, verdicts, strict=True):
-        if verdict.ab is None or verdict.ba is None:
+        if verdict.named_first is None:
             continue
         n += 1
-        named += (verdict.ab == "a") + (verdict.ba == "b")
+        named += verdict.named_first
         consistent += verdict.ab == verdict.ba
         if pair.human == "tie":
             continue
@@ -114,9 +115,7 @@ def by_order(pairs: Sequence[Pair], verdicts: Sequence[Verdict]) -> Orders:
         shown_first, shown_second = (verdict.ab, verdict.ba) if pair.human == "a" else (verdict.ba, verdict.ab)
         first += shown_first == pair.human
         second += shown_second == pair.human
-    share = [
-        x / d if d else math.nan for x, d in ((first, decided), (second, decided), (named, 2 * n), (consistent, n))
-    ]
+    share = [x / d if d else math.nan for x, d in ((first, decided), (second, decided), (named, n), (consistent, n))]
     return Orders(n, *share)
 
 
@@ -129,12 +128,12 @@ def human_ceiling(pairs: Sequence[Pair]) -> Agreement | None:
     """One person against the others of the same pair: each voter is held against the majority of the rest, whose draws
     are broken at random (in expectation). None where no pair has several votes."""
     n = ties = voters = held = 0
-    credit = exact = 0.0
+    credit = exact = rest_ties = 0.0
     for pair in pairs:
         votes = Counter({side: count for side, count in (pair.votes or {}).items() if count})
         if votes.total() < 2:
             continue
-        n += 1
+        before = held
         for vote, count in votes.items():
             rest = votes - Counter([vote])
             tops = [side for side, most in rest.items() if most == max(rest.values())]
@@ -145,12 +144,15 @@ def human_ceiling(pairs: Sequence[Pair]) -> Agreement | None:
             if decided:
                 held += count
                 credit += count * (0.5 if vote == "tie" else (vote in decided) / len(decided))
+            rest_ties += count * (0.0 if "tie" not in tops else 1 / len(tops))
+        n += held > before
     if not held:
         return None
     share = credit / held
-    low, high = wilson(share * n, n)  # people of one pair are not independent: pairs are counted, not votes
-    tie_share = ties / voters
-    chance = (1 - tie_share) ** 2 / 2 + tie_share**2
+    # people of one pair are not independent: pairs are counted, not votes, and of them those that weigh in
+    low, high = wilson(share * n, n)
+    tie_share, rest_share = ties / voters, rest_ties / voters
+    chance = (1 - tie_share) * (1 - rest_share) / 2 + tie_share * rest_share
     person = "one person"
     return Agreement(person, n, share, low, high, tie_share, (exact / voters - chance) / (1 - chance))
 

@@ -35,7 +35,7 @@ def prompt_bound(texts: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a run has spent at one endpoint. `held`: set aside for requests in flight, or lost with a killed process."""
+    """What a run has spent on one model. `held`: set aside for requests in flight, or lost with a killed process."""
 
     calls: int
     prompt_tokens: int
@@ -52,7 +52,8 @@ class Hold:
 
 
 class Ledger:
-    """One endpoint's account. `path` None: in memory, for this process alone."""
+    """One model's account, wherever it is served: another address is no new budget. `path` None: in memory, for this
+    process alone."""
 
     def __init__(self, path: Path | None, settings: Endpoint) -> None:
         if settings.max_dollars is not None and not settings.price_prompt and not settings.price_completion:
@@ -60,7 +61,7 @@ class Ledger:
                 "max_dollars: without price_prompt and price_completion nothing costs anything, and it would never stop "
                 "anything; set them, or max_tokens_total or max_calls"
             )
-        self.name = f"{settings.model} at {settings.base_url}"
+        self.name = settings.model
         self._prices = math.ceil(settings.price_prompt * 1e6), math.ceil(settings.price_completion * 1e6)
         self._ceilings = (
             UNLIMITED if settings.max_calls is None else settings.max_calls,

@@ -76,10 +76,12 @@ class Cache:
     def count_hit(self, key: str) -> None:
         self._db.execute("UPDATE reply SET hits = hits + 1 WHERE key = ?", (key,))
 
-    def put(self, row: Row, tokens: tuple[int, int], picodollars: int) -> None:
-        """Keeps the first reply where two processes bought the same. `tokens`: prompt, completion."""
+    def put(self, row: Row, tokens: tuple[int, int], picodollars: int, replace: bool = False) -> None:
+        """Keeps the first reply where two processes bought the same, unless it is to `replace` one that could not be
+        read any more. `tokens`: prompt, completion."""
         values = (row.key, row.model, row.rubric, row.request, canonical(row.reply), *tokens, picodollars, time.time())
-        self._db.execute("INSERT OR IGNORE INTO reply VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0)", values)
+        verb = "REPLACE" if replace else "IGNORE"
+        self._db.execute(f"INSERT OR {verb} INTO reply VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0)", values)
 
     def summary(self) -> list[dict[str, Any]]:
         """Per model and rubric: labels kept, and the calls, tokens and dollars that asking again did not cost."""

@@ -80,13 +80,18 @@ class Client:
         if not re.match(r"https?://", settings.base_url):
             raise UserError(f"base_url: {shown(settings.base_url)!r} is not a URL such as http://localhost:8000/v1")
         self.settings = settings
-        self._key = os.environ.get(settings.api_key_env) or "none"
+        self._key = os.environ.get(settings.api_key_env, "").strip() or "none"
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise UserError(
+                f"{settings.api_key_env}: this key cannot be sent: it holds something but plain letters and signs"
+            )
         self._ledger = Ledger(ledger, settings)
         self._cache = Cache(settings.cache or default_path())
         self._requests, self._tokens = Pace(settings.requests_per_minute), Pace(settings.tokens_per_minute)
         self._waiting: dict[str, list[Future[Label]]] = {}  # by content: what is being asked is not asked again
         self._stopped: StopRun | UserError | None = None
         self._answers = 0  # replies of any use so far
+        self.remembered = 0  # labels that the cache had
         self._given_up = 0  # requests in a row that failed for good
         self._paused_until = 0.0
         self._holds = 0
@@ -99,6 +104,11 @@ class Client:
         answer: Future[Label] = Future()
         self._loop.call_soon_threadsafe(self._begin, request, read, answer)
         return answer
+
+    @property
+    def answered(self) -> bool:
+        """Whether the server ever gave a reply of any use."""
+        return self._answers > 0
 
     def spent(self) -> Spent:
         return self._ledger.spent()
@@ -164,23 +174,29 @@ class Client:
         kept = self._cache.get(key)
         if kept is not None and (label := read(kept)).value is not None:
             self._cache.count_hit(key)
+            self.remembered += 1
             return label
-        tries, waited, answers = 0, 0.0, self._answers
+        tries, turns, waited, answers = 0, 0, 0.0, self._answers
         while True:
             try:
                 async with self._slots:
                     payload, label, tokens = await self._ask(request, read)
             except AttemptError as fault:
-                waited += fault.wait or 0.0
                 tries += fault.wait is None
+                turns += 1
                 if not fault.passing or tries > self.settings.retries or waited > PATIENCE:
                     return self._give_up(fault, tries, answers)
-                await self._sleep(max(fault.wait or 0.0, backoff(tries)))
+                if fault.wait is None:
+                    await self._sleep(backoff(tries))
+                else:  # asked to come back later; a server that always says "at once" is not believed for long
+                    later = max(fault.wait, backoff(min(turns, 5)))
+                    waited += later
+                    await self._sleep(later)
                 continue
             self._answers, self._given_up = self._answers + 1, 0
             if label.value is not None:
                 row = Row(key, self.settings.model, request.rubric, content, payload)
-                self._cache.put(row, tokens, self._ledger.price(*tokens))
+                self._cache.put(row, tokens, self._ledger.price(*tokens), replace=kept is not None)
             return label
 
     async def _ask(self, request: Request, read: Callable[[Payload], Label]) -> tuple[Payload, Label, tuple[int, int]]:
@@ -276,10 +292,15 @@ def backoff(tries: int) -> float:
 
 
 def usage(payload: Payload) -> tuple[int, int] | None:
+    """Prompt and completion tokens as the server counted them; None where it did not, or not in whole numbers. What it
+    says of prompts alone (a reward model writes nothing) is taken."""
     counts = payload.get("usage")
-    if not isinstance(counts, dict) or not isinstance(counts.get("prompt_tokens"), int):
+    if not isinstance(counts, dict):
         return None
-    return counts["prompt_tokens"], counts.get("completion_tokens") or 0
+    found = [counts.get("prompt_tokens"), counts.get("completion_tokens", 0)]
+    if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in found):
+        return None
+    return found[0], found[1]
 
 
 def shown(base_url: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def retry_after(header: str | None) -> float | None:
             seconds = parsedate_to_datetime(header).timestamp() - time.time()
         except (TypeError, ValueError):
             return None
-    return min(max(seconds, 0.05), 600.0)
+    return min(max(seconds, 0.05), 600.0) if math.isfinite(seconds) else None
 
 
 def _clean(text: str, key: str) -> str:

@@ -120,14 +120,16 @@ def read_score(payload: Payload, rubric: Rubric, completion: str, *, expected: b
 
 def expected_score(tokens: list[Mapping[str, Any]], written: float, low: float, high: float) -> float | None:
     """Σ score · p(score) over the integers in low..high, at the token where the judge wrote its score; None where the
-    server gave no log-probs, or where a token "1" may be the start of "10" and nothing tells how often it was."""
+    server gave no log-probs, where the number stands in several places and none of them begins the reply, or where a
+    token "1" may be the start of "10" and nothing tells how often it was."""
     if written != int(written):
         return None
     at = [i for i, token in enumerate(tokens) if _integer(token["token"]) == written]
-    if not at:
+    first = next((i for i, token in enumerate(tokens) if token["token"].strip()), None)
+    if not at or (len(at) > 1 and at[0] != first):
         return None
     mass: dict[int, float] = {}
-    for candidate in tokens[at[-1]].get("top_logprobs") or []:
+    for candidate in tokens[at[0]].get("top_logprobs") or []:
         number = _integer(candidate["token"])
         if number is not None and low <= number <= high:
             mass[number] = mass.get(number, 0.0) + math.exp(candidate["logprob"])

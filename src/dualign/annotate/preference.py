@@ -31,6 +31,15 @@ class Verdict:
     ba: Side | None  # the better one when b was shown first
     reason: str | None = None
     note: str | None = None
+    asks: Literal["winner", "loser"] = "winner"  # which one the judge was asked to name
+
+    @property
+    def named_first(self) -> float | None:
+        """Of the two answers, the share that named what was shown first: 0.5 where the judge goes by content."""
+        if self.ab is None or self.ba is None:
+            return None
+        better = ((self.ab == "a") + (self.ba == "b")) / 2
+        return better if self.asks == "winner" else 1 - better
 
     @property
     def value(self) -> float | None:
@@ -45,6 +54,7 @@ class Asked:
 
     ab: list[Future[Label]]
     ba: list[Future[Label]]
+    asks: Literal["winner", "loser"]
 
     def verdict(self) -> Verdict:
         """Waits. With several samples, an order's answer is its majority's; a draw is no answer."""
@@ -55,7 +65,7 @@ class Asked:
         reason = None if first and second else (reasons or ["the samples of one order are split"])[0]
         swapped: dict[int | None, Side | None] = {1: "b", 2: "a", None: None}
         straight: dict[int | None, Side | None] = {1: "a", 2: "b", None: None}
-        return Verdict(straight[first], swapped[second], reason, note)
+        return Verdict(straight[first], swapped[second], reason, note, self.asks)
 
 
 class PreferenceAnnotator:
@@ -73,7 +83,7 @@ class PreferenceAnnotator:
 
     def compare(self, prompt: Prompt, a: str, b: str) -> Asked:
         """Starts asking which of `a` and `b` is better, in both orders."""
-        return Asked(self._order(prompt, a, b), self._order(prompt, b, a))
+        return Asked(self._order(prompt, a, b), self._order(prompt, b, a), self.rubric.preference.answer)
 
     def _order(self, prompt: Prompt, first: str, second: str) -> list[Future[Label]]:
         messages = self.rubric.preference_messages(prompt, first, second)
@@ -81,7 +91,7 @@ class PreferenceAnnotator:
 
         def read(payload: Payload) -> Label:
             text, cut, _ = read_reply(payload)
-            found = extract.choice(text, asks=asks, cut=cut)
+            found = extract.choice(text, asks=asks, cut=cut, echoes=(first, second))
             if found.value is None:
                 return Label.absent(found.reason or "no choice in the reply", note=text)
             return Label(found.value if asks == "winner" else 3 - found.value, note=text)

@@ -102,5 +102,6 @@ def write_plot(reports: Sequence[Report], path: Path) -> None:
         axis.axvline(50, color="0.3", linestyle=":", linewidth=1)
         axis.set(xlim=(0, 100), xlabel="agreement with people, %", title=Path(report["file"]).name)
         axis.invert_yaxis()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -68,6 +68,7 @@ def _rewarded(rows: Sequence[Any], settings: dict[str, Any]) -> Iterator[dict[st
             (row, name), label = responses[item.index], judge.combine(asked)
             yield {"id": row.id, "response": name, "prompt": row.prompt.messages, "completion": item.completion,
                    "reward": label.value, "reason": label.reason, "note": label.note}  # fmt: skip
+        _answered(judge.client, len(responses))
     finally:
         judge.close()
 
@@ -89,8 +90,17 @@ def _compared(rows: Sequence[Any], settings: dict[str, Any], file: str) -> Itera
             yield {"id": row.id, "prompt": row.prompt.messages, **row.texts, "value": verdict.value, "better": better,
                    "first_order": verdict.ab and names[verdict.ab], "second_order": verdict.ba and names[verdict.ba],
                    "reason": verdict.reason, "note": verdict.note}  # fmt: skip
+        _answered(judge.client, len(rows))
     finally:
         judge.close()
+
+
+def _answered(client: Any, asked: int) -> None:
+    """Raises StopRun where there was no reply at all (and none was needed from the cache either)."""
+    from dualign.errors import StopRun
+
+    if asked and not client.answered and not client.remembered:
+        raise StopRun("the judge never answered: nothing was labelled and nothing written. Run again when it is back")
 
 
 def labels(
@@ -133,7 +143,7 @@ def agreement(
     limit: Limit = None,
     more: More = None,
     json_out: Json = None,
-    plot: Annotated[Path | None, typer.Option(help="draw the shares to this .png file")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw the shares to this file (.png, .svg, .pdf)")] = None,
 ) -> None:
     """How often AI rewards, AI preferences and reward heads agree with people, beside the longer answer and people."""
     from dualign.cli.agreement_report import measure_file, print_report, write_plot
@@ -144,6 +154,8 @@ def agreement(
         raise UserError(
             f"a judge needs all of --rubric, --base-url and --model; missing: {[k for k, v in given.items() if not v]}"
         )
+    if plot and plot.suffix not in (".png", ".svg", ".pdf"):  # said before anything is bought
+        raise UserError(f"--plot {plot}: a figure ends in .png, .svg or .pdf")
     settings = {**given, **_settings(more)}
     reward, preference = (_validated(kind, settings) if model else None for kind in ("judge", "preference"))
     reports = [measure_file(file, limit, head or [], reward, preference) for file in files]
@@ -192,7 +204,12 @@ def _settings(more: list[str] | None) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: expected key=value")
-        settings[key.strip()] = yaml.safe_load(value)
+        try:
+            settings[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {text}: {value!r} is not readable as YAML") from None
+    if idle := settings.keys() & {"type", "weight", "clip", "where", "optional"}:
+        raise UserError(f"--set {min(idle)}: it says how rewards are combined in a run; nothing is combined here")
     return settings
 
 
@@ -225,6 +242,7 @@ def _count(rows: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterator[dic
 
 
 def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.part")
     aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
     aside.replace(path)

@@ -57,18 +57,26 @@ def load_pairs(source: str, limit: int | None = None) -> list[Pair]:
         label = row.prompt.columns.get("label")
         if label not in ("a", "b", "tie"):
             raise UserError(f"{source}: row {row.id}: label: expected a, b or tie, found {label!r}")
-        pairs.append(Pair(row.id, row.prompt, a, b, label, row.prompt.columns.get("votes")))
+        votes = row.prompt.columns.get("votes")
+        if votes is not None and not (
+            isinstance(votes, Mapping)
+            and all(side in ("a", "b", "tie") and isinstance(n, int | None) for side, n in votes.items())
+        ):
+            raise UserError(f"{source}: row {row.id}: votes: expected counts of a, b and tie, found {votes!r}")
+        pairs.append(Pair(row.id, row.prompt, a, b, label, votes))
     return pairs
 
 
 def _text(prompt: Prompt, column: str, source: str) -> str:
     value = prompt.columns.get(column)
-    if isinstance(value, str):
-        return value
     try:
-        return str(value[-1]["content"])  # type: ignore[index]
+        text = value if isinstance(value, str) else str(value[-1]["content"])  # type: ignore[index]
+        text.encode()
     except (TypeError, KeyError, IndexError):
         raise UserError(f"{source}: row {prompt.id}: {column}: expected a text or a list of messages") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{source}: row {prompt.id}: {column}: holds half of a character") from None
+    return text
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -126,15 +134,22 @@ def read_rewards(path: Path) -> dict[tuple[str, str], float]:
     """Rewards by (id, response) of a file that `dualign judge` wrote. Absent ones are left out. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
+    import pyarrow.parquet as pq
 
-        rows: Iterable[Any] = pq.read_table(path).to_pylist()
-    else:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    found: dict[tuple[str, str], float] = {}
     try:
-        return {(row["id"], row["response"]): float(row["reward"]) for row in rows if row["reward"] is not None}
-    except (KeyError, TypeError, ValueError) as error:
+        if path.suffix == ".parquet":
+            rows: Iterable[Any] = pq.read_table(path).to_pylist()
+        else:  # not splitlines: a text may hold other kinds of line ends
+            rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
+        for row in rows:
+            key = (row["id"], row["response"])
+            if key in found:
+                raise UserError(f"{path}: two rewards for {key[1]!r} of row {key[0]!r}; ids must be unique")
+            if row["reward"] is not None:
+                found[key] = float(row["reward"])
+    except (KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(
             f"{path}: expected rows with id, response and reward, as `dualign judge` writes them ({error})"
         ) from None
+    return found

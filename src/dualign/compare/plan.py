@@ -14,7 +14,8 @@ from dualign.plan import price
 
 
 def plan_lines(grid: Grid, jobs: int = 1) -> list[str]:
-    """What a run of the grid would do, `jobs` at a time. Until the selection is finished, its first value stands for the selected one."""
+    """What a run of the grid would do, `jobs` at a time. Until the selection is finished, its first value
+    stands for the selected one."""
     first = selection_cells(grid)
     done = selected(grid)
     assumed = {name: done.get(name, grid.select.values[0]) for name in grid.systems} if grid.select else {}

@@ -110,7 +110,8 @@ def score(judge: Judge, answers: Sequence[Answer]) -> list[Label]:
 @dataclass(frozen=True)
 class Pair:
     """One comparison on one prompt. `value` is a's: 1 won, 0.5 tie, 0 lost, None absent (with the reason). `orders`:
-    which one each order named, for AI preferences; `scores`: for rewards."""
+    the better one by each order, for AI preferences, and `named_first`, the share of the two answers that named what was
+    shown first; `scores`: for rewards."""
 
     key: str
     prompt: Prompt
@@ -119,6 +120,7 @@ class Pair:
     value: float | None
     reason: str | None = None
     orders: tuple[str | None, str | None] | None = None
+    named_first: float | None = None
     scores: tuple[float | None, float | None] | None = None
     note: str | None = None
 
@@ -150,4 +152,5 @@ def _preferred(annotator: Any, met: Sequence[tuple[str, Answer, Answer]]) -> Ite
     window = 4 * annotator.settings.concurrency
     for (key, a, b), asked in windowed(met, lambda m: annotator.compare(m[1].prompt, m[1].text, m[2].text), window):
         said = asked.verdict()
-        yield Pair(key, a.prompt, a, b, said.value, said.reason, orders=(said.ab, said.ba), note=said.note)
+        orders = (said.ab, said.ba)
+        yield Pair(key, a.prompt, a, b, said.value, said.reason, orders, said.named_first, note=said.note)

@@ -56,11 +56,11 @@ def measure(a: Outputs, b: Outputs, pairs: Sequence[Pair], seed: int = 0) -> dic
 def consistency(pairs: Sequence[Pair]) -> dict[str, float | None]:
     """Of pairs asked in both orders: the share on which they name the same answer, and how often the answer shown
     first is named (0.5: no position bias). None for rewards, which see one answer at a time."""
-    asked = [p.orders for p in pairs if p.orders and None not in p.orders]
+    asked = [(p.orders, p.named_first) for p in pairs if p.orders and p.named_first is not None]
     if not asked:
         return {"swap_consistency": None, "first_named": None}
-    same = np.mean([ab == ba for ab, ba in asked])
-    first = np.mean([((ab == "a") + (ba == "b")) / 2 for ab, ba in asked])
+    same = np.mean([ab == ba for (ab, ba), _ in asked])
+    first = np.mean([named for _, named in asked])
     return {"swap_consistency": float(same), "first_named": float(first)}
 
 
