@@ -39,6 +39,21 @@ def test_every_recipe_is_valid_and_priced(name, capsys):
     assert "labels needed: " in out
 
 
+def test_a_dry_run_finds_what_is_wrong(tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "fine"}\nnot json\n')
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "config.yaml").write_text("model: {}\n")
+    judge = "{type: judge, rubric: helpfulnes, model: m, base_url: 'http://x/v1'}"
+    rewards = f"[{{type: function, path: nofile.py:f}}, {{type: head, path: nohead}}, {judge}]"
+    wrong = [f"data.train={tmp_path / 'bad.jsonl'}", f"reward={rewards}", f"run.dir={tmp_path / 'held'}"]
+    with pytest.raises(UserError) as told:
+        print_plan(configs.load("quickstart", wrong))
+    for words in ("row 2", "reward.0: reward function", "nofile.py", "nohead", "helpfulnes", "already holds a run"):
+        assert words in str(told.value), words
+    print_plan(configs.load("quickstart", ["data.eval=missing.jsonl"]))
+    assert "NOT HERE, the run needs it: missing.jsonl" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_grid_is_valid_and_priced(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import dualign
+from command import dualign as command
 from dualign.algos import ALGORITHMS
 from dualign.errors import StopRun, UserError
 from dualign.resume import resumed_config
@@ -81,6 +82,27 @@ def test_a_run_cannot_be_resumed_to_fewer_batches_than_are_done(tiny, tmp_path):
     assert sorted(p.name for p in run.evaluations.iterdir()) == before
 
 
+def some(completions, **columns):
+    return [1.0 + i for i, _ in enumerate(completions)]
+
+
+def test_a_run_goes_on_with_its_own_rewards_and_settings_or_not_at_all(tiny, tmp_path):
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}) | {"reward": [reward_file()]}
+    run = dualign.train(config, reward=some, quiet=True)
+    said = command("resume", run.folder, "train.online_batches=4")  # the recipe's reward alone would be another one
+    assert said.code == 2 and "its rewards came from Python: some, now none" in said.err
+    more = {**config, "train": {**config["train"], "online_batches": 4}}
+    with pytest.raises(UserError, match="came from Python: some, now vowels"):
+        dualign.train(more, reward=vowels, resume=True, quiet=True)
+    for section, key, value in (("train", "lr", 0.5), ("rollout", "max_new_tokens", 7), ("run", "seed", 7)):
+        other = {**more, section: {**more[section], key: value}}
+        with pytest.raises(UserError, match=rf"{section}\.{key} cannot change on resume"):
+            dualign.train(other, reward=some, resume=True, quiet=True)
+    with pytest.raises(UserError, match="no run here"):
+        dualign.train({**more, "run": {"dir": str(tmp_path / "never")}}, reward=some, resume=True, quiet=True)
+    assert len(metrics(dualign.train(more, reward=some, resume=True, quiet=True).folder)) == 4
+
+
 def test_a_fixed_set_buys_no_labels(tiny, tmp_path):
     run = fit(tiny, tmp_path, {"name": "offline_dpo"})
     assert [r["labels"] for r in metrics(run.folder)] == [0, 0, 0]
@@ -137,6 +159,7 @@ def test_the_rate_rises_stays_and_falls_also_over_a_resume(tiny, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
         return vowels(completions, **columns)
 
+    stopping.__name__ = "vowels"  # a run goes on with rewards of the names that it began with
     with pytest.raises(StopRun):
         dualign.train(parts, reward=stopping, quiet=True)
     assert Run(tmp_path / "parts").resumable() is not None

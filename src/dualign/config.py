@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import reduce
 from importlib import resources
 from operator import or_
@@ -108,9 +108,16 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     tree, path = read(recipe)
     # algo.name first: it starts that system's section afresh, and the other keys are meant for it
-    for override in sorted(overrides, key=lambda o: not o.startswith("algo.name=")):
+    given = sorted(overrides, key=lambda o: not o.startswith("algo.name="))
+    for override in given:
         apply(tree, override)
-    return build(tree, str(path))
+    try:
+        return build(tree, str(path))
+    except UserError as error:  # what an override said is not the file's fault
+        lines = str(error).splitlines()
+        for key in (override.partition("=")[0] for override in given):
+            lines = [re.sub(rf"^{re.escape(f'{path}: {key}')}(?=[:.])", f"override {key}", line) for line in lines]
+        raise UserError("\n".join(lines)) from None
 
 
 def read(recipe: str | Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Path]:
@@ -264,6 +271,21 @@ def _model_of(annotation: Any, tree: Any) -> Any:
         known = get_args(tags[0]) if tags else ()
         return annotation if not tags or not given or any(tag in known for tag in given) else None
     return next((found for option in get_args(annotation) if (found := _model_of(option, tree))), None)
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """(old value, new value) by key.sub, where they differ."""
+    return dict(_differences(old.model_dump(), new.model_dump()))
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+    elif old != new:
+        yield path, (old, new)
 
 
 def dump(config: Config) -> str:

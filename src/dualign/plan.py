@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from dualign import assets, data
+from dualign.annotate.settings import RewardConfig
 from dualign.config import Config
 from dualign.errors import UserError
 
@@ -60,15 +64,13 @@ def print_plan(config: Config) -> None:
             f"memory, about: {sum(estimate.values()):.1f} GB = "
             + " + ".join(f"{v:.2f} {k}" for k, v in estimate.items())
         )
-    try:
-        if c.algo.source == "online":
-            rows = len(data.load_prompts(c.data.train, c.data, c.data.split))
-        else:
-            rows = len(data.load_examples(c.data.train, c.data, c.data.split))
+    faults: list[str] = []
+    load = data.load_prompts if c.algo.source == "online" else data.load_examples
+    if rows := _rows(load, c.data.train, c, c.data.split, faults):
         epochs = t.online_batches * c.prompts_per_batch / rows
         print(f"data: {rows} rows of {c.data.train}; {epochs:.2f} epochs")
-    except UserError as error:
-        print(f"data: {c.data.train} (not at hand here: {error})")
+    if c.data.eval and (rows := _rows(data.load_prompts, c.data.eval, c, c.data.eval_split, faults)):
+        print(f"held out: {min(rows, c.eval.prompts)} of {rows} rows of {c.data.eval}")
     print(
         f"{t.online_batches} online batches of {t.online_batch} completions = {c.prompts_per_batch} prompts × {c.group}; "
         f"{per} updates each, on {c.update_completions} completions; {t.online_batches * per} updates in all"
@@ -77,6 +79,41 @@ def print_plan(config: Config) -> None:
     print(f"labels needed: {labels} to train, {evaluated} to evaluate")
     for i, reward in enumerate(c.reward):
         print(f"reward.{i}: {reward.type}, weight {reward.weight}" + _priced(reward, labels + evaluated))
+        faults += [f"reward.{i}: {error}" for error in _of_reward(reward)]
+    if (Path(c.run.dir) / "config.yaml").exists():
+        faults.append(f"run.dir: {c.run.dir} already holds a run")
+    faults += [f"run.trackers: {name} is not installed" for name in c.run.trackers if find_spec(name) is None]
+    if faults:
+        raise UserError("this would not run:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def _rows(load: Callable[..., Sequence[Any]], source: str, c: Config, split: str, faults: list[str]) -> int:
+    """How many rows `source` has; 0 where it cannot be read. What is there and wrong is a fault; what is not there (a
+    file that is still to come, a data set on a hub) is only told."""
+    try:
+        return len(load(source, c.data, split))
+    except UserError as error:
+        if Path(source).exists() or source.startswith("builtin:"):
+            faults.append(f"data: {error}")
+        else:
+            print(f"data: NOT HERE, the run needs it: {error}")
+    return 0
+
+
+def _of_reward(reward: RewardConfig) -> Iterator[str]:
+    """What is wrong with a reward's function, head or rubric. Nothing is asked of a server."""
+    from dualign.annotate.function import load_function
+    from dualign.annotate.head import load_head
+    from dualign.annotate.rubric import load
+
+    look: dict[str, Callable[[Any], Any]] = {
+        "function": lambda r: load_function(r.path), "head": lambda r: load_head(r.path),
+        "judge": lambda r: load(r.rubric), "preference": lambda r: load(r.rubric),
+    }  # fmt: skip
+    try:
+        look.get(reward.type, lambda r: None)(reward)
+    except UserError as error:
+        yield str(error)
 
 
 def price(reward: Any, labels: int) -> float:

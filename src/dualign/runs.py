@@ -101,8 +101,9 @@ class Run:
 
     # --- opening ---
 
-    def create(self, config_text: str) -> None:
-        """Begins a fresh run in its folder. Raises UserError if it holds another run or cannot be written."""
+    def create(self, config_text: str, functions: Sequence[str] = ()) -> None:
+        """Begins a fresh run in its folder. `functions`: the names of rewards that the configuration does not hold.
+        Raises UserError if it holds another run or cannot be written."""
         folder = self.folder
         if self.config_file.exists():
             raise UserError(
@@ -121,14 +122,29 @@ class Run:
         for name in VERSIONED:
             with contextlib.suppress(metadata.PackageNotFoundError):
                 versions[name] = metadata.version(name)
-        self.write_text("run.json", json.dumps({"format": 1, "versions": versions, "code": code_digest()}, indent=1))
+        about = {"format": 1, "versions": versions, "code": code_digest(), "functions": list(functions)}
+        self.write_text("run.json", json.dumps(about, indent=1))
         self.write_text("config.yaml", config_text)  # last: with it, it is a run
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """How the run was begun: versions, the code's digest, the Python functions that were given as rewards."""
+        try:
+            found = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # it holds nothing that training needs
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def functions(self) -> list[str] | None:
+        """The names of those functions; None where run.json is lost."""
+        names = self.about.get("functions")
+        return [str(name) for name in names] if isinstance(names, list) else None
 
     @property
     def of_this_code(self) -> bool:
         """Whether the package has not changed since the run was begun."""
-        path = self.folder / "run.json"
-        return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("code") == code_digest()
+        return self.about.get("code") == code_digest()
 
     def _is_stillborn(self) -> bool:
         """Whether the folder holds nothing, or no more than `create` leaves when it is killed half-way."""
@@ -186,6 +202,13 @@ class Run:
                     path.unlink()
         last = [self.folder / name for name in self.manifest.last if not self.manifest.files[name].gone]
         self.manifest.drop([path for path in last if not path.exists()])
+        self.checkpoints.mkdir(exist_ok=True)
+        recorded = {
+            Path(n).parts[1] for n, f in self.manifest.files.items() if n.startswith("checkpoints/") and not f.gone
+        }
+        self.manifest.drop(
+            [p for name in sorted(recorded) if not (p := self.checkpoints / name).exists()]
+        )  # deleted by hand
 
     # --- files with hashes ---
 
@@ -308,7 +331,8 @@ class Run:
 
     def saved(self) -> list[Path]:
         """The checkpoints, oldest first."""
-        found = [p for p in self.checkpoints.iterdir() if re.fullmatch(r"\d{6,}(\+\d+)?", p.name)]
+        there = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        found = [p for p in there if re.fullmatch(r"\d{6,}(\+\d+)?", p.name)]
         return sorted(found, key=lambda p: [int(part) for part in p.name.split("+")])
 
     def slim(self, weights: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dualign import cpu, data
+from dualign.errors import UserError, clean
 from dualign.models.policy import Policy, load_model
 from dualign.rollout.base import Sampling
 from dualign.rollout.hf import HFSampler
@@ -45,8 +46,10 @@ def sample_to(
     seed: int,
     chat: bool,
 ) -> None:
-    from dualign.errors import clean
-
+    if not source.strip():
+        raise UserError("the prompt is empty")
+    if source.endswith(data.FILE_SUFFIXES) and not Path(source).exists():
+        raise UserError(f"{source}: no such file")
     known = Path(source).exists() or source.startswith("builtin:") or ("/" in source and " " not in source)
     prompts = (
         data.load_prompts(source, DataConfig(train=source, chat=chat), "test")

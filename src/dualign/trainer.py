@@ -22,6 +22,7 @@ from dualign.engine import Engine
 from dualign.errors import StopRun, UserError
 from dualign.heldout import HeldOut, distinct, evaluate, gain
 from dualign.interrupt import Interrupts, StopAsked
+from dualign.resume import check_same_run
 from dualign.rollout.base import Request, Sampler
 from dualign.runs import Run
 from dualign.source import (
@@ -54,15 +55,18 @@ def train(
     """
     if callable(reward):
         reward = [reward]
+    names = [str(getattr(function, "__name__", type(function).__name__)) for function in reward]
     if isinstance(config, dict):
         config = build(config)
+    if resume:
+        check_same_run(Path(config.run.dir), config, names)
     if config.algo.source == "online" and not config.reward and not reward:
         raise UserError("reward: none given; name at least one (type: function, head, classifier, judge, ...)")
     engine = Engine(config)
     view = View(config, quiet=quiet or not engine.main)
     run = Run(Path(config.run.dir), engine.rank)
     if engine.main:
-        _open(run, config, resume)
+        _open(run, config, names, resume)
     engine.barrier()
     annotator = None
     try:
@@ -82,13 +86,13 @@ def train(
     return run
 
 
-def _open(run: Run, config: Config, resume: bool) -> None:
+def _open(run: Run, config: Config, functions: Sequence[str], resume: bool) -> None:
     if resume:
         run.lock()
         run.tidy()
         run.write_text("config.yaml", dump(config))
     else:
-        run.create(dump(config))
+        run.create(dump(config), functions)
 
 
 class Trainer:

@@ -150,7 +150,7 @@ def plan_lines(config: Config, engine: Engine, prompts: int, heldout: int) -> li
         f"{engine.world} process{'es' if engine.world > 1 else ''}, {engine.device}",
         f"{t.online_batches} online batches of {t.online_batch} completions = {c.prompts_per_batch} prompts × {c.group}; "
         f"{per} update{'s' if per > 1 else ''} each on {c.update_completions} completions; "
-        f"{t.online_batches * per} updates and {t.online_batches * t.online_batch} labels in all",
+        f"{t.online_batches * per} updates and {c.labels[0]} labels in all",
         f"{prompts} training prompts ({t.online_batches * c.prompts_per_batch / prompts:.1f} epochs), {heldout} held out",
     ]
 

@@ -44,7 +44,18 @@ def pairs(tmp_path: Path) -> Path:
 
 def judge_options(server: FaultServer, folder: Path) -> list[object]:
     cache = f"cache={folder / 'c.sqlite'}"
-    return ["--rubric", "helpfulness", "--base-url", server.url, "--model", "m", "--set", cache, "--set", "timeout=20.0"]
+    return [
+        "--rubric",
+        "helpfulness",
+        "--base-url",
+        server.url,
+        "--model",
+        "m",
+        "--set",
+        cache,
+        "--set",
+        "timeout=20.0",
+    ]
 
 
 def read(path: Path) -> list[dict[str, Any]]:

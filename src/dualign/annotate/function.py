@@ -17,6 +17,7 @@ import os
 import queue
 import sys
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -56,7 +57,7 @@ class FunctionAnnotator:
         except _RaisedError as raised:
             error = raised.error
             raise UserError(
-                f"reward function {self.name} raised {type(error).__name__}: {error} "
+                f"reward function {self.name} raised {type(error).__name__}: {error}{_place(error)} "
                 f"(in a batch of {len(items)}; its first row is prompt {items[0].prompt.id!r})"
             ) from error
         values = result.tolist() if hasattr(result, "tolist") else result
@@ -154,6 +155,12 @@ def _load_module(name: str) -> ModuleType:
 def _importable(folder: Path) -> None:
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised, as far as that is not in here."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    return f", {frames[-1].filename} line {frames[-1].lineno}" if frames else ""
 
 
 class _LateError(Exception):

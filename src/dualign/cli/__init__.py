@@ -42,6 +42,10 @@ def main() -> None:
         if first:
             print(clean(f"dualign: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # a path that is no folder, a disk that is full, a file that may not be written
+        where = f"{error.filename}: " if error.filename else ""
+        print(clean(f"dualign: {where}{error.strerror or error}"), file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         if first:
             print("dualign: interrupted; what was done is kept", file=sys.stderr)

@@ -34,22 +34,14 @@ def state(cell: Cell) -> State:
     """Raises UserError where the folder holds a run with other settings: numbers are never mixed."""
     if not (cell.folder / "config.yaml").is_file():
         return "to do"
-    stored = configs.load(cell.folder / "config.yaml").model_dump()
-    changed = [d for d in _differences(stored, cell.config.model_dump()) if not d.startswith("run.dir:")]
+    found = configs.differences(configs.load(cell.folder / "config.yaml"), cell.config)
+    changed = [f"{key}: {old}, now {new}" for key, (old, new) in found.items() if key != "run.dir"]
     if changed:
         raise UserError(
             f"{cell.folder}: holds a run with other settings than the grid's ({'; '.join(changed[:5])}); "
             "choose another out folder, or remove this one"
         )
     return "finished" if (cell.folder / "summary.json").is_file() else "interrupted"
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """`key: old, now new` of every leaf that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = list(dict.fromkeys([*old, *new]))
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))]
-    return [] if old == new else [f"{path}: {old}, now {new}"]
 
 
 def run_grid(grid: Grid, execute: Execute, say: Say, jobs: int = 1) -> dict[str, str]:

@@ -3,6 +3,7 @@ one pass over the logits gives the token and its log-prob."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ class HFSampler:
     def __init__(self, policy: Policy, tokenizer: Tokenizer, rows: int) -> None:
         self.policy, self.tokenizer, self.rows = policy, tokenizer, rows
         self.head: Product | None = None
+        named = inspect.signature(policy.base.forward).parameters  # transformers 5.23 renamed it
+        self.cache_name = "cache" if "cache" in named else "past_key_values"
 
     @torch.inference_mode()
     def sample(
@@ -124,7 +127,7 @@ class HFSampler:
 
     def _logits(self, ids: Tensor, position: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """The next token's logits, (N, V)."""
-        inputs = {"input_ids": ids, "position_ids": position, "attention_mask": mask, "past_key_values": cache}
+        inputs = {"input_ids": ids, "position_ids": position, "attention_mask": mask, self.cache_name: cache}
         with self.policy.autocast():
             if self.head is None:
                 return self.policy.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]

@@ -15,7 +15,9 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     from dualign.eval.report.page import render
     from dualign.runs import write_text
 
-    path = out or folders[0] / "report" / "index.html"
+    first, *others = folders
+    several = first.parent / f"report-{'-'.join(folder.name for folder in folders)}"  # not over the first one's own
+    path = out or (several if others else first / "report") / "index.html"
     if path.suffix != ".html":
         raise UserError(f"{path}: the report is an .html file")
     runs = collect(folders)
