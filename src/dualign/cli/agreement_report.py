@@ -74,7 +74,10 @@ def print_report(reports: Sequence[Report]) -> None:
                 found = [f"{100 * row['share']:.1f} %", between, f"{100 * row['ties']:.1f} %", f"{row['kappa']:.3f}"]
             table.add_row(row["labeller"], f"{row['pairs']:,}", *found, f"{row['absent']:,}")
         console.print(table)
-        if orders := report["orders"]:
+        orders = report["orders"]
+        if orders and not orders["pairs"]:
+            console.print("AI preference by order: no pair was answered in both")
+        elif orders:
             console.print(
                 f"AI preference by order: {100 * orders['preferred_first']:.1f} % where people's choice is first, "
                 f"{100 * orders['preferred_second']:.1f} % where it is second; {100 * orders['first_named']:.1f} % of "
