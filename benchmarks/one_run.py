@@ -59,8 +59,8 @@ def run_dualign(overrides: list[str], work: Work, model: str, prompts: Path, fol
     peaks: list[float] = []
     trainer.Trainer = Timed  # type: ignore[misc]
     n = work.prompts * work.k
-    train = {"online_batches": work.batches + 1, "online_batch": n, "update_size": n // 2, "lr": LR, "warmup": WARMUP}
-    train["decay"] = 0.0
+    train = {"online_batches": work.batches + 1, "online_batch": n, "update_size": n // 2}
+    train |= {"lr": LR, "warmup": WARMUP, "decay": 0.0}
     config = load(
         "quickstart",
         [

@@ -262,7 +262,7 @@ def _content(row: Row, column: str, value: Any) -> Content:
     if isinstance(value, str):
         if not value.strip():
             raise UserError(f"{row.where}: {column!r} is empty")
-        return _encodable(row, column, value)
+        return encodable(row.where, column, value)
     messages = _messages(row, column, value)
     if messages[-1]["role"] == "assistant":
         raise UserError(f"{row.where}: {column!r} ends with the assistant's turn; a prompt ends where it is to speak")
@@ -279,7 +279,7 @@ def _messages(row: Row, column: str, value: Any) -> list[Message]:
     for n, message in enumerate(value, 1):
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise UserError(f"{row.where}: {column!r}, message {n}: expected text under 'role' and 'content'")
-        _encodable(row, column, message["content"])
+        encodable(row.where, column, message["content"])
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
@@ -292,15 +292,16 @@ def _completion(row: Row, column: str, value: Any) -> str:
         value = messages[-1]["content"]
     if not value.strip():
         raise UserError(f"{row.where}: {column!r} is empty")
-    return _encodable(row, column, value)
+    return encodable(row.where, column, value)
 
 
-def _encodable(row: Row, column: str, text: str) -> str:
-    """JSON can hold half of a surrogate pair, which no tokenizer, file or request can."""
+def encodable(where: str, column: str, text: str) -> str:
+    """`text` as it is. Raises UserError where it holds half of a surrogate pair, which JSON can, and no tokenizer, file
+    or request."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{row.where}: {column!r} holds {text[error.start]!a}, half of a character") from None
+        raise UserError(f"{where}: {column!r} holds {text[error.start]!a}, half of a character") from None
     return text
 
 

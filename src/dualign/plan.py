@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dualign import assets, data
-from dualign.annotate.settings import RewardConfig
+from dualign.annotate.settings import FunctionReward, HeadReward, JudgeReward, PreferenceReward, RewardConfig
 from dualign.config import Config
 from dualign.errors import UserError
 
@@ -79,7 +79,8 @@ def print_plan(config: Config) -> None:
     print(f"labels needed: {labels} to train, {evaluated} to evaluate")
     for i, reward in enumerate(c.reward):
         print(f"reward.{i}: {reward.type}, weight {reward.weight}" + _priced(reward, labels + evaluated))
-        faults += [f"reward.{i}: {error}" for error in _of_reward(reward)]
+        if fault := _fault_of(reward):
+            faults.append(f"reward.{i}: {fault}")
     if (Path(c.run.dir) / "config.yaml").exists():
         faults.append(f"run.dir: {c.run.dir} already holds a run")
     faults += [f"run.trackers: {name} is not installed" for name in c.run.trackers if find_spec(name) is None]
@@ -100,20 +101,23 @@ def _rows(load: Callable[..., Sequence[Any]], source: str, c: Config, split: str
     return 0
 
 
-def _of_reward(reward: RewardConfig) -> Iterator[str]:
+def _fault_of(reward: RewardConfig) -> str | None:
     """What is wrong with a reward's function, head or rubric. Nothing is asked of a server."""
     from dualign.annotate.function import load_function
     from dualign.annotate.head import load_head
     from dualign.annotate.rubric import load
 
-    look: dict[str, Callable[[Any], Any]] = {
-        "function": lambda r: load_function(r.path), "head": lambda r: load_head(r.path),
-        "judge": lambda r: load(r.rubric), "preference": lambda r: load(r.rubric),
-    }  # fmt: skip
     try:
-        look.get(reward.type, lambda r: None)(reward)
+        match reward:
+            case FunctionReward():
+                load_function(reward.path)
+            case HeadReward():
+                load_head(reward.path)
+            case JudgeReward() | PreferenceReward():
+                load(reward.rubric)
     except UserError as error:
-        yield str(error)
+        return str(error)
+    return None
 
 
 def price(reward: Any, labels: int) -> float:

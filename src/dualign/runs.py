@@ -203,12 +203,9 @@ class Run:
         last = [self.folder / name for name in self.manifest.last if not self.manifest.files[name].gone]
         self.manifest.drop([path for path in last if not path.exists()])
         self.checkpoints.mkdir(exist_ok=True)
-        recorded = {
-            Path(n).parts[1] for n, f in self.manifest.files.items() if n.startswith("checkpoints/") and not f.gone
-        }
-        self.manifest.drop(
-            [p for name in sorted(recorded) if not (p := self.checkpoints / name).exists()]
-        )  # deleted by hand
+        recorded = [Path(name).parts for name, known in self.manifest.files.items() if not known.gone]
+        checkpoints = sorted({self.checkpoints / parts[1] for parts in recorded if parts[0] == self.checkpoints.name})
+        self.manifest.drop([path for path in checkpoints if not path.exists()])  # deleted by hand
 
     # --- files with hashes ---
 

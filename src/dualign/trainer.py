@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dualign import annotate, cpu, data
 from dualign.annotate.base import Annotator
+from dualign.annotate.function import name_of
 from dualign.batch import WeightedBatch, check_finite, labelled, recorded_logp, updates, weigh
 from dualign.config import Config, build, dump
 from dualign.engine import Engine
@@ -55,7 +56,7 @@ def train(
     """
     if callable(reward):
         reward = [reward]
-    names = [str(getattr(function, "__name__", type(function).__name__)) for function in reward]
+    names = [name_of(function) for function in reward]
     if isinstance(config, dict):
         config = build(config)
     if resume:

@@ -91,7 +91,7 @@ class Client:
         self._waiting: dict[str, list[Future[Label]]] = {}  # by content: what is being asked is not asked again
         self._stopped: StopRun | UserError | None = None
         self._answers = 0  # replies of any use so far
-        self.remembered = 0  # labels that the cache had
+        self._remembered = 0  # labels that the cache had
         self._given_up = 0  # requests in a row that failed for good
         self._paused_until = 0.0
         self._holds = 0
@@ -107,8 +107,8 @@ class Client:
 
     @property
     def answered(self) -> bool:
-        """Whether the server ever gave a reply of any use."""
-        return self._answers > 0
+        """Whether there ever was a reply of any use, from the server or the cache."""
+        return self._answers + self._remembered > 0
 
     def spent(self) -> Spent:
         return self._ledger.spent()
@@ -174,7 +174,7 @@ class Client:
         kept = self._cache.get(key)
         if kept is not None and (label := read(kept)).value is not None:
             self._cache.count_hit(key)
-            self.remembered += 1
+            self._remembered += 1
             return label
         tries, turns, waited, answers = 0, 0, 0.0, self._answers
         while True:

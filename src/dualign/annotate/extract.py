@@ -79,10 +79,9 @@ FORMAL = _compile(
     asked=rf"(?<!\w)(?-i:SCORE)\s*[:=]+\s*[\"'(\[]*(?P<n>{NUMBER})(?={OUT_OF}?{AFTER})",
     line_start=rf"^[^\w\n]*(?:(?:my|the|your)\s+)?{LABEL}{LINK}(?P<n>{NUMBER})(?={OUT_OF}?{AFTER})",
 )
-OF_TEN = rf"(?<![0-9A-Za-z./-])(?P<n>{NUMBER}){OUT_OF}(?={AFTER})(?!/)"
 PROSE = _compile(
     label=rf"(?<![a-z]){LABEL}{LINK}(?P<n>{NUMBER})(?={OUT_OF}?{AFTER})",
-    out_of_ten=OF_TEN,
+    out_of_ten=rf"(?<![0-9A-Za-z./-])(?P<n>{NUMBER}){OUT_OF}(?={AFTER})(?!/)",
     verb=rf"{VERB}[^.\n\d]{{0,40}}?(?<![\w.-])(?:an?\s+|as\s+)?(?P<n>{NUMBER})(?={OUT_OF}?{AFTER})",
 )
 
@@ -96,12 +95,8 @@ def score(reply: str, *, low: float = 1, high: float = 10, cut: bool = False, ec
     text = _without_scale(text, high)
     found = [*_find(text, PLACES, spoken=False), *_find(text, FORMAL)]
     if found:
-        line_ends = [text.find("\n", m.end("n")) % (len(text) + 1) for _, m in found]
-        found += [
-            (rule, other)
-            for rule, other in _find(text, {"out of ten": PROSE["out of ten"]})
-            if any(m.end("n") < other.start("n") < end for (_, m), end in zip(found, line_ends, strict=True))
-        ]
+        later = list(_find(text, {"out of ten": PROSE["out of ten"]}))
+        found += [(rule, other) for rule, other in later if any(_on_its_line(text, m, other) for _, m in found)]
     else:
         found = list(_find(text, PROSE))
     if not found:
@@ -119,6 +114,12 @@ def score(reply: str, *, low: float = 1, high: float = 10, cut: bool = False, ec
     if not low <= value <= high:
         return Extracted(None, f"score outside {low:g}-{high:g}")
     return Extracted(value, rule=found[0][0])
+
+
+def _on_its_line(text: str, statement: re.Match[str], other: re.Match[str]) -> bool:
+    """Whether `other` stands later on the line of `statement`."""
+    end, start = statement.end("n"), other.start("n")
+    return end < start and "\n" not in text[end:start]
 
 
 def _find(text: str, rules: Rules, spoken: bool = True) -> Iterator[tuple[str, re.Match[str]]]:

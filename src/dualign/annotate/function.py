@@ -30,6 +30,11 @@ from dualign.types import Label
 RewardFunction = Callable[..., Any]
 
 
+def name_of(function: RewardFunction) -> str:
+    """What a function is called in logs and in a run's folder."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
 class FunctionAnnotator:
     """Labels a batch by one call of `function`. With a `timeout` (seconds) a late batch is absent; its call, if it is
     not async, cannot be killed and goes on in the background."""
@@ -38,7 +43,7 @@ class FunctionAnnotator:
         if not callable(function):
             raise UserError(f"reward: expected a function, got a value of type {type(function).__name__}")
         self.function = function
-        self.name = name or str(getattr(function, "__name__", type(function).__name__))
+        self.name = name or name_of(function)
         self.timeout = timeout
 
     def open(self) -> Session:

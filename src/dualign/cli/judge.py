@@ -96,10 +96,10 @@ def _compared(rows: Sequence[Any], settings: dict[str, Any], file: str) -> Itera
 
 
 def _answered(client: Any, asked: int) -> None:
-    """Raises StopRun where there was no reply at all (and none was needed from the cache either)."""
+    """Raises StopRun where there was no reply at all."""
     from dualign.errors import StopRun
 
-    if asked and not client.answered and not client.remembered:
+    if asked and not client.answered:
         raise StopRun("the judge never answered: nothing was labelled and nothing written. Run again when it is back")
 
 

@@ -68,15 +68,14 @@ def load_pairs(source: str, limit: int | None = None) -> list[Pair]:
 
 
 def _text(prompt: Prompt, column: str, source: str) -> str:
+    from dualign.data import encodable
+
     value = prompt.columns.get(column)
     try:
         text = value if isinstance(value, str) else str(value[-1]["content"])  # type: ignore[index]
-        text.encode()
     except (TypeError, KeyError, IndexError):
         raise UserError(f"{source}: row {prompt.id}: {column}: expected a text or a list of messages") from None
-    except UnicodeEncodeError:
-        raise UserError(f"{source}: row {prompt.id}: {column}: holds half of a character") from None
-    return text
+    return encodable(f"{source}: row {prompt.id}", column, text)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -134,11 +133,11 @@ def read_rewards(path: Path) -> dict[tuple[str, str], float]:
     """Rewards by (id, response) of a file that `dualign judge` wrote. Absent ones are left out. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    import pyarrow.parquet as pq
-
     found: dict[tuple[str, str], float] = {}
     try:
         if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
             rows: Iterable[Any] = pq.read_table(path).to_pylist()
         else:  # not splitlines: a text may hold other kinds of line ends
             rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]

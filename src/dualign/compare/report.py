@@ -13,7 +13,7 @@ from dualign.compare.pareto import fit
 from dualign.compare.results import Result, along_axes, final, finals, read
 from dualign.compare.table import curves_csv, markdown, rows, table_csv, target_reward
 from dualign.errors import UserError
-from dualign.runs import write_text
+from dualign.runs import Run, write_text
 
 
 def write_report(grid: Grid, failed: dict[str, str]) -> str:
@@ -85,8 +85,8 @@ def _codes(results: Sequence[Result]) -> list[str]:
     """Which runs were begun by which state of the package and of what it stands on, where that is not one for all."""
     found: dict[str, list[str]] = {}
     for r in {r.cell.folder: r for r in results}.values():
-        about = json.loads((r.cell.folder / "run.json").read_text(encoding="utf-8"))
-        found.setdefault(json.dumps([about.get("code"), about["versions"]]), []).append(r.cell.name)
+        about = Run.open(r.cell.folder).about
+        found.setdefault(json.dumps([about.get("code"), about.get("versions")]), []).append(r.cell.name)
     if len(found) < 2:
         return []
     least = sorted(found.values(), key=len)[:-1]
