@@ -119,6 +119,7 @@ BAD_ROWS = [
     ({"prompt": None}, "null"),
     ({"prompt": ["hi"]}, "message 1"),
     ({"prompt": [{"role": "user", "content": None}]}, "message 1"),
+    ({"prompt": [{"role": "Human", "content": "hi"}]}, "message 1: the role 'Human' must be 'user'"),
     ({"prompt": USER + REPLY}, "row 2: 'prompt' ends with the assistant's turn"),
     ({"promt": "x"}, "no column 'prompt'; its columns are promt; did you mean 'promt'"),
     ([1], "row 2: expected an object"),

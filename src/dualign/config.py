@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from dualign.algos import ALGORITHMS, Algorithm
 from dualign.errors import UserError
 from dualign.schema import Sections
+from dualign.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     AlgorithmConfig = Algorithm
@@ -75,24 +76,6 @@ class Config(Sections):
         evaluations = 2 + ((t.online_batches - 1) // e.every if e.every else 0)
         train = t.online_batches * t.online_batch if self.algo.source == "online" else 0
         return train, evaluations * e.prompts * e.k if self.data.eval and self.reward else 0
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-6 as text; people who write learning rates mean the number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not readable as YAML: {getattr(error, 'problem', None) or error}") from None
 
 
 def recipes() -> dict[str, Path]:

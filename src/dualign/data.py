@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 Content = str | tuple[Message, ...]
+FOREIGN_ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant"}  # templates take any
 X = TypeVar("X")
 
 
@@ -279,6 +280,8 @@ def _messages(row: Row, column: str, value: Any) -> list[Message]:
     for n, message in enumerate(value, 1):
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise UserError(f"{row.where}: {column!r}, message {n}: expected text under 'role' and 'content'")
+        if known := FOREIGN_ROLES.get(message["role"].lower()):
+            raise UserError(f"{row.where}: {column!r}, message {n}: the role {message['role']!r} must be {known!r}")
         encodable(row.where, column, message["content"])
     return [{"role": m["role"], "content": m["content"]} for m in value]
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualign import cpu
+from dualign import assets, cpu
 from dualign.algos import Algorithm, Batch
 from dualign.config import Config
 from dualign.errors import StopRun, UserError, out_of_memory
@@ -62,6 +62,8 @@ class Engine:
         # for held-out KL, too
         needs_ref = algo.needs_ref or config.data.eval is not None
         self.reference = policy.frozen_copy() if needs_ref and not self.lora else None
+        if self.reference is not None and self.device.type == "cpu":
+            self.reference.move_to_file(assets.cache_dir())
         if self.lora:
             policy.model = _with_lora(policy.model, config)
         policy.train()
@@ -138,7 +140,9 @@ class Engine:
     def score_reference(self, tokens: Tokens) -> Tensor:
         """(N, T) log π_0."""
         if self.reference is not None:
-            return self.score(self.reference, tokens)
+            logp_NT = self.score(self.reference, tokens)
+            self.reference.rest()
+            return logp_NT
         with self.policy.model.disable_adapter():
             return self.score(self.policy, tokens)
 

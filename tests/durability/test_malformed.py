@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 import dualign
 from command import dualign as command
-from dualign.config import build, dump, parse_yaml
+from dualign.config import build, dump
 from dualign.data import load_examples, load_prompts
 from dualign.errors import UserError
 from dualign.replay import replay, stored
 from dualign.runs import Run
+from dualign.yaml_text import parse_yaml
 from runs_common import metrics, reward_file, tree, write_prompts
 
 
@@ -92,6 +93,7 @@ RECIPES = {
     "model: {name: x}\n": "data: missing", "model: {name: x}\ndata: {train: y}\n": "train: missing", "base: nothing\n": "nothing",
     "1: 2\n": "1", "model: {1: 2}\n": "model", "? [a, b]\n: c\n": "", "base: [1]\n": "base", "base: 5\n": "5",
     "model: {name: x}\ndata: {train: y}\ntrain: {online_batches: 1}\nextra: 1\n": "extra: no such key",
+    "run: {seed: 1}\nmodel: {name: x}\nrun: {dir: y}\n": "line 3: not readable as YAML: the key 'run' is given twice",
     "a: !!binary zz": "", "model: 2026-01-01\n": "model", "x: " + "[" * 200: "",
 }  # fmt: skip
 

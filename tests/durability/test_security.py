@@ -10,8 +10,9 @@ import yaml
 
 import dualign
 from command import dualign as command
-from dualign.config import build, parse_yaml
+from dualign.config import build
 from dualign.errors import UserError, clean
+from dualign.yaml_text import parse_yaml
 from fault_server import FaultServer
 from killing import prepare
 from runs_common import reward_file, tree, write_prompts

@@ -14,12 +14,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from dualign.annotate.settings import Settings
 from dualign.errors import UserError
 from dualign.types import Message, Prompt
+from dualign.yaml_text import parse_yaml
 
 BUILT_IN = ("summarization", "helpfulness", "harmlessness")
 NOTICE = (
@@ -89,10 +89,7 @@ def load(name: str) -> Rubric:
 
 
 def parse(text: str, where: str) -> Rubric:
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {error}") from None
+    data = parse_yaml(text, where)
     if not isinstance(data, dict):
         raise UserError(
             f"{where}: expected the keys name, sign, reward and preference; copy a built-in rubric to start"

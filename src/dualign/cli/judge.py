@@ -195,19 +195,15 @@ def granularity(
 
 def _settings(more: list[str] | None) -> dict[str, Any]:
     """`key=value` settings, values read as YAML reads them."""
-    import yaml
-
     from dualign.errors import UserError
+    from dualign.yaml_text import parse_yaml
 
     settings = {}
     for text in more or []:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: expected key=value")
-        try:
-            settings[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--set {text}: {value!r} is not readable as YAML") from None
+        settings[key.strip()] = parse_yaml(value, f"--set {text}")
     if idle := settings.keys() & {"type", "weight", "clip", "where", "optional"}:
         raise UserError(f"--set {min(idle)}: it says how rewards are combined in a run; nothing is combined here")
     return settings

@@ -15,6 +15,7 @@ from dualign import config as configs
 from dualign.annotate.settings import Settings
 from dualign.config import Config
 from dualign.errors import UserError
+from dualign.yaml_text import parse_yaml
 
 
 class Select(Settings):
@@ -82,7 +83,7 @@ def load(path: str | Path, base: str | None = None, out: str | None = None) -> G
     """The grid of a file, or of a shipped one by its name under compare/. `base` and `out` replace the file's own.
     Raises UserError naming the file and the key."""
     file = _find(str(path))
-    tree = configs.parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    tree = parse_yaml(file.read_text(encoding="utf-8"), str(file))
     if not isinstance(tree, dict):
         raise UserError(f"{file}: a grid is a mapping with base, seeds, systems or axes")
     name = Path(path).with_suffix("").name if Path(path).is_file() else str(path).removeprefix("compare/")

@@ -14,6 +14,7 @@ from dualign.annotate.settings import JudgeSampling, RewardConfig
 from dualign.errors import UserError
 from dualign.eval.outputs import Answer, Outputs
 from dualign.types import Label, Prompt
+from dualign.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from dualign.annotate.client import Client
@@ -49,7 +50,7 @@ def open_judge(spec: str, run: str | None = None, ledger: Path | None = None) ->
 
 
 def _settings(spec: str, run: str | None) -> list[RewardConfig]:
-    from dualign.config import load, parse_yaml
+    from dualign.config import load
 
     if spec == "run":
         if run is None:
@@ -79,7 +80,6 @@ def _settings(spec: str, run: str | None) -> list[RewardConfig]:
 def open_client(spec: str, ledger: Path | None, **defaults: Any) -> tuple[Client, JudgeSampling]:
     """A client to ask a model with prompts of one's own: `spec` as for judges, without a rubric. Raises UserError."""
     from dualign.annotate.client import Client
-    from dualign.config import parse_yaml
 
     path = Path(spec)
     inline = spec.lstrip().startswith("{")

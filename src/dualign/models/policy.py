@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dualign.errors import UserError
 from dualign.models.logprobs import token_logp
 from dualign.models.master import LightEmbedding, round_linears
+from dualign.models.on_disk import move_to_file
 from dualign.models.packing import MicroBatch, Tokens, pack
 from dualign.schema import ModelConfig
 from dualign.types import Finish, Prompt
@@ -105,6 +106,7 @@ class Policy(nn.Module):
         self.plain_head = self._head_is_linear()
         self._rounded: Any = None
         self._rounded_of: Any = None  # the weight that it is the rounding of
+        self.rest: Callable[[], None] = lambda: None  # lets go of memory that is not needed until the next use
         LightEmbedding.take(model.get_input_embeddings())
         if share and model.config._attn_implementation == "sdpa":
             self.share = self._try_sharing()
@@ -143,14 +145,16 @@ class Policy(nn.Module):
         weight = self.head.weight
         if weight.dtype == self.dtype:
             return weight.detach()
-        version = (weight.data_ptr(), weight._version)
-        if self._rounded_of != version:
+        if self._rounded_of != self._head_version():
             with torch.inference_mode(False), torch.no_grad():
                 if self._rounded is None or self._rounded.device != weight.device:
                     self._rounded = torch.empty_like(weight, dtype=self.dtype)
                 self._rounded.copy_(weight)
-            self._rounded_of = version
+            self._rounded_of = self._head_version()
         return self._rounded
+
+    def _head_version(self) -> tuple[int, int]:
+        return self.head.weight.data_ptr(), self.head.weight._version
 
     def stepped(self) -> None:
         """The weights have changed."""
@@ -206,6 +210,13 @@ class Policy(nn.Module):
         other = copy.deepcopy(self).requires_grad_(False).eval()
         other.round()
         return other
+
+    def move_to_file(self, folder: Path) -> None:
+        """Keeps a frozen policy's weights in a file of `folder`: they are in memory from their use to the next `rest`."""
+        rounds_head = self.plain_head and self.head.weight.dtype != self.dtype
+        self.rest = move_to_file([*self.parameters(), *([self.rounded_head()] if rounds_head else [])], folder)
+        if rounds_head:
+            self._rounded_of = self._head_version()  # the weight is the same one, elsewhere
 
     def round(self) -> dict[nn.Parameter, Tensor]:
         """In bf16, rounds the linear layers' weights once instead of in every pass; returns the exact ones."""
