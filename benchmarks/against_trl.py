@@ -1,7 +1,7 @@
 """dualign beside TRL at equal work: seconds per online batch by phase, useful tokens per second, peak memory.
 
     python benchmarks/against_trl.py [--repeats 5] [--batches 2] [--only dualign-dar trl-grpo] [--k 4] [--tokens 48]
-    python benchmarks/against_trl.py --scaling --repeats 1
+    python benchmarks/against_trl.py --scaling --repeats 1 --batches 1 --prompts 4 --only dualign-grpo trl-grpo
 
 Both get the same model, prompts, temperature, lengths, reward function (which costs nothing), Adafactor at 1e-5, fp32
 weights under bf16 autocast, and two updates per online batch; GRPO with a KL term to π_0 of equal β, so both score π_t
@@ -121,12 +121,15 @@ def limit(runs: dict[str, list[Any]]) -> str:
     return table(["", "TFLOP per online batch", "TFLOP/s measured", "limit, s", "time / limit"], rows)
 
 
-SCALING: dict[str, list[dict[str, Any]]] = {
-    "completions per prompt (64 in all)": [{"k": k, "prompts": 64 // k} for k in (2, 4, 8, 16)],
-    "tokens per completion": [{"tokens": t} for t in (16, 32, 64, 128)],
-    "completions per online batch": [{"prompts": p} for p in (4, 8, 16, 32)],
-    "vocabulary": [{"model": f"{RANDOM}{v}"} for v in (49152, 98304, 151936, 262144)],
-}
+def axes(work: Work) -> dict[str, list[dict[str, Any]]]:
+    """What is varied around `work`, one thing at a time."""
+    n, p = work.prompts * work.k, work.prompts
+    return {
+        f"completions per prompt ({n} in all)": [{"k": k, "prompts": n // k} for k in (2, 4, 8, 16) if n // 2 % k == 0],
+        "tokens per completion": [{"tokens": t} for t in (16, 32, 64, 128)],
+        "completions per online batch": [{"prompts": x} for x in (p // 2, p, 2 * p, 4 * p) if x],
+        "vocabulary": [{"model": f"{RANDOM}{v}"} for v in (49152, 98304, 151936, 262144)],
+    }
 
 
 def position(axis: str, change: dict[str, Any], work: Work) -> int:
@@ -143,7 +146,7 @@ def scaling(systems: list[str], work: Work, repeats: int, out: Path) -> None:
 
     record: dict[str, Any] = {"machine": machine(), "work": asdict(work), "axes": {}}
     tables = []
-    for axis, changes in SCALING.items():
+    for axis, changes in axes(work).items():
         points = record["axes"][axis] = []
         for change in changes:
             *_, runs = repeated(systems, replace(work, **change), repeats)
