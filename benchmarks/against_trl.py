@@ -6,7 +6,8 @@
 Both get the same model, prompts, temperature, lengths, reward function (which costs nothing), Adafactor at 1e-5, fp32
 weights under bf16 autocast, and two updates per online batch; GRPO with a KL term to π_0 of equal β, so both score π_t
 and π_0. All else is each library's own default: dualign's processes set what its command line sets (`dualign.cpu`),
-TRL's nothing; TRL has gradient checkpointing on, so its GRPO is also measured with it off. Every run is a process of
+TRL's nothing; TRL has gradient checkpointing on and dualign off, so GRPO
+is also measured the other way round. Every run is a process of
 its own; the order turns round with each repeat; a run's first online batch is warm-up.
 """
 
@@ -32,6 +33,7 @@ from common import RESULTS, machine, save, spread, table
 SYSTEMS: dict[str, list[str]] = {  # dualign: overrides of the quickstart; TRL: the trainer, checkpointing
     "dualign-grpo": ["algo.name=grpo"],
     "dualign-rloo": ["algo.name=rloo"],
+    "dualign-grpo-checkpointing": ["algo.name=grpo", "model.gradient_checkpointing=true"],
     "dualign-dar": ["algo.name=dar", "algo.skip_below=0"],
     "dualign-dar-skip": ["algo.name=dar", "algo.skip_below=1e-3"],
     "dualign-dar-fast": ["algo.name=dar", "algo.skip_below=1e-3", "rollout.log_probs=recorded"],

@@ -74,9 +74,6 @@ class Engine:
         for module in self.modules:
             exact |= module.round()
         self.masters = Masters(list(self.modules), exact)
-        if self.device.type == "cpu":  # what lives as long as the run is allocated before what comes and goes
-            for p in self.masters.named.values():
-                gradient_of(p)
         self.optimizer = self._optimizer()
         self.micro_batch_tokens = self.train.micro_batch_tokens
 
@@ -159,6 +156,10 @@ class Engine:
         if denominator == 0 or not rows:
             return {"loss": 0.0, "grad_norm": 0.0, "lr": lr, "skipped": 1.0}
 
+        if self.device.type == "cpu":  # what stays is allocated before what comes and goes
+            for p in self.masters.named.values():
+                gradient_of(p)
+
         def work() -> dict[str, float]:
             sums: dict[str, Tensor] = {"loss": torch.zeros((), dtype=torch.float64, device=self.device)}
             for part in self._my_parts(tokens, rows):
@@ -210,8 +211,14 @@ class Engine:
             module.stepped()
 
     def _clear_gradients(self) -> None:
-        # On a CPU the buffers stay: first touches of new memory cost more than the arithmetic on it.
+        # On a CPU the buffers stay for the next update: first touches of new memory cost more than the arithmetic on it.
         self.optimizer.zero_grad(set_to_none=self.device.type != "cpu")
+
+    def make_room(self) -> None:
+        """Gives back what only updates need, and what the allocator keeps of it, before completions are sampled."""
+        if self.device.type == "cpu":
+            self.optimizer.zero_grad(set_to_none=True)
+            cpu.give_back_memory()
 
     def _fitting(self, work: Callable[[], X]) -> X:
         """What `work` returns. Where the memory of any process does not suffice, all begin it anew, without the

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dualign import annotate, cpu, data
+from dualign import annotate, data
 from dualign.annotate.base import Annotator
 from dualign.annotate.function import name_of
 from dualign.batch import WeightedBatch, check_finite, labelled, recorded_logp, updates, weigh
@@ -40,7 +40,6 @@ from dualign.source import (
 from dualign.view import View, plan_lines, warnings_of
 
 RewardFunction = Callable[..., Any]
-GIVE_BACK_EVERY = 8  # online batches: the next one then costs half a second more of page faults
 
 
 def train(
@@ -134,8 +133,6 @@ class Trainer:
             self._update(b, skip, losses, clock)
             with clock("sync"):
                 self.sampler.sync()
-                if (step + 1) % GIVE_BACK_EVERY == 0 and self.engine.device.type == "cpu":
-                    cpu.give_back_memory()
             self._finish_batch(b, losses, clock)
             skip, losses = 0, []
         self._summarise()
@@ -145,6 +142,7 @@ class Trainer:
     def _collect(self, step: int, clock: Clock) -> WeightedBatch:
         """Rows from all processes, then what is constant while they are used: log π_t, log π_0, weights; on disk."""
         self.view.phase(step, "sampling and labelling")
+        self.engine.make_room()
         self.run.journal.begin(self.run.batch_path(step).with_suffix(""))
         b = labelled(step, everyones(self.engine, lambda: self.source.collect(step, clock)))
         if b.rows and b.absent / len(b.rows) > self.config.train.max_absent:
@@ -230,6 +228,7 @@ class Trainer:
         if self.run.evaluation_path(done).exists():
             return HeldOut(**self.run.read_evaluation(done)[1])
         self.view.phase(done, "evaluating on held-out prompts")
+        self.engine.make_room()
         self.run.journal.begin(self.run.evaluation_path(done).with_suffix(""))
         result, rows = evaluate(self.config, self.engine, self.labeller, self.heldout, done)
         if self.engine.main:
