@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dualign.compare.pareto import fit
-from dualign.compare.results import Mean, Point, labels_to_reach, reward_at
+from dualign.compare.results import Mean, Point, chance, labels_to_reach, reward_at
 
 
 def test_a_parabola_is_found_again_with_its_peak():
@@ -53,6 +53,14 @@ def test_reward_at_a_kl_is_that_of_the_first_crossing():
     assert reward_at(curve, 1.0) == 0.25 and reward_at(curve, 4.0) == 1.0
     assert reward_at(curve, 5.5) == 1.75  # between 3 and 8
     assert reward_at(curve, 8.1) is None and reward_at(curve[:1], 0.0) is None
+
+
+def test_settings_that_differ_no_more_than_seeds_are_chance():
+    # by hand: between 1.5 on 1 degree of freedom, within 4 on 4: F = 1.5; of two settings that is t = 1.22, p = 0.288
+    assert chance([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]]) == pytest.approx(0.2879, abs=1e-4)
+    assert chance([[1.0, 1.1, 0.9], [2.0, 2.1, 1.9], [3.0, 3.1, 2.9]]) < 1e-5
+    assert chance([[1.0], [2.0]]) is None and chance([[1.0, 2.0]]) is None
+    assert chance([[1.0, 1.0], [1.0, 1.0]]) is None  # nothing varies: nothing to say
 
 
 def test_intervals_of_a_mean():

@@ -10,7 +10,7 @@ from dualign.compare import plots
 from dualign.compare.cells import State, selected, state
 from dualign.compare.grid import Cell, Grid, cells, selection_cells, unique
 from dualign.compare.pareto import fit
-from dualign.compare.results import Result, along_axes, final, finals, read
+from dualign.compare.results import Result, along_axes, chance, final, finals, groups, read
 from dualign.compare.table import curves_csv, markdown, rows, table_csv, target_reward
 from dualign.errors import UserError
 from dualign.runs import Run, write_text
@@ -41,6 +41,7 @@ def write_report(grid: Grid, failed: dict[str, str]) -> str:
         "temperature included). α-interpolated KL: α·KL(π_θ‖π_0), for systems without α the whole of it. Systems on a "
         "fixed set buy no labels while training; what the set cost is not counted.\n",
         table,
+        *_chance(results),
         *_equal_kl(grid),
         *_codes(results),
         *_target(results, grid),
@@ -70,6 +71,20 @@ def pareto_lines(results: Sequence[Result]) -> list[str]:
                     f"{found.peak_reward:.3f} at {found.peak_kl:.3g} nats"
                 )
     return lines
+
+
+def _chance(results: Sequence[Result]) -> list[str]:
+    """Whether final rewards differ by more than seeds do: among the values of each axis, and among systems."""
+    compared = {f"{system}, {axis}": some for (system, axis), some in along_axes(results).items()}
+    compared["systems"] = [r for r in results if r.cell.axis is None]
+    lines = []
+    for name, some in compared.items():
+        settings = [[r.last.reward for r in seeds if r.last] for seeds in groups(some).values()]
+        if (p := chance(settings)) is not None:
+            words = "more than seeds do" if p < 0.05 else "no more than seeds do"
+            lines.append(f"- {name}: the final rewards of {len(settings)} differ {words} (p = {p:.2g})")
+    about = "One-way analysis of variance over seeds; with many axes, one in twenty is below 0.05 by chance.\n"
+    return ["\n## Beyond chance?\n", about, *lines, ""] if lines else []
 
 
 def _equal_kl(grid: Grid) -> list[str]:

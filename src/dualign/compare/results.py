@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from dualign.algos import Algorithm
 from dualign.compare.grid import Cell
@@ -156,6 +157,16 @@ def finals(results: Sequence[Result]) -> list[Point]:
     """The mean final point over seeds of each setting."""
     curves = (mean_curve([r for r in seeds if r.last]) for seeds in groups(results).values())
     return [curve[-1][0] for curve in curves if curve]
+
+
+def chance(settings: Iterable[Sequence[float]]) -> float | None:
+    """How probable it is that values of settings that are all alike differ as much as these, each list one setting's
+    over seeds: one-way analysis of variance (for two settings, the t-test). None where no setting has two seeds."""
+    known = [np.array(values, dtype=float) for values in settings if len(values)]
+    if len(known) < 2 or all(len(values) < 2 for values in known):
+        return None
+    p = float(stats.f_oneway(*known).pvalue)
+    return p if np.isfinite(p) else None
 
 
 def reward_at(curve: Sequence[Point], kl: float) -> float | None:
