@@ -1,6 +1,6 @@
 """One CUDA device: model FLOPs utilisation of the update phase, seconds per online batch by phase, memory.
 
-    python benchmarks/gpu.py [--shapes 0.5b 1.5b] [--batches 2] [--peak TFLOPS]
+    python benchmarks/gpu.py [--shapes 0.5b 1.5b] [--batches 2] [--no-compile] [--no-cuda-graphs]
 
 Models with the shapes of Qwen2.5-0.5B and 1.5B and random weights (what they say does not matter to time: no answer ends
 early), bf16 autocast over fp32 masters; DAR on 512 completions (128 prompts of 128 tokens, K = 4, 256 new tokens),
@@ -59,13 +59,19 @@ def configure(folder: Path, o: argparse.Namespace) -> Config:
         {
             "model": {"name": str(folder)},
             "data": {"train": "random ids"},
-            "rollout": {"k": 4, "max_new_tokens": o.tokens, "rows": o.online_batch},
+            "rollout": {
+                "k": 4,
+                "max_new_tokens": o.tokens,
+                "rows": o.online_batch,
+                "cuda_graphs": not o.no_cuda_graphs,
+            },
             "algo": {"name": "dar"},
             "train": {
                 "online_batches": o.batches,
                 "online_batch": o.online_batch,
                 "update_size": o.online_batch // 4,
                 "micro_batch_tokens": o.micro_batch_tokens,
+                "compile": not o.no_compile,
             },
         }
     )
@@ -138,6 +144,8 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--micro-batch-tokens", type=int, default=16384)
+    parser.add_argument("--no-compile", action="store_true", help="layers as they are")
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="every step of decoding launched by hand")
     parser.add_argument("--peak", type=float, help="the device's dense bf16 TFLOP/s, where it is not known here")
     parser.add_argument("--out", type=Path, default=RESULTS)
     o = parser.parse_args()

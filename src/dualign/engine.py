@@ -21,8 +21,9 @@ from dualign.algos import Algorithm, Batch
 from dualign.config import Config
 from dualign.errors import StopRun, UserError, out_of_memory
 from dualign.models.critic import Critic
+from dualign.models.fused import compile_layers
 from dualign.models.master import Masters, gradient_of
-from dualign.models.packing import Tokens, deal, pack, plan, size_of
+from dualign.models.packing import Tokens, deal, plan, size_of
 from dualign.models.policy import Policy, load_model
 from dualign.optim import Adafactor
 from dualign.rollout.base import Sampler
@@ -74,6 +75,9 @@ class Engine:
         for module in self.modules:
             exact |= module.round()
         self.masters = Masters(list(self.modules), exact)
+        if self.device.type == "cuda" and self.train.compile:
+            for module in [*self.modules, *([self.reference] if self.reference else [])]:
+                compile_layers(module.base)
         self.optimizer = self._optimizer()
         self.micro_batch_tokens = self.train.micro_batch_tokens
 
@@ -117,12 +121,12 @@ class Engine:
 
     def score(self, model: Policy, tokens: Tokens) -> Tensor:
         """(N, T) fp32 on the CPU: log-probs (or values) of every row, without gradient."""
-        out_NT = torch.zeros(len(tokens), tokens.width)
+        out_NT = torch.zeros(len(tokens), tokens.width, device=self.device)
 
         def work() -> None:
             for part in self._my_parts(tokens, range(len(tokens))):
-                micro = pack(tokens, part, tokens.width, self.tokenizer.pad_id, model.share).to(self.device)
-                out_NT[micro.rows] = model(micro).float().cpu()
+                micro = model.pack(tokens, part, self.tokenizer.pad_id)
+                out_NT[micro.rows.to(self.device)] = model(micro).float()
 
         training = model.training
         model.eval()  # no dropout: log π_t is what was sampled from
@@ -130,9 +134,8 @@ class Engine:
             self._fitting(work)
         model.train(training)
         if self.world > 1:
-            torch.distributed.all_reduce(moved := out_NT.to(self.device))
-            out_NT = moved.cpu()
-        return out_NT
+            torch.distributed.all_reduce(out_NT)
+        return out_NT.cpu()
 
     def score_reference(self, tokens: Tokens) -> Tensor:
         """(N, T) log π_0."""
@@ -178,9 +181,8 @@ class Engine:
         self, algo: Algorithm, tokens: Tokens, batch: Batch, part: list[int], scale: float
     ) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch; returns sums over its rows, in double precision."""
-        micro = pack(tokens, part, tokens.width, self.tokenizer.pad_id, self.policy.share)
+        micro = self.policy.pack(tokens, part, self.tokenizer.pad_id)
         rows = _to(batch.select(micro.rows), self.device)
-        micro = micro.to(self.device)
         logp_NT = self.policy(micro)
         value_NT = self.critic(micro) if self.critic else None
         loss, stats = algo.loss(logp_NT, rows, value_NT)
@@ -273,7 +275,7 @@ class Engine:
         """What draws completions from π_t."""
         from dualign.rollout.hf import HFSampler
 
-        return HFSampler(self.policy, self.tokenizer, self.config.rollout.rows)
+        return HFSampler(self.policy, self.tokenizer, self.config.rollout.rows, self.config.rollout.cuda_graphs)
 
     @property
     def context(self) -> int:

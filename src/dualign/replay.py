@@ -170,7 +170,7 @@ def histogram(sizes: Iterable[Tensor]) -> list[float]:
 
 def gradient_cosine(model: Path | str, config: Config, b: WeightedBatch, other: Algorithm) -> float:
     """The cosine of the two updates' true gradients, by `model`, which should be the π_t of batch `b`."""
-    from dualign.models.packing import pack, plan
+    from dualign.models.packing import plan
     from dualign.models.policy import Policy, load_model
 
     if config.model.lora is not None:
@@ -183,7 +183,7 @@ def gradient_cosine(model: Path | str, config: Config, b: WeightedBatch, other: 
         batch = point(again(b, algo))
         rows = [i for i in range(len(batch)) if "keep" not in batch.columns or batch["keep"][i]]
         for part in plan(b.tokens, rows, config.train.micro_batch_tokens, policy.share):
-            micro = pack(b.tokens, part, b.tokens.width, tokenizer.pad_id, policy.share)
+            micro = policy.pack(b.tokens, part, tokenizer.pad_id)
             some = batch.select(micro.rows)
             algo.loss(policy(micro), some, some.value_old_NT)[0].backward()
         return [p.grad.double().flatten() for p in policy.parameters() if p.grad is not None]

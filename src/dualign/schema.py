@@ -74,6 +74,7 @@ class RolloutConfig(Settings):
         description="log π_t by a pass of its own over the completions, or as the sampler recorded it: a pass less, "
         "and off by the rounding between one token at a time and all at once",
     )
+    cuda_graphs: bool = Field(True, description="on a GPU, replay the steps of decoding as CUDA graphs")
 
 
 class TrainConfig(Settings):
@@ -86,6 +87,7 @@ class TrainConfig(Settings):
         4096, ge=16, description="tokens of one forward pass; only memory and speed depend on it"
     )
     prefix_sharing: bool = Field(True, description="compute a prompt once for its K completions")
+    compile: bool = Field(True, description="on a GPU, compile the layers of models that share prompts")
     optimizer: Literal["adafactor", "adamw"] = Field(
         "adafactor", description="Adafactor without momentum or relative steps (papers), or AdamW"
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dualign.models import logprobs
+from dualign.models import attention, logprobs
 from dualign.models.attention import _attend, _attend_by_sdpa
 from dualign.models.logprobs import token_logp
 from dualign.models.master import LightEmbedding, Masters
@@ -78,6 +78,62 @@ def test_prompt_sharing_gives_the_same_gradient(tiny):
         grads.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
     for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-5 * float(b.abs().max()) + 1e-7)
+
+
+def slow_flash(q, k, v, q_ends, k_ends, q_max, k_max, causal, scale):
+    """What FlashAttention's kernel for segments of several lengths computes, spelled out."""
+    out, norm = torch.zeros_like(q), q.new_zeros(q.shape[1], len(q))
+    for at, kt, weight, value in segments_of(q, k, v, q_ends, k_ends, causal, scale):
+        assert at.stop - at.start <= q_max and kt.stop - kt.start <= k_max
+        norm[:, at] = torch.logsumexp(weight, -1)
+        out[at] = (torch.softmax(weight, -1) @ value).transpose(0, 1)
+    return out, norm, (torch.zeros(2), torch.zeros(()))
+
+
+def slow_flash_backward(grad, q, k, v, out, norm, q_ends, k_ends, q_max, k_max, causal, scale, seed):
+    """Its backward: softmax by the normaliser that it is given, and rowsum(dO O) of the output that it is given."""
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    groups = q.shape[1] // k.shape[1]
+    for at, kt, weight, value in segments_of(q, k, v, q_ends, k_ends, causal, scale):
+        p = (weight - norm[:, at, None]).exp()
+        g = grad[at].transpose(0, 1)
+        ds = p * (g @ value.transpose(1, 2) - (grad[at] * out[at]).sum(-1).T[:, :, None])
+        dq[at] = (ds @ k[kt].repeat_interleave(groups, 1).transpose(0, 1)).transpose(0, 1) * scale
+        dk[kt] = (ds.transpose(1, 2) @ q[at].transpose(0, 1)).unflatten(0, (-1, groups)).sum(1).transpose(0, 1) * scale
+        dv[kt] = (p.transpose(1, 2) @ g).unflatten(0, (-1, groups)).sum(1).transpose(0, 1)
+    return dq, dk, dv
+
+
+def segments_of(q, k, v, q_ends, k_ends, causal, scale):
+    groups = q.shape[1] // k.shape[1]
+    for i in range(len(q_ends) - 1):
+        at, kt = (slice(int(ends[i]), int(ends[i + 1])) for ends in (q_ends, k_ends))
+        key, value = (x[kt].repeat_interleave(groups, 1).transpose(0, 1) for x in (k, v))
+        weight = q[at].transpose(0, 1) @ key.transpose(1, 2) * scale
+        if causal:
+            weight = weight.masked_fill(torch.ones_like(weight[0], dtype=torch.bool).triu(1), -torch.inf)
+        yield at, kt, weight, value
+
+
+def test_attention_over_segments_is_attention_over_blocks(tiny, monkeypatch):
+    monkeypatch.setattr(attention, "_flash", slow_flash)
+    monkeypatch.setattr(attention, "_flash_backward", slow_flash_backward)
+    model, _ = load_model(ModelConfig(name=str(tiny)))
+    policy, tokens, found = Policy(model, "fp32", True), rows(), []
+    weight = torch.randn(len(tokens), 1)
+    for segments in (False, True):
+        model.zero_grad()
+        logps = torch.zeros(len(tokens), tokens.width)
+        for part in plan(tokens, range(len(tokens)), 40):
+            micro = pack(tokens, part, tokens.width, 0, True, segments)
+            logp = policy(micro)
+            (logp * weight[micro.rows]).sum().backward()
+            logps[micro.rows] = logp.detach()
+        found.append((logps, [p.grad.clone() for p in model.parameters()]))
+    (blocks, block_grads), (flat, flat_grads) = found
+    assert torch.allclose(flat, blocks, atol=1e-5)
+    for a, b in zip(flat_grads, block_grads, strict=True):
         assert torch.allclose(a, b, atol=1e-5 * float(b.abs().max()) + 1e-7)
 
 

@@ -9,11 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from dualign.models.fused import Fused
 from dualign.models.master import gradient_of
 
 CHUNK = 256  # tokens whose logits are made by one matrix product, into one buffer
+ENTRIES = 2**29  # as many of them on a GPU as have this many logits
 BLOCK = 8  # tokens whose logits are turned into probabilities at a time: they stay in the cache of a core
 SLICE = 2048  # entries of the vocabulary whose weight gradient is made at a time
+
+
+@Fused
+def target_logp(logits_CV: Tensor, target_C: Tensor) -> Tensor:
+    """(C,) fp32 log softmax(logits)[target]."""
+    wide = logits_CV.float()
+    return wide.gather(1, target_C[:, None])[:, 0] - torch.logsumexp(wide, -1)
+
+
+@Fused
+def _to_share(logits_CV: Tensor, grad_C: Tensor) -> None:
+    """Overwrites logits with -softmax(logits) grad."""
+    logits_CV.copy_(torch.softmax(logits_CV, -1) * -grad_C[:, None])
 
 
 class _TokenLogProb(Function):
@@ -25,9 +40,7 @@ class _TokenLogProb(Function):
         logp = hidden_MH.new_empty(len(hidden_MH), dtype=torch.float32)
         for rows, _, logits in _logits(hidden_MH, rounded_VH):
             for part in _blocks(logits):
-                wide = logits[part].float()
-                chosen = wide.gather(1, target_M[rows][part, None])[:, 0]
-                logp[rows][part] = chosen - torch.logsumexp(wide, -1)
+                logp[rows][part] = target_logp(logits[part], target_M[rows][part])
         ctx.save_for_backward(hidden_MH, weight_VH, target_M)
         ctx.rounded = rounded_VH
         ctx.parameter = weight_VH if isinstance(weight_VH, nn.Parameter) else None
@@ -45,11 +58,10 @@ class _TokenLogProb(Function):
         elif ctx.needs_input_grad[1]:
             into = grad_weight = torch.zeros_like(weight_VH)
         for rows, h, d in _logits(hidden_MH, rounded_VH):
-            g = grad_M[rows, None]
+            g = grad_M[rows]
             for part in _blocks(d):
-                d[part] = torch.softmax(d[part], -1).mul_(-g[part])
-            at = torch.arange(len(d), device=d.device)
-            d[at, target_M[rows]] += g[:, 0]
+                _to_share(d[part], g[part])
+            d.scatter_add_(1, target_M[rows, None], g[:, None])
             grad_hidden[rows] = (d @ rounded_VH).to(grad_hidden.dtype)
             if into is not None:
                 for entries in _slices(len(into), SLICE if d.device.type == "cpu" else len(into)):
@@ -59,14 +71,15 @@ class _TokenLogProb(Function):
 
 def _logits(hidden_MH: Tensor, weight_VH: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, their hidden states, their logits), chunk after chunk; the logits are overwritten by the next chunk's."""
-    buffer = weight_VH.new_empty(min(CHUNK, len(hidden_MH)), len(weight_VH))
-    for rows in _slices(len(hidden_MH), CHUNK):
+    chunk = CHUNK if weight_VH.device.type == "cpu" else max(CHUNK, ENTRIES // len(weight_VH))
+    buffer = weight_VH.new_empty(min(chunk, len(hidden_MH)), len(weight_VH))
+    for rows in _slices(len(hidden_MH), chunk):
         h = hidden_MH[rows].to(weight_VH.dtype)
         yield rows, h, torch.mm(h, weight_VH.T, out=buffer[: len(h)])
 
 
 def _blocks(logits: Tensor) -> list[slice]:
-    return _slices(len(logits), BLOCK if logits.device.type == "cpu" else CHUNK)
+    return _slices(len(logits), BLOCK if logits.device.type == "cpu" else len(logits))
 
 
 def _slices(count: int, size: int) -> list[slice]:

@@ -55,13 +55,28 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Segments:
+    """Where prompts and completions end in the flat tokens, for attention that is told so (GPUs): cumulative lengths in
+    int32, beginning with 0, and the longest length."""
+
+    ends: Tensor  # of every prompt and completion, and the filler
+    longest: int
+    row_at: Tensor  # flat positions of all completions' tokens
+    row_ends: Tensor  # within those, where each prompt's completions end
+    row_longest: int
+    prompt_at: Tensor  # flat positions of all prompts' tokens
+    prompt_ends: Tensor
+    prompt_longest: int
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """What one forward pass needs. L flat tokens (or R padded rows); n completions; M scored tokens."""
 
     rows: Tensor  # (n,) long, on the CPU: which of the update's rows, in order
     input_ids: Tensor  # (1, L); (R, L) where prompts are not shared
     position_ids: Tensor  # likewise
-    layout: Layout | None  # None: plain padded rows
+    layout: Layout | Segments | None  # None: plain padded rows
     mask: Tensor  # plain rows: (R, L) of 0/1; else a stand-in that keeps models from building one
     predictor_M: Tensor  # flat position whose output predicts the token
     target_M: Tensor  # the token
@@ -70,9 +85,8 @@ class MicroBatch:
     width: int  # T of the result
 
     def to(self, device: torch.device) -> MicroBatch:
-        layout = self.layout and replace(self.layout, **_moved(self.layout, device))
-        moved: dict[str, Any] = _moved(self, device) | {"rows": self.rows}
-        return replace(self, **moved, layout=layout)
+        layout: Any = self.layout and replace(self.layout, **_moved(self.layout, device))
+        return replace(self, **_moved(self, device) | {"rows": self.rows, "layout": layout})
 
     def scatter(self, value_M: Tensor) -> Tensor:
         """(M,) per scored token -> (n, T), 0 elsewhere. Differentiable."""
@@ -80,9 +94,12 @@ class MicroBatch:
         return out.index_put((self.row_M, self.step_M), value_M)
 
 
-def _moved(record: Any, device: torch.device) -> dict[str, Tensor]:
+def _moved(record: Any, device: torch.device) -> dict[str, Any]:
     values = {f.name: getattr(record, f.name) for f in fields(record)}
-    return {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+    tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
+    if device.type == "cuda":  # from memory that may move, a copy would wait for all work that is under way
+        tensors = {k: v.contiguous().pin_memory() for k, v in tensors.items()}
+    return {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
 
 
 def plan(tokens: Tokens, rows: Sequence[int], budget: int, share: bool = True) -> list[list[int]]:
@@ -123,50 +140,77 @@ def _by_prompt(tokens: Tokens, rows: Sequence[int]) -> list[list[int]]:
     return list(groups.values())
 
 
-def pack(tokens: Tokens, rows: Sequence[int], width: int, pad_id: int, share: bool) -> MicroBatch:
-    """The tensors of one micro-batch; `width` is the T of the log-probs it will give."""
-    return _flat(tokens, rows, width) if share else _padded(tokens, rows, width, pad_id)
+def pack(
+    tokens: Tokens, rows: Sequence[int], width: int, pad_id: int, share: bool, segments: bool = False
+) -> MicroBatch:
+    """The tensors of one micro-batch; `width` is the T of the log-probs it will give. `segments`: the layout that
+    attention on GPUs reads."""
+    return _flat(tokens, rows, width, segments) if share else _padded(tokens, rows, width, pad_id)
 
 
-def _flat(tokens: Tokens, rows: Sequence[int], width: int) -> MicroBatch:
+def _flat(tokens: Tokens, rows: Sequence[int], width: int, segments: bool) -> MicroBatch:
     ids: list[int] = []
-    positions: list[int] = []
-    predictors: list[int] = []
     prompts: list[range] = []
     completions: list[range] = []
     row_prompt: list[int] = []
+    positions: list[Tensor] = []
+    predictors: list[Tensor] = []
     for row in rows:
         prompt, completion = tokens.prompt_ids[row], tokens.completion_ids[row]
         if not completions or tokens.group[row] != tokens.group[rows[len(completions) - 1]]:
             prompts.append(range(len(ids), len(ids) + len(prompt)))
             ids += prompt
-            positions += range(len(prompt))
+            positions.append(torch.arange(len(prompt)))
         row_prompt.append(len(prompts) - 1)
         start = len(ids)
         completions.append(range(start, start + len(completion)))
         # the first token is predicted at the prompt's end, each further one at its predecessor
-        predictors += [prompts[-1][-1], *range(start, start + len(completion) - 1)]
+        predictors += [torch.tensor(prompts[-1][-1:]), torch.arange(start, start + len(completion) - 1)]
         ids += completion
-        positions += range(len(prompt), len(prompt) + len(completion))
+        positions.append(torch.arange(len(prompt), len(prompt) + len(completion)))
     if filler := -len(ids) % MULTIPLE:  # a prompt that nothing answers
         prompts.append(range(len(ids), len(ids) + filler))
         ids += ids[:1] * filler
-        positions += range(filler)
+        positions.append(torch.arange(filler))
+    lay_out = _segments if segments else _layout
     return MicroBatch(
         rows=torch.tensor(rows),
         input_ids=torch.tensor([ids]),
-        position_ids=torch.tensor([positions]),
-        layout=_layout(len(ids), prompts, completions, row_prompt),
+        position_ids=torch.cat(positions)[None],
+        layout=lay_out(len(ids), prompts, completions, row_prompt),
         mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
-        predictor_M=torch.tensor(predictors),
+        predictor_M=torch.cat(predictors),
         **_targets(tokens, rows, width),
     )
 
 
+def _segments(length: int, prompts: list[range], completions: list[range], row_prompt: list[int]) -> Segments:
+    answered = [0] * len(prompts)  # tokens of each prompt's completions; the filler has none
+    for of, row in zip(row_prompt, completions, strict=True):
+        answered[of] += len(row)
+    real = [p for p, count in zip(prompts, answered, strict=True) if count]
+    of_prompt = torch.zeros(length, dtype=torch.bool)
+    for p in prompts:
+        of_prompt[p.start : p.stop] = True
+    return Segments(
+        ends=torch.tensor([0, *sorted(r.stop for r in [*prompts, *completions])], dtype=torch.int32),
+        longest=max(map(len, [*prompts, *completions])),
+        row_at=(~of_prompt).nonzero()[:, 0],
+        row_ends=_cumulative([count for count in answered if count]),
+        row_longest=max(answered),
+        prompt_at=torch.cat([torch.arange(p.start, p.stop) for p in real]),
+        prompt_ends=_cumulative([len(p) for p in real]),
+        prompt_longest=max(map(len, real)),
+    )
+
+
+def _cumulative(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
 def _layout(length: int, prompts: list[range], completions: list[range], row_prompt: list[int]) -> Layout:
-    a, c = max(map(len, prompts)), max(map(len, completions))
-    prompt_PA = torch.tensor([[*p, *[p[0]] * (a - len(p))] for p in prompts])
-    row_nC = torch.tensor([[*r, *[r[0]] * (c - len(r))] for r in completions])
+    prompt_PA, row_nC = _block(prompts), _block(completions)
+    a, c = prompt_PA.shape[1], row_nC.shape[1]
     prompt_length = torch.tensor([len(p) for p in prompts])
     row_prompt_n = torch.tensor(row_prompt)
     seen = torch.arange(a) < prompt_length[row_prompt_n, None]  # (n, A)
@@ -188,6 +232,13 @@ def _layout(length: int, prompts: list[range], completions: list[range], row_pro
         row_mask=row_mask[:, None],
         back_L=back,
     )
+
+
+def _block(runs: list[range]) -> Tensor:
+    """One row per run, padded with its first."""
+    start, size = torch.tensor([[r.start, len(r)] for r in runs]).unbind(1)
+    place = torch.arange(int(size.max())).expand(len(runs), -1)
+    return start[:, None] + place.where(place < size[:, None], 0)
 
 
 def _padded(tokens: Tokens, rows: Sequence[int], width: int, pad_id: int) -> MicroBatch:
@@ -213,9 +264,10 @@ def _padded(tokens: Tokens, rows: Sequence[int], width: int, pad_id: int) -> Mic
 
 def _targets(tokens: Tokens, rows: Sequence[int], width: int) -> dict[str, Any]:
     completions = [tokens.completion_ids[row] for row in rows]
+    lengths = torch.tensor([len(c) for c in completions])
     return {
         "target_M": torch.tensor([y for c in completions for y in c]),
-        "row_M": torch.tensor([i for i, c in enumerate(completions) for _ in c]),
-        "step_M": torch.tensor([t for c in completions for t in range(len(c))]),
+        "row_M": torch.arange(len(rows)).repeat_interleave(lengths),
+        "step_M": torch.cat([torch.arange(len(c)) for c in completions]),
         "width": width,
     }

@@ -100,7 +100,7 @@ class Policy(nn.Module):
 
     def __init__(self, model: Any, precision: str, share: bool = True) -> None:
         super().__init__()
-        self.model, self.precision, self.share = model, precision, False
+        self.model, self.precision, self.share, self.flash = model, precision, False, False
         self.base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
         self.head = model.get_output_embeddings()
         self.plain_head = self._head_is_linear()
@@ -110,6 +110,7 @@ class Policy(nn.Module):
         LightEmbedding.take(model.get_input_embeddings())
         if share and model.config._attn_implementation == "sdpa":
             self.share = self._try_sharing()
+            self.flash = self.share and self.device.type == "cuda" and self._try_flash()
         if precision == "bf16":
             self._round_norms()
 
@@ -123,6 +124,10 @@ class Policy(nn.Module):
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+    def pack(self, tokens: Tokens, rows: Sequence[int], pad_id: int) -> MicroBatch:
+        """Rows of `tokens` as a micro-batch of the kind that this model takes, where it is."""
+        return pack(tokens, rows, tokens.width, pad_id, self.share, self.flash).to(self.device)
 
     def hidden(self, micro: MicroBatch) -> Tensor:
         """(M, H): what the decoder says at the positions that are scored."""
@@ -176,9 +181,7 @@ class Policy(nn.Module):
         windowed layers, or with attention of their own, do not, and keep plain rows."""
         from dualign.models.attention import PACKED
 
-        vocab = self.model.config.get_text_config().vocab_size
-        ids = [tuple((7 * i + 3 * j + 1) % vocab for j in range(6)) for i in range(4)]
-        tokens = Tokens((ids[0], ids[0], ids[3][:2]), (ids[1], ids[2][:4], ids[2]), (0, 0, 1))
+        tokens = self._sample_tokens()
         flat, rows = (pack(tokens, [0, 1, 2], 6, 0, share).to(self.device) for share in (True, False))
         precision, self.precision = self.precision, "fp32"
         try:
@@ -193,6 +196,31 @@ class Policy(nn.Module):
             self.model.set_attn_implementation("sdpa")
             return False
         return True
+
+    @torch.no_grad()
+    def _try_flash(self) -> bool:
+        """Whether FlashAttention's kernels take this model on this device and say what SDPA says, found out by trying."""
+        config = self.model.config.get_text_config()
+        if self.precision != "bf16" or getattr(config, "attention_dropout", None):
+            return False
+        tokens = self._sample_tokens()
+        try:
+            blocks, segments = (
+                self(pack(tokens, [0, 1, 2], tokens.width, 0, True, flash).to(self.device)) for flash in (False, True)
+            )
+        except (RuntimeError, TypeError, NotImplementedError, AttributeError) as error:  # other builds of torch
+            log.warning("no FlashAttention here, SDPA instead: %s", str(error).splitlines()[0])
+            return False
+        agree = bool(torch.allclose(segments, blocks, rtol=0.05, atol=0.05))
+        if not agree:
+            log.warning("FlashAttention says something else than SDPA here and is not used")
+        return agree
+
+    def _sample_tokens(self) -> Tokens:
+        """Two prompts, the first with two completions, to try things out with."""
+        vocab = self.model.config.get_text_config().vocab_size
+        ids = [tuple((7 * i + 3 * j + 1) % vocab for j in range(6)) for i in range(4)]
+        return Tokens((ids[0], ids[0], ids[3][:2]), (ids[1], ids[2][:4], ids[2]), (0, 0, 1))
 
     def _round_norms(self) -> None:
         """The norms before a layer's linear maps hand on bf16: what autocast makes of their output anyway, once instead

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from dualign.models.attention import PACKED
+from dualign.models.fused import Fused
+from dualign.models.logprobs import target_logp
 from dualign.models.policy import Policy, Tokenizer
 from dualign.rollout.base import Request, Sampling, uniforms
+from dualign.rollout.graphs import Graphs
 from dualign.rollout.packed import Product, laid_out_linears, product
 from dualign.types import Rollout
 
@@ -22,16 +26,21 @@ BLOCK = 256  # two-level inverse CDF: a sum per block of the vocabulary, then a 
 ROWS = 8  # rows whose logits are turned into tokens at a time on a CPU
 PREFILL = 8192  # tokens of prompts computed at a time
 COMPACT = 0.875  # drop finished rows from the cache once fewer than this share is alive
+HALF = 0.5  # the same on a GPU, where another number of rows needs another graph
+LOOK = 8  # steps between two looks at a GPU's tokens, which wait for it
+WINDOW = 64  # columns by which a GPU's attention grows
 
 
 class HFSampler:
-    """Samples from a Policy's model with its own key-value cache."""
+    """Samples from a Policy's model with its own key-value cache. On a CUDA device a step is a graph, replayed."""
 
-    def __init__(self, policy: Policy, tokenizer: Tokenizer, rows: int) -> None:
+    def __init__(self, policy: Policy, tokenizer: Tokenizer, rows: int, cuda_graphs: bool = True) -> None:
         self.policy, self.tokenizer, self.rows = policy, tokenizer, rows
         self.head: Product | None = None
         named = inspect.signature(policy.base.forward).parameters  # transformers 5.23 renamed it
         self.cache_name = "cache" if "cache" in named else "past_key_values"
+        self.cuda = policy.device.type == "cuda"
+        self.graphs = Graphs(self.cuda and cuda_graphs)
 
     @torch.inference_mode()
     def sample(
@@ -63,57 +72,77 @@ class HFSampler:
     def _decode(
         self, requests: Sequence[Request], s: Sampling, seed: tuple[int, int], done: Callable[[Rollout], None]
     ) -> None:
-        device = self.policy.device
-        eos = torch.tensor(sorted(self.tokenizer.eos_ids), device=device)
-        cache, logits_NV, visible_NL, position_N = self._prefill(requests, s)
         rows = [(r, r.group * s.k + k) for r in requests for k in range(s.k)]
-        draw_NT = torch.from_numpy(np.stack([uniforms(seed, i, s.max_new_tokens) for _, i in rows])).to(device)
-        n = len(rows)
-        token_NT = torch.zeros(n, s.max_new_tokens, dtype=torch.long, device=device)
-        logp_NT = torch.zeros(n, s.max_new_tokens, device=device)
-        alive = torch.arange(n, device=device)  # rows of the tensors above that the cache still holds
-        open_N = torch.ones(n, dtype=torch.bool, device=device)  # of those, the ones not yet finished
-        for t in range(s.max_new_tokens):
-            token_N, step_logp_N = choose(logits_NV, s, draw_NT[alive, t])
-            token_NT[alive, t], logp_NT[alive, t] = token_N, step_logp_N
-            ended_N = open_N & torch.isin(token_N, eos)
-            last = t + 1 == s.max_new_tokens
-            for i in (alive[open_N] if last else alive[ended_N]).tolist():
-                ids = token_NT[i, : t + 1].tolist()
-                self._finish(rows[i], ids, logp_NT[i, : t + 1].tolist(), done)
-            open_N = open_N & ~ended_N
-            count = int(open_N.sum())
-            if last or count == 0:
-                return
-            if count < COMPACT * len(alive):
-                keep = open_N.nonzero()[:, 0]
-                cache.select(keep)
-                alive, visible_NL, position_N, token_N = alive[keep], visible_NL[keep], position_N[keep], token_N[keep]
-                open_N = open_N[keep]
-            visible_NL = torch.cat([visible_NL, visible_NL.new_ones(len(alive), 1)], 1)
-            logits_NV = self._logits(token_N[:, None], (position_N + t)[:, None], self._mask(visible_NL), cache)
+        look, compact = (LOOK, HALF) if self.cuda else (1, COMPACT)
+        eos = torch.tensor(sorted(self.tokenizer.eos_ids), device=self.policy.device)
+        d = self._prefill(
+            requests, s, torch.from_numpy(np.stack([uniforms(seed, i, s.max_new_tokens) for _, i in rows]))
+        )
+        open_N = torch.ones(len(rows), dtype=torch.bool)  # rows that have not finished
+        with self.graphs:
+            for count in range(1, s.max_new_tokens + 1):
+                last = count == s.max_new_tokens
+                if last or count % look == 0:
+                    end_N = first_true(torch.isin(d.token_NT[:, :count], eos)).cpu()  # `count` where there is none
+                    closed = open_N & (last | (end_N < count))
+                    if closed.any():
+                        token_NT, logp_NT = d.token_NT.cpu(), d.logp_NT.cpu()
+                    for i in closed.nonzero()[:, 0].tolist():
+                        upto = min(int(end_N[i]) + 1, count)
+                        self._finish(rows[i], token_NT[i, :upto].tolist(), logp_NT[i, :upto].tolist(), done)
+                    open_N &= ~closed
+                    if not open_N.any():
+                        return
+                    if int(open_N.sum()) < compact * len(rows):
+                        keep = open_N.nonzero()[:, 0]
+                        d.select(keep.to(self.policy.device))
+                        rows, open_N = [rows[i] for i in keep.tolist()], open_N[keep]
+                d.cache.grow()
+                self.graphs.run((len(rows), d.cache.seen), lambda: self._step(d, s))
+
+    def _step(self, d: Decoding, s: Sampling) -> None:
+        """The next token of every row. All that changes is changed in place, by tensors that say where, so that it can
+        be a graph."""
+        token_N1 = d.token_NT.index_select(1, d.step)
+        d.visible_NL.index_fill_(1, d.cache.at, True)
+        mask = self._mask(d.visible_NL[:, : d.cache.seen])
+        self._choose(self._logits(token_N1, d.position_N[:, None], mask, d.cache), d, s, d.step.add_(1))
+        d.position_N += 1
+        d.cache.at += 1
+
+    def _choose(self, logits_NV: Tensor, d: Decoding, s: Sampling, step: Tensor) -> None:
+        token_N, logp_N = choose(logits_NV, s, d.draw_NT.index_select(1, step)[:, 0])
+        d.token_NT.index_copy_(1, step, token_N[:, None])
+        d.logp_NT.index_copy_(1, step, logp_N[:, None])
 
     def _mask(self, visible_NL: Tensor) -> Tensor:
         """One query per row. SDPA takes the mask as it is; other kinds build theirs from the 2-D form."""
         sdpa = self.policy.model.config._attn_implementation in ("sdpa", PACKED)
         return visible_NL[:, None, None] if sdpa else visible_NL.long()
 
-    def _prefill(self, requests: Sequence[Request], s: Sampling) -> tuple[BranchCache, Tensor, Tensor, Tensor]:
-        """Computes each prompt once and branches it K times. Returns the cache, the first token's logits (N, V), the
-        visible positions (N, L) and each row's next position (N,)."""
+    def _prefill(self, requests: Sequence[Request], s: Sampling, draw_NT: Tensor) -> Decoding:
+        """Computes each prompt once, branches it K times and draws the first tokens."""
+        device, n = self.policy.device, len(requests) * s.k
         length = max(len(r.prompt_ids) for r in requests)
-        cache = BranchCache(len(requests) * s.k, length, s.max_new_tokens, self.policy.dtype)
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        capacity = length + s.max_new_tokens
+        cache = BranchCache(n, length, capacity, self.policy.dtype, device)
+        visible_NL = torch.zeros(n, cache.capacity, dtype=torch.bool, device=device)
+        parts: list[tuple[Tensor, Tensor]] = []
         for at, part in _slices(requests):
             ids, visible = self._left_padded(part)
             position = (visible.long().cumsum(1) - 1).clamp(min=0)
             prompts = DynamicCache()
             logits = self._logits(ids, position, visible.long(), prompts)
             cache.branch(prompts, at, s.k)
-            visible = torch.nn.functional.pad(visible, (length - visible.shape[1], 0))
-            parts.append((logits, visible, position[:, -1] + 1))
-        logits_NV, visible_NL, position_N = (torch.cat(x).repeat_interleave(s.k, 0) for x in zip(*parts, strict=True))
-        return cache, logits_NV, visible_NL, position_N
+            rows = visible_NL[at * s.k : (at + len(part)) * s.k]
+            rows[:, length - visible.shape[1] : length] = visible.repeat_interleave(s.k, 0)
+            parts.append((logits, position[:, -1] + 1))
+        logits_NV, position_N = (torch.cat(x).repeat_interleave(s.k, 0) for x in zip(*parts, strict=True))
+        token_NT = torch.zeros(n, s.max_new_tokens, dtype=torch.long, device=device)
+        step = torch.zeros(1, dtype=torch.long, device=device)
+        d = Decoding(cache, visible_NL, position_N, draw_NT.to(device), token_NT, token_NT.float(), step)
+        self._choose(logits_NV, d, s, step)
+        return d
 
     def _left_padded(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
         """Ids and which of them are the prompt's, so that all prompts end together."""
@@ -160,16 +189,13 @@ def choose(logits_NV: Tensor, s: Sampling, draw_N: Tensor) -> tuple[Tensor, Tens
         parts = [choose(part, s, draw) for part, draw in zip(logits_NV.split(ROWS), draw_N.split(ROWS), strict=True)]
         tokens, logps = zip(*parts, strict=True)
         return torch.cat(tokens), torch.cat(logps)
-    logits_NV = logits_NV.float()
     if s.temperature == 0:
         token_N = logits_NV.argmax(-1)
+    elif s.top_p < 1:
+        token_N = inverse_cdf(nucleus(torch.softmax(logits_NV.float() / s.temperature, -1), s.top_p), draw_N)
     else:
-        weight_NV = torch.softmax(logits_NV / s.temperature, -1)
-        if s.top_p < 1:
-            weight_NV = nucleus(weight_NV, s.top_p)
-        token_N = inverse_cdf(weight_NV, draw_N)
-    norm_N = torch.logsumexp(logits_NV, -1)
-    return token_N, logits_NV.gather(1, token_N[:, None])[:, 0] - norm_N
+        token_N = draw_from(logits_NV, s.temperature, draw_N)
+    return token_N, target_logp(logits_NV, token_N)
 
 
 def nucleus(weight_NV: Tensor, top_p: float) -> Tensor:
@@ -179,22 +205,52 @@ def nucleus(weight_NV: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(weight_NV).scatter(1, order, ordered.masked_fill(before >= top_p, 0))
 
 
+def draw_from(logits_NV: Tensor, temperature: float, draw_N: Tensor) -> Tensor:
+    """The token at which the cumulative softmax(logits / temperature) passes the uniform; the softmax is never held as
+    a whole."""
+    top_N1, mass_NB = _masses(logits_NV, temperature)
+    return _two_levels(
+        mass_NB, lambda block_N: ((_block(logits_NV, block_N, -torch.inf).float() - top_N1) / temperature).exp(), draw_N
+    )
+
+
 def inverse_cdf(weight_NV: Tensor, draw_N: Tensor) -> Tensor:
-    """The token whose share of the (unnormalised) mass contains the uniform. Two levels, so that no scan runs over the
-    whole vocabulary."""
-    n, v = weight_NV.shape
-    if v % BLOCK:
-        weight_NV = torch.nn.functional.pad(weight_NV, (0, -v % BLOCK))
-    padded = weight_NV.view(n, -1, BLOCK)
-    upto_NB = padded.sum(-1).double().cumsum(-1)
-    point_N = draw_N.to(torch.float64) * upto_NB[:, -1]
-    block_N = torch.searchsorted(upto_NB, point_N[:, None], right=True).clamp(max=upto_NB.shape[1] - 1)
-    before_N = torch.where(block_N > 0, upto_NB.gather(1, (block_N - 1).clamp(min=0)), 0.0)
-    inside = padded.gather(1, block_N[:, :, None].expand(n, 1, BLOCK))[:, 0].double()
-    rank_N = torch.searchsorted(inside.cumsum(-1), point_N[:, None] - before_N, right=True)
+    """The same for (unnormalised) weights."""
+    return _two_levels(_sums(weight_NV), lambda block_N: _block(weight_NV, block_N, 0), draw_N)
+
+
+def _two_levels(mass_NB: Tensor, inside: Callable[[Tensor], Tensor], draw_N: Tensor) -> Tensor:
+    """The token whose share of the mass contains the uniform: first its block by the blocks' masses, then its place by
+    the masses inside, so that no scan runs over the whole vocabulary."""
+    upto_NB = mass_NB.double().cumsum(-1)
+    point_N1 = (draw_N.to(torch.float64) * upto_NB[:, -1])[:, None]
+    block_N1 = torch.searchsorted(upto_NB, point_N1, right=True).clamp(max=upto_NB.shape[1] - 1)
+    before_N1 = torch.where(block_N1 > 0, upto_NB.gather(1, (block_N1 - 1).clamp(min=0)), 0.0)
+    inside_NC = inside(block_N1).double()
+    rank_N1 = torch.searchsorted(inside_NC.cumsum(-1), point_N1 - before_N1, right=True)
     # rounding may point past the block's last token with mass: take that one
-    last_N = (inside > 0).int().mul(torch.arange(1, BLOCK + 1, device=inside.device)).argmax(-1, keepdim=True)
-    return (block_N * BLOCK + torch.minimum(rank_N, last_N))[:, 0]
+    last_N1 = (inside_NC > 0).int().mul(torch.arange(1, BLOCK + 1, device=mass_NB.device)).argmax(-1, keepdim=True)
+    return (block_N1 * BLOCK + torch.minimum(rank_N1, last_N1))[:, 0]
+
+
+@Fused
+def _masses(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The largest logit (N, 1) and, relative to its own, the mass of each block of the vocabulary (N, B)."""
+    wide_NV = logits_NV.float()
+    top_N1 = wide_NV.amax(-1, keepdim=True)
+    return top_N1, _sums((wide_NV - top_N1).div_(temperature).exp_())
+
+
+def _sums(weight_NV: Tensor) -> Tensor:
+    """(N, B): of each BLOCK tokens."""
+    return torch.nn.functional.pad(weight_NV, (0, -weight_NV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).sum(-1)
+
+
+def _block(value_NV: Tensor, block_N1: Tensor, beyond: float) -> Tensor:
+    """(N, BLOCK): each row's values in its block."""
+    at_NC = block_N1 * BLOCK + torch.arange(BLOCK, device=value_NV.device)
+    last = value_NV.shape[1] - 1
+    return value_NV.gather(1, at_NC.clamp(max=last)).masked_fill(at_NC > last, beyond)
 
 
 def _slices(requests: Sequence[Request]) -> Iterator[tuple[int, Sequence[Request]]]:
@@ -207,18 +263,30 @@ def _slices(requests: Sequence[Request]) -> Iterator[tuple[int, Sequence[Request
 
 
 class BranchCache(Cache):
-    """A key-value cache with room for `rows` completions, the prompts' `length` and `room` new tokens from the start: a
+    """A key-value cache with room for `rows` completions, the prompts' `length` and all new tokens from the start: a
     step writes one column instead of copying the cache."""
 
-    def __init__(self, rows: int, length: int, room: int, dtype: torch.dtype) -> None:
+    def __init__(self, rows: int, length: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(layers=[])
-        self.new_layer = lambda: _BranchLayer(rows, length, room, dtype)
+        self.rows, self.length, self.dtype = rows, length, dtype
+        self.step = WINDOW if device.type == "cuda" else 1
+        self.capacity = self._whole_steps(capacity)
+        self.at = torch.full((1,), length, device=device)  # the column to write next, as a tensor
+        self.seen = length  # columns that attention reads: from a graph's sight a number that rarely changes
+
+    def _whole_steps(self, length: int) -> int:
+        return length + -length % self.step
+
+    def grow(self) -> None:
+        """Makes room for the tokens of one more step."""
+        self.length += 1
+        self.seen = self._whole_steps(self.length)
 
     def branch(self, prompts: Cache, at: int, k: int) -> None:
         """Takes over computed prompts, the first of them as prompt number `at`: one row per prompt -> K rows."""
         for i, layer in enumerate(prompts.layers):
             if i == len(self.layers):
-                self.layers.append(self.new_layer())
+                self.layers.append(_BranchLayer(self))
             self.layers[i].branch(layer.keys, layer.values, at * k, k)
 
     def select(self, rows: Tensor) -> None:
@@ -227,17 +295,17 @@ class BranchCache(Cache):
 
 
 class _BranchLayer(CacheLayerMixin):
-    """keys, values: (N, heads, capacity, head size), of which the first `length` positions are filled."""
+    """keys, values: (N, heads, capacity, head size), of which the first `cache.length` positions are filled."""
 
-    def __init__(self, rows: int, length: int, room: int, dtype: torch.dtype) -> None:
+    def __init__(self, cache: BranchCache) -> None:
         super().__init__()
-        self.rows, self.length, self.capacity, self.dtype = rows, length, length + room, dtype
+        self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # attention under autocast rounds keys and values at every step: `dtype` keeps them rounded
         self.keys, self.values = (
-            x.new_empty(self.rows, x.shape[1], self.capacity, x.shape[3], dtype=self.dtype)
-            for x in (key_states, value_states)
+            x.new_zeros(self.cache.rows, x.shape[1], self.cache.capacity, x.shape[3], dtype=self.cache.dtype)
+            for x in (key_states, value_states)  # zeros: a masked weight of zero times what memory may hold can be NaN
         )
         self.is_initialized = True
 
@@ -246,30 +314,50 @@ class _BranchLayer(CacheLayerMixin):
             self.lazy_initialization(keys, values)
         for own, x in ((self.keys, keys), (self.values, values)):
             assert own is not None
-            rows, start = own[row : row + len(x) * k], self.length - x.shape[2]
-            rows[:, :, :start] = 0  # masked, but a weight of zero times what memory happens to hold may be NaN
-            rows[:, :, start : self.length].unflatten(0, (len(x), k)).copy_(x[:, None])
+            rows, end = own[row : row + len(x) * k], self.cache.length
+            rows[:, :, end - x.shape[2] : end].unflatten(0, (len(x), k)).copy_(x[:, None])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert self.keys is not None and self.values is not None
-        end = self.length + key_states.shape[2]
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        for own, new in ((self.keys, key_states), (self.values, value_states)):
+            own.index_copy_(2, self.cache.at, new.to(own.dtype))
+        return self.keys[:, :, : self.cache.seen], self.values[:, :, : self.cache.seen]
 
     def select(self, rows: Tensor) -> None:
         """Keeps `rows`, moved up within the memory that there is."""
         assert self.keys is not None and self.values is not None
         for x in (self.keys, self.values):
-            x[: len(rows), :, : self.length] = x[:, :, : self.length].index_select(0, rows)
+            x[: len(rows), :, : self.cache.length] = x[:, :, : self.cache.length].index_select(0, rows)
         self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return self.cache.seen, 0
 
     def get_seq_length(self) -> int:
-        return self.length
+        return self.cache.length - 1  # without the column that the step at hand fills
 
     def get_max_length(self) -> int:
         return -1
+
+
+@dataclass
+class Decoding:
+    """What is known of N rows that are being decoded."""
+
+    cache: BranchCache
+    visible_NL: Tensor  # which of the cache's columns a row sees
+    position_N: Tensor  # the next token's
+    draw_NT: Tensor  # the uniforms that choose tokens
+    token_NT: Tensor
+    logp_NT: Tensor
+    step: Tensor  # (1,) the place of the newest token
+
+    def select(self, rows: Tensor) -> None:
+        self.cache.select(rows)
+        for name in ("visible_NL", "position_N", "draw_NT", "token_NT", "logp_NT"):
+            setattr(self, name, getattr(self, name)[rows])
+
+
+def first_true(which_NT: Tensor) -> Tensor:
+    """(N,) the first place that holds True; T where none does."""
+    return torch.where(which_NT.any(1), which_NT.int().argmax(1), which_NT.shape[1])

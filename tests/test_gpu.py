@@ -1,0 +1,142 @@
+"""What is special on a CUDA device gives what the plain way gives. Skipped where there is none."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import dualign
+from dualign.config import build
+from dualign.engine import Engine
+from dualign.models.fused import compile_layers
+from dualign.models.logprobs import token_logp
+from dualign.models.packing import Tokens, pack
+from dualign.models.policy import Policy, load_model
+from dualign.rollout.base import Request, Sampling
+from dualign.rollout.hf import HFSampler
+from dualign.schema import ModelConfig
+from dualign.types import Prompt
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+TEXTS = ["hi", "a much longer prompt than the others, to be padded", "what now?", "x"] * 4
+
+
+def setup(folder, precision, attention="sdpa"):
+    model, tokenizer = load_model(ModelConfig(name=str(folder), attention=attention))
+    prompts = [Prompt(str(i), ({"role": "user", "content": t},)) for i, t in enumerate(TEXTS)]
+    requests = [Request(i, p, tokenizer.prompt(p)) for i, p in enumerate(prompts)]
+    return Policy(model.cuda(), precision), tokenizer, requests
+
+
+def draw(policy, tokenizer, requests, sampling, graphs=True, rows=256):
+    out = []
+    sampler = HFSampler(policy, tokenizer, rows, graphs)
+    sampler.sample(requests, sampling, (0, 0), out.append)
+    assert sampler.graphs.enabled == graphs, "recording failed"
+    return sorted(out, key=lambda r: r.index)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny_gpt2"])
+def test_greedy_equals_generate(kind, request):
+    policy, tokenizer, requests = setup(request.getfixturevalue(kind), "fp32")
+    ours = draw(policy, tokenizer, requests, Sampling(1, 150, 0.0))
+    for r, rollout in zip(requests, ours, strict=True):
+        theirs = policy.model.generate(
+            torch.tensor([r.prompt_ids]).cuda(), max_new_tokens=150, do_sample=False, pad_token_id=tokenizer.pad_id
+        )[0, len(r.prompt_ids) :].tolist()
+        assert list(rollout.completion_ids) == theirs
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny_gpt2"])
+def test_graphs_change_nothing(kind, request):
+    policy, tokenizer, requests = setup(request.getfixturevalue(kind), "fp32")
+    sampling = Sampling(16, 150, 0.9, 0.95)
+    replayed, plain = (draw(policy, tokenizer, requests, sampling, graphs) for graphs in (True, False))
+    assert [r.completion_ids for r in replayed] == [r.completion_ids for r in plain]
+    assert {r.finish for r in replayed} >= {"eos"}
+    for r in replayed[::7]:
+        ids = torch.tensor([r.prompt_ids + r.completion_ids]).cuda()
+        with torch.no_grad():
+            logp = torch.log_softmax(policy.model(ids).logits[0].double(), -1)
+        start = len(r.prompt_ids)
+        expected = [logp[start + t - 1, c].item() for t, c in enumerate(r.completion_ids)]
+        np.testing.assert_allclose(r.sampler_logp, expected, atol=2e-4)
+
+
+def test_compiled_layers_say_what_plain_ones_say(tiny):
+    policy, tokenizer, requests = setup(tiny, "fp32")
+    assert policy.share
+    compiled = copy.deepcopy(policy)
+    compile_layers(compiled.base)
+    for size in (4, 8, 12):  # other shapes, one compilation
+        prompts = tuple(requests[i // 4].prompt_ids for i in range(size))
+        completions = tuple(tuple((7 * i + 5 * j) % 250 for j in range(5 + 3 * i)) for i in range(size))
+        tokens = Tokens(prompts, completions, tuple(i // 4 for i in range(size)))
+        micro = pack(tokens, list(range(size)), tokens.width, tokenizer.pad_id, True).to(policy.device)
+        logps = []
+        for each in (policy, compiled):
+            each.zero_grad()
+            logps.append(each(micro))
+            logps[-1].sum().backward()
+        torch.testing.assert_close(logps[1], logps[0], atol=1e-4, rtol=1e-4)
+        for a, b in zip(compiled.parameters(), policy.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-3, rtol=1e-3)
+    from dualign.models import fused
+
+    assert fused.works, "this machine could not compile"
+
+
+def test_flash_attention_says_what_sdpa_says(tiny):
+    policy, tokenizer, requests = setup(tiny, "bf16")
+    assert policy.flash
+    size, weight = 12, torch.randn(12, 1).cuda()
+    prompts = tuple(requests[i // 4].prompt_ids for i in range(size))
+    completions = tuple(tuple((7 * i + 5 * j) % 250 for j in range(5 + 3 * i)) for i in range(size))
+    tokens, found = Tokens(prompts, completions, tuple(i // 4 for i in range(size))), []
+    for flash in (False, True):
+        policy.flash = flash
+        policy.zero_grad()
+        logp = policy(policy.pack(tokens, list(range(size)), tokenizer.pad_id))
+        (logp * weight).sum().backward()
+        found.append((logp.detach(), [p.grad.clone() for p in policy.parameters()]))
+    (blocks, block_grads), (flat, flat_grads) = found
+    torch.testing.assert_close(flat, blocks, atol=0.05, rtol=0.02)
+    for a, b in zip(flat_grads, block_grads, strict=True):
+        assert (a - b).norm() < 0.03 * b.norm()
+
+
+def test_logprobs_and_their_gradient(monkeypatch):
+    monkeypatch.setattr("dualign.models.logprobs.ENTRIES", 300 * 1000)  # several chunks, the last one smaller
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(700, 64).cuda(), torch.randn(1000, 64).cuda() / 4
+    target, upstream = torch.randint(1000, (700,)).cuda(), torch.randn(700).cuda()
+    for dtype, atol in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+        h, w = hidden.clone().requires_grad_(), torch.nn.Parameter(weight.clone())
+        logp = token_logp(h, w, w.detach().to(dtype), target)
+        logp.backward(upstream)
+        h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
+        expected = torch.log_softmax(h64 @ w64.T, -1).gather(1, target[:, None])[:, 0]
+        expected.backward(upstream.double())
+        torch.testing.assert_close(logp.double(), expected, atol=atol * 10, rtol=1e-2)
+        for ours, exact in ((h.grad, h64.grad), (w.grad, w64.grad)):
+            assert (ours.double() - exact).norm() < atol * exact.norm()
+
+
+def test_a_whole_run(tiny, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "say {i}"}}\n' for i in range(8)))
+    tree = {
+        "model": {"name": str(tiny)},
+        "data": {"train": str(prompts), "eval": str(prompts)},
+        "rollout": {"k": 4, "max_new_tokens": 80},
+        "algo": {"name": "dar", "alpha": 0.1, "beta": 0.1},
+        "train": {"online_batches": 4, "online_batch": 32, "update_size": 16, "lr": 3e-3, "warmup": 1},
+        "run": {"dir": str(tmp_path / "run")},
+    }
+    run = dualign.train(tree, reward=lambda prompts, completions, **_: [-float(len(c)) for c in completions])
+    records = run.metrics()
+    assert len(records) == 4 and all(np.isfinite(r["loss"]) for r in records)
+    assert records[-1]["reward"] > records[0]["reward"]
+    again = Engine(build(tree | {"model": {"name": str(run.resumable())}}))
+    assert again.device.type == "cuda"
