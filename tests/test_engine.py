@@ -38,7 +38,9 @@ def test_after_a_step_log_probs_are_those_of_the_weights_that_are_saved(optimize
     assert torch.equal(engine.policy.rounded_head(), weight.detach().to(torch.bfloat16))
 
     plain, _ = load_model(ModelConfig(name=str(tiny)))
-    plain.load_state_dict({name.removeprefix("0.model."): p for name, p in engine.masters.named.items()}, strict=False)
+    with engine.masters.whole():
+        trained = {name.removeprefix("0.model."): p for name, p in engine.masters.named.items()}
+        plain.load_state_dict(trained, strict=False)
     fresh = Policy(plain, "bf16", True)
     with torch.no_grad():
         again = fresh(pack(tokens, range(len(tokens)), tokens.width, 0, share=True))

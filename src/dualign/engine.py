@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from dualign.config import Config
 from dualign.errors import StopRun, UserError, out_of_memory
 from dualign.models.critic import Critic
 from dualign.models.fused import compile_layers
+from dualign.models.lean import keep_less
 from dualign.models.master import Masters, gradient_of
 from dualign.models.packing import Tokens, deal, plan, size_of
 from dualign.models.policy import Policy, load_model
@@ -74,8 +76,12 @@ class Engine:
         exact: dict[Any, Tensor] = {}
         for module in self.modules:
             exact |= module.round()
-        self.masters = Masters(list(self.modules), exact)
-        if self.device.type == "cuda" and self.train.compile:
+        halved = self.device.type == "cpu" and self.train.optimizer == "adafactor"  # which steps on one at a time
+        self.masters = Masters(list(self.modules), exact, halved)
+        if self.device.type == "cpu":
+            for module in self.modules:
+                keep_less(module.base)
+        elif self.train.compile:
             for module in [*self.modules, *([self.reference] if self.reference else [])]:
                 compile_layers(module.base)
         self.optimizer = self._optimizer()
@@ -159,8 +165,8 @@ class Engine:
         if denominator == 0 or not rows:
             return {"loss": 0.0, "grad_norm": 0.0, "lr": lr, "skipped": 1.0}
 
-        if self.device.type == "cpu":  # what stays is allocated before what comes and goes
-            for p in self.masters.named.values():
+        if self.device.type == "cpu":
+            for p in self.masters.named.values():  # what stays is allocated before what comes and goes
                 gradient_of(p)
 
         def work() -> dict[str, float]:
@@ -201,14 +207,13 @@ class Engine:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._clear_gradients()
             raise StopRun(f"the loss ({loss}) or its gradient (norm {norm}) is not finite; no step was taken")
-        self.optimizer.step()
+        with nullcontext() if isinstance(self.optimizer, Adafactor) else self.masters.whole():
+            self.optimizer.step()
         self._clear_gradients()
-        self._follow_masters()
+        self._stepped()
         return norm
 
-    def _follow_masters(self) -> None:
-        """What computes in bf16 becomes the rounding of the weights as they are now."""
-        self.masters.round()
+    def _stepped(self) -> None:
         for module in self.modules:
             module.stepped()
 
@@ -264,11 +269,13 @@ class Engine:
         model.save_pretrained(folder, state_dict=rounded)
         model.config.dtype = kept
         self.tokenizer.hf.save_pretrained(folder)
-        save_state(folder, self.masters.named, self.optimizer, progress)
+        with self.masters.whole():
+            save_state(folder, self.masters.named, self.optimizer, progress)
 
     def load(self, folder: Path) -> dict[str, Any]:
-        progress = load_state(folder, self.masters.named, self.optimizer)
-        self._follow_masters()
+        with self.masters.whole():
+            progress = load_state(folder, self.masters.named, self.optimizer)
+        self._stepped()
         return progress
 
     def sampler(self) -> Sampler:
@@ -313,7 +320,7 @@ class Engine:
         if t.optimizer == "adamw":
             optimizer: Any = torch.optim.AdamW(groups, lr=t.lr, weight_decay=t.weight_decay, fused=True)
         else:
-            optimizer = Adafactor(groups, lr=t.lr, weight_decay=t.weight_decay)
+            optimizer = Adafactor(groups, lr=t.lr, weight_decay=t.weight_decay, opened=self.masters.opened)
         self.rates = [group["lr"] for group in optimizer.param_groups]
         return optimizer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from dualign.batch import Row, labelled
 from dualign.config import Config
 from dualign.engine import Engine
 from dualign.rollout.base import Request, Sampling
-from dualign.source import Clock, Labeller, everyones
+from dualign.source import Clock, Labeller, everyones, penalised
 
 SEED_SHIFT = 0x4E5A_1D07  # batch numbers of held-out sampling: no training batch has them
 
@@ -96,9 +96,33 @@ def half_width(values: np.ndarray) -> float:
     return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
 
 
-def gain(before: Sequence[Row], after: Sequence[Row]) -> dict[str, float]:
+Value = Callable[[Row], float | None]
+
+
+def gains(before: Sequence[Row], after: Sequence[Row], penalty: float) -> dict[str, Any]:
+    """What a run's summary says of the held-out reward: its `gain`; with a missing-EOS penalty, also that of the reward
+    as it was trained on (`trained`); with several rewards, also that of each (`rewards`)."""
+    found: dict[str, Any] = gain(before, after)
+    if penalty:
+        found["trained"] = change(before, after, lambda row: penalised(row, penalty).label.value)
+    names = sorted({name for row in before for name in row.label.parts or {}})
+    if len(names) > 1:
+        found["rewards"] = {name: change(before, after, _part(name)) for name in names}
+    return found
+
+
+def change(before: Sequence[Row], after: Sequence[Row], value: Value) -> dict[str, float]:
+    """`gain`, and the means that it lies between."""
+    means = []
+    for rows in (before, after):
+        per_prompt = [float(np.mean(values)) for values in _by_prompt(rows, value).values()]
+        means.append(float(np.mean(per_prompt)) if per_prompt else float("nan"))
+    return dict(zip(("before", "after"), means, strict=True)) | gain(before, after, value)
+
+
+def gain(before: Sequence[Row], after: Sequence[Row], value: Value = lambda row: row.label.value) -> dict[str, float]:
     """The paired difference of reward per prompt, with its 95 % interval, also in standard deviations of π_0's rewards."""
-    start, end = (_rewards(rows) for rows in (before, after))
+    start, end = (_by_prompt(rows, value) for rows in (before, after))
     shared = sorted(set(start) & set(end))
     difference = np.array([np.mean(end[g]) - np.mean(start[g]) for g in shared])
     every = np.array([v for g in start for v in start[g]])
@@ -113,9 +137,13 @@ def gain(before: Sequence[Row], after: Sequence[Row]) -> dict[str, float]:
     }
 
 
-def _rewards(rows: Sequence[Row]) -> dict[int, list[float]]:
+def _part(name: str) -> Value:
+    return lambda row: (row.label.parts or {}).get(name)
+
+
+def _by_prompt(rows: Sequence[Row], value: Value) -> dict[int, list[float]]:
     out: dict[int, list[float]] = {}
     for row in rows:
-        if row.label.value is not None:
-            out.setdefault(row.rollout.group, []).append(row.label.value)
+        if (v := value(row)) is not None:
+            out.setdefault(row.rollout.group, []).append(v)
     return out

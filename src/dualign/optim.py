@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,17 +20,21 @@ ROWS = 1024  # rows of a gradient that are squared at a time on a CPU
 
 class Adafactor(torch.optim.Optimizer):
     """Shazeer & Stern 2018, Algorithms 4 and 5: squared gradients of a matrix are kept as row and column means. A step
-    uses the gradients up: their buffers hold the update."""
+    uses the gradients up: their buffers hold the update. `opened`: a parameter's values are there within it."""
 
-    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: Any, lr: float, weight_decay: float = 0.0, opened: Callable[..., Any] = nullcontext
+    ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.opened = opened
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._step(p, p.grad, group["lr"], group["weight_decay"])
+                    with self.opened(p):
+                        self._step(p, p.grad, group["lr"], group["weight_decay"])
 
     def _step(self, p: Tensor, g: Tensor, lr: float, weight_decay: float) -> None:
         state = self.state[p]

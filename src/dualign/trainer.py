@@ -21,7 +21,7 @@ from dualign.batch import WeightedBatch, check_finite, labelled, recorded_logp, 
 from dualign.config import Config, build, dump
 from dualign.engine import Engine
 from dualign.errors import StopRun, UserError
-from dualign.heldout import HeldOut, distinct, evaluate, gain
+from dualign.heldout import HeldOut, distinct, evaluate, gains
 from dualign.interrupt import Interrupts, StopAsked
 from dualign.resume import check_same_run
 from dualign.rollout.base import Request, Sampler
@@ -249,7 +249,8 @@ class Trainer:
         if after is not None:
             first_rows, first = self.run.read_evaluation(0)
             last_rows, last = self.run.read_evaluation(total)
-            summary |= {"before": first, "after": last} | gain(first_rows, last_rows)
+            penalty = self.config.rollout.missing_eos_penalty
+            summary |= {"before": first, "after": last, "penalty": penalty} | gains(first_rows, last_rows, penalty)
         seconds: dict[str, float] = {}
         for record in self.run.metrics():
             for phase, spent in record["seconds"].items():

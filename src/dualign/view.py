@@ -188,6 +188,12 @@ def verdict(summary: dict[str, Any]) -> list[str]:
     lines = [
         f"held-out reward {before['reward']:+.3f} -> {after['reward']:+.3f}: {gain:+.2f} ± {ci:.2f} standard deviations "
         f"(95 % interval over {after['prompts']} prompts): {clear}",
+        *(f"  {name} {_change(each)}" for name, each in summary.get("rewards", {}).items()),
+        *(
+            f"as trained, an answer that is cut off worth {summary['penalty']:g} less: {_change(each)}"
+            for each in [summary.get("trained")]
+            if each
+        ),
         f"KL to π_0 {after['kl']:.2f} ± {after['kl_ci']:.2f} nats; length {before['length']:.1f} -> {after['length']:.1f}; "
         f"no EOS {before['missing_eos']:.0%} -> {after['missing_eos']:.0%}",
     ]
@@ -197,6 +203,10 @@ def verdict(summary: dict[str, Any]) -> list[str]:
             "to what the reward likes best; lower train.lr, raise algo.beta, or bound the reward (reward.N.clip)"
         )
     return lines
+
+
+def _change(each: dict[str, float]) -> str:
+    return f"{each['before']:+.3f} -> {each['after']:+.3f}: {each['gain_sd']:+.2f} ± {each['gain_sd_ci']:.2f}"
 
 
 def _answers(run: Run, done: int, count: int = 6) -> Table:

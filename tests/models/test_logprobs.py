@@ -6,7 +6,7 @@ import torch
 from dualign.models import attention, logprobs
 from dualign.models.attention import _attend, _attend_by_sdpa
 from dualign.models.logprobs import token_logp
-from dualign.models.master import LightEmbedding, Masters
+from dualign.models.master import LightEmbedding, Masters, joined, remainder
 from dualign.models.packing import Tokens, deal, pack, plan, size_of
 from dualign.models.policy import Policy, load_model
 from dualign.schema import ModelConfig
@@ -212,13 +212,50 @@ def test_masters_collect_the_gradient_that_autocast_gives(tiny):
         model, _ = load_model(ModelConfig(name=str(tiny)))
         policy = Policy(model, "bf16", True)
         masters = Masters([policy], policy.round() if rounded else {})
-        assert bool(masters.pairs) == rounded
+        assert bool(masters.rounded) == rounded
         for part in plan(tokens, range(len(tokens)), 40):
             policy(pack(tokens, part, tokens.width, 0, share=True)).sum().backward()
         grads.append([p.grad for p in masters.named.values()])
     assert all(p.dtype == torch.float32 for p in grads[1])
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, rtol=0.02, atol=0.02 * float(a.abs().max()))
+
+
+def test_masters_in_halves_are_the_masters():
+    torch.manual_seed(0)
+    plain = torch.randn(10000) * 10.0 ** torch.randint(-30, 30, (10000,))
+    odd = torch.tensor([0.0, -0.0, 1e-42, -1e-42, 3e38, -3e38, 1.0, -1.0])
+    tie_up, tie_down = (
+        torch.tensor([bits], dtype=torch.int32).view(torch.float32) for bits in (0x3F818000, 0x3F808000)
+    )
+    for x in (plain, odd, tie_up):
+        rounded = x.to(torch.bfloat16)
+        assert torch.equal(joined(rounded, remainder(x, rounded)).view(torch.int32), x.view(torch.int32))
+    rounded = tie_down.to(torch.bfloat16)
+    moved = joined(rounded, remainder(tie_down, rounded))
+    assert moved.view(torch.int32) == tie_down.view(torch.int32) - 1 and torch.equal(moved.to(torch.bfloat16), rounded)
+    assert torch.equal(joined(rounded, remainder(moved, rounded)), moved)  # and then stays
+
+
+def test_steps_on_masters_in_halves_are_steps_on_masters(tiny):
+    found = []
+    for halved in (False, True):
+        model, _ = load_model(ModelConfig(name=str(tiny)))
+        policy = Policy(model, "bf16")
+        masters = Masters([policy], policy.round(), halved)
+        assert masters.rounded
+        optimizer = torch.optim.AdamW(masters.groups[0], lr=1e-3)
+        for _ in range(5):
+            policy(policy.pack(rows(), [0, 1, 2, 3], 0)).sum().backward()
+            with masters.whole():
+                optimizer.step()
+            optimizer.zero_grad()
+            policy.stepped()
+        assert all(p.untyped_storage().nbytes() == 4 for p in masters.rounded) == halved
+        with masters.whole():
+            found.append([p.detach().clone() for p in masters.named.values()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("share", [False, True])

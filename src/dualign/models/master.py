@@ -2,11 +2,14 @@
 
 Autocast rounds the weights of linear layers to bf16 in every forward pass. Rounding them once per optimizer step gives
 the same numbers without the passes over memory: the module holds the rounded weight, the optimizer the master, and each
-gradient goes to the master, in fp32, the moment it is made.
+gradient goes to the master, in fp32, the moment it is made. Where memory is dear, masters are whole only while somebody
+needs them: else the rounded weight is their upper half, and only the lower one is kept beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -28,10 +31,13 @@ def round_linears(module: nn.Module, keep: Tensor | None = None) -> dict[nn.Para
 
 
 class Masters:
-    """What the optimizer steps on: for every trainable parameter itself, or its fp32 master."""
+    """What the optimizer steps on: for every trainable parameter itself, or its fp32 master. Values are read and written
+    within `opened` or `whole`; gradients are there at all times. `halved`: masters are kept as the halves that rounding
+    makes."""
 
-    def __init__(self, modules: list[nn.Module], exact: dict[nn.Parameter, Tensor]) -> None:
-        self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []  # (rounded, master)
+    def __init__(self, modules: list[nn.Module], exact: dict[nn.Parameter, Tensor], halved: bool = False) -> None:
+        self.rounded: dict[nn.Parameter, nn.Parameter] = {}  # by master
+        self.lower: dict[nn.Parameter, Tensor] = {}  # where masters are halved, by master: what rounding took off
         self.groups: list[list[nn.Parameter]] = []  # one list per module
         self.named: dict[str, nn.Parameter] = {}
         for i, module in enumerate(modules):
@@ -42,20 +48,58 @@ class Masters:
                 master = p
                 if p in exact:
                     master = nn.Parameter(exact[p])
-                    self.pairs.append((p, master))
+                    self.rounded[master] = p
                     p.register_post_accumulate_grad_hook(_handing_on_to(master))
+                    if halved:
+                        self.lower[master] = remainder(master.data, p.data)
+                        master.data = _no_memory(p)
                 self.groups[-1].append(master)
                 self.named[f"{i}.{name}"] = master
 
-    @torch.no_grad()
-    def round(self) -> None:
-        """After a step (or a load): the rounded weights follow their masters."""
-        for p, master in self.pairs:
-            p.copy_(master)
+    @contextmanager
+    def opened(self, master: nn.Parameter) -> Iterator[None]:
+        """While active, the master is there. Afterwards its rounded weight follows it."""
+        p, lower = self.rounded.get(master), self.lower.get(master)
+        if p is not None and lower is not None:
+            master.data = joined(p.data, lower)
+        try:
+            yield
+        finally:
+            if p is not None:
+                p.data.copy_(master.data)
+            if p is not None and lower is not None:
+                lower.copy_(remainder(master.data, p.data))
+                master.data = _no_memory(p)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The same for all masters at once."""
+        with ExitStack() as stack:
+            for master in self.rounded:
+                stack.enter_context(self.opened(master))
+            yield
 
     @property
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.named.values() if p.grad is not None]
+
+
+def remainder(master: Tensor, rounded: Tensor) -> Tensor:
+    """int16: what is left of fp32 numbers once their bf16 rounding is taken off, as a difference of bit patterns. At most
+    half a bf16 step, 32,768 units in the last place, of which int16 has one less on one side: an exact tie that was
+    rounded down, one number in some 100,000, moves by 1 unit (2^-24 of itself)."""
+    upper = rounded.view(torch.int16).int().bitwise_left_shift_(16)
+    return (master.view(torch.int32) - upper).clamp_(max=32767).short()
+
+
+def _no_memory(p: Tensor) -> Tensor:
+    """fp32, of the shape of `p`."""
+    return torch.zeros((), device=p.device).expand_as(p)
+
+
+def joined(rounded: Tensor, lower: Tensor) -> Tensor:
+    """The fp32 numbers that `rounded` and their `remainder` are of."""
+    return rounded.view(torch.int16).int().bitwise_left_shift_(16).add_(lower).view(torch.float32)
 
 
 def gradient_of(p: nn.Parameter) -> Tensor:

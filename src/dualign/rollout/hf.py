@@ -97,18 +97,18 @@ class HFSampler:
                         keep = open_N.nonzero()[:, 0]
                         d.select(keep.to(self.policy.device))
                         rows, open_N = [rows[i] for i in keep.tolist()], open_N[keep]
-                d.cache.grow()
-                self.graphs.run((len(rows), d.cache.seen), lambda: self._step(d, s))
+                d.columns.grow()
+                self.graphs.run((len(rows), d.columns.seen), lambda: self._step(d, s))
 
     def _step(self, d: Decoding, s: Sampling) -> None:
         """The next token of every row. All that changes is changed in place, by tensors that say where, so that it can
         be a graph."""
         token_N1 = d.token_NT.index_select(1, d.step)
-        d.visible_NL.index_fill_(1, d.cache.at, True)
-        mask = self._mask(d.visible_NL[:, : d.cache.seen])
+        d.visible_NL.index_fill_(1, d.columns.at, True)
+        mask = self._mask(d.visible_NL[:, : d.columns.seen])
         self._choose(self._logits(token_N1, d.position_N[:, None], mask, d.cache), d, s, d.step.add_(1))
         d.position_N += 1
-        d.cache.at += 1
+        d.columns.at += 1
 
     def _choose(self, logits_NV: Tensor, d: Decoding, s: Sampling, step: Tensor) -> None:
         token_N, logp_N = choose(logits_NV, s, d.draw_NT.index_select(1, step)[:, 0])
@@ -124,9 +124,9 @@ class HFSampler:
         """Computes each prompt once, branches it K times and draws the first tokens."""
         device, n = self.policy.device, len(requests) * s.k
         length = max(len(r.prompt_ids) for r in requests)
-        capacity = length + s.max_new_tokens
-        cache = BranchCache(n, length, capacity, self.policy.dtype, device)
-        visible_NL = torch.zeros(n, cache.capacity, dtype=torch.bool, device=device)
+        columns = Columns(length, length + s.max_new_tokens, device)
+        cache = BranchCache(n, columns, self.policy.dtype)
+        visible_NL = torch.zeros(n, columns.capacity, dtype=torch.bool, device=device)
         parts: list[tuple[Tensor, Tensor]] = []
         for at, part in _slices(requests):
             ids, visible = self._left_padded(part)
@@ -140,7 +140,7 @@ class HFSampler:
         logits_NV, position_N = (torch.cat(x).repeat_interleave(s.k, 0) for x in zip(*parts, strict=True))
         token_NT = torch.zeros(n, s.max_new_tokens, dtype=torch.long, device=device)
         step = torch.zeros(1, dtype=torch.long, device=device)
-        d = Decoding(cache, visible_NL, position_N, draw_NT.to(device), token_NT, token_NT.float(), step)
+        d = Decoding(cache, columns, visible_NL, position_N, draw_NT.to(device), token_NT, token_NT.float(), step)
         self._choose(logits_NV, d, s, step)
         return d
 
@@ -262,14 +262,12 @@ def _slices(requests: Sequence[Request]) -> Iterator[tuple[int, Sequence[Request
         at += count
 
 
-class BranchCache(Cache):
-    """A key-value cache with room for `rows` completions, the prompts' `length` and all new tokens from the start: a
-    step writes one column instead of copying the cache."""
+class Columns:
+    """Which of a cache's columns are filled. All layers share it; they do not hold the cache, which would keep each
+    other's memory until garbage is collected."""
 
-    def __init__(self, rows: int, length: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(layers=[])
-        self.rows, self.length, self.dtype = rows, length, dtype
-        self.step = WINDOW if device.type == "cuda" else 1
+    def __init__(self, length: int, capacity: int, device: torch.device) -> None:
+        self.length, self.step = length, WINDOW if device.type == "cuda" else 1
         self.capacity = self._whole_steps(capacity)
         self.at = torch.full((1,), length, device=device)  # the column to write next, as a tensor
         self.seen = length  # columns that attention reads: from a graph's sight a number that rarely changes
@@ -282,11 +280,20 @@ class BranchCache(Cache):
         self.length += 1
         self.seen = self._whole_steps(self.length)
 
+
+class BranchCache(Cache):
+    """A key-value cache with room for `rows` completions, the prompts and all new tokens from the start: a step writes
+    one column instead of copying the cache."""
+
+    def __init__(self, rows: int, columns: Columns, dtype: torch.dtype) -> None:
+        super().__init__(layers=[])
+        self.new_layer = lambda: _BranchLayer(rows, columns, dtype)
+
     def branch(self, prompts: Cache, at: int, k: int) -> None:
         """Takes over computed prompts, the first of them as prompt number `at`: one row per prompt -> K rows."""
         for i, layer in enumerate(prompts.layers):
             if i == len(self.layers):
-                self.layers.append(_BranchLayer(self))
+                self.layers.append(self.new_layer())
             self.layers[i].branch(layer.keys, layer.values, at * k, k)
 
     def select(self, rows: Tensor) -> None:
@@ -295,16 +302,16 @@ class BranchCache(Cache):
 
 
 class _BranchLayer(CacheLayerMixin):
-    """keys, values: (N, heads, capacity, head size), of which the first `cache.length` positions are filled."""
+    """keys, values: (N, heads, capacity, head size), of which the first `columns.length` positions are filled."""
 
-    def __init__(self, cache: BranchCache) -> None:
+    def __init__(self, rows: int, columns: Columns, dtype: torch.dtype) -> None:
         super().__init__()
-        self.cache = cache
+        self.rows, self.columns, self.dtype = rows, columns, dtype
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # attention under autocast rounds keys and values at every step: `dtype` keeps them rounded
         self.keys, self.values = (
-            x.new_zeros(self.cache.rows, x.shape[1], self.cache.capacity, x.shape[3], dtype=self.cache.dtype)
+            x.new_zeros(self.rows, x.shape[1], self.columns.capacity, x.shape[3], dtype=self.dtype)
             for x in (key_states, value_states)  # zeros: a masked weight of zero times what memory may hold can be NaN
         )
         self.is_initialized = True
@@ -314,27 +321,27 @@ class _BranchLayer(CacheLayerMixin):
             self.lazy_initialization(keys, values)
         for own, x in ((self.keys, keys), (self.values, values)):
             assert own is not None
-            rows, end = own[row : row + len(x) * k], self.cache.length
+            rows, end = own[row : row + len(x) * k], self.columns.length
             rows[:, :, end - x.shape[2] : end].unflatten(0, (len(x), k)).copy_(x[:, None])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert self.keys is not None and self.values is not None
         for own, new in ((self.keys, key_states), (self.values, value_states)):
-            own.index_copy_(2, self.cache.at, new.to(own.dtype))
-        return self.keys[:, :, : self.cache.seen], self.values[:, :, : self.cache.seen]
+            own.index_copy_(2, self.columns.at, new.to(own.dtype))
+        return self.keys[:, :, : self.columns.seen], self.values[:, :, : self.columns.seen]
 
     def select(self, rows: Tensor) -> None:
         """Keeps `rows`, moved up within the memory that there is."""
         assert self.keys is not None and self.values is not None
         for x in (self.keys, self.values):
-            x[: len(rows), :, : self.cache.length] = x[:, :, : self.cache.length].index_select(0, rows)
+            x[: len(rows), :, : self.columns.length] = x[:, :, : self.columns.length].index_select(0, rows)
         self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.seen, 0
+        return self.columns.seen, 0
 
     def get_seq_length(self) -> int:
-        return self.cache.length - 1  # without the column that the step at hand fills
+        return self.columns.length - 1  # without the column that the step at hand fills
 
     def get_max_length(self) -> int:
         return -1
@@ -345,6 +352,7 @@ class Decoding:
     """What is known of N rows that are being decoded."""
 
     cache: BranchCache
+    columns: Columns
     visible_NL: Tensor  # which of the cache's columns a row sees
     position_N: Tensor  # the next token's
     draw_NT: Tensor  # the uniforms that choose tokens
