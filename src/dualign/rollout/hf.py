@@ -184,18 +184,23 @@ class HFSampler:
 
 def choose(logits_NV: Tensor, s: Sampling, draw_N: Tensor) -> tuple[Tensor, Tensor]:
     """The next token (N,) at temperature and top-p by inverse CDF from one uniform each, and its log-prob under the
-    untempered model (N,). On a CPU a few rows at a time, so that a row's passes stay in cache."""
-    if logits_NV.device.type == "cpu" and len(logits_NV) > ROWS:
-        parts = [choose(part, s, draw) for part, draw in zip(logits_NV.split(ROWS), draw_N.split(ROWS), strict=True)]
-        tokens, logps = zip(*parts, strict=True)
-        return torch.cat(tokens), torch.cat(logps)
+    untempered model (N,)."""
     if s.temperature == 0:
         token_N = logits_NV.argmax(-1)
     elif s.top_p < 1:
-        token_N = inverse_cdf(nucleus(torch.softmax(logits_NV.float() / s.temperature, -1), s.top_p), draw_N)
+        parts = [
+            inverse_cdf(nucleus(torch.softmax(logits.float() / s.temperature, -1), s.top_p), draw)
+            for logits, draw in zip(_few(logits_NV), _few(draw_N), strict=True)
+        ]
+        token_N = torch.cat(parts)
     else:
         token_N = draw_from(logits_NV, s.temperature, draw_N)
-    return token_N, target_logp(logits_NV, token_N)
+    return token_N, torch.cat([target_logp(*part) for part in zip(_few(logits_NV), _few(token_N), strict=True)])
+
+
+def _few(x: Tensor) -> Sequence[Tensor]:
+    """On a CPU a few rows at a time, so that a row's passes over the vocabulary stay in cache."""
+    return x.split(ROWS) if x.device.type == "cpu" else (x,)
 
 
 def nucleus(weight_NV: Tensor, top_p: float) -> Tensor:
@@ -208,7 +213,7 @@ def nucleus(weight_NV: Tensor, top_p: float) -> Tensor:
 def draw_from(logits_NV: Tensor, temperature: float, draw_N: Tensor) -> Tensor:
     """The token at which the cumulative softmax(logits / temperature) passes the uniform; the softmax is never held as
     a whole."""
-    top_N1, mass_NB = _masses(logits_NV, temperature)
+    top_N1, mass_NB = map(torch.cat, zip(*(_masses(part, temperature) for part in _few(logits_NV)), strict=True))
     return _two_levels(
         mass_NB, lambda block_N: ((_block(logits_NV, block_N, -torch.inf).float() - top_N1) / temperature).exp(), draw_N
     )
@@ -327,7 +332,10 @@ class _BranchLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert self.keys is not None and self.values is not None
         for own, new in ((self.keys, key_states), (self.values, value_states)):
-            own.index_copy_(2, self.columns.at, new.to(own.dtype))
+            if own.device.type == "cpu":
+                own[:, :, self.columns.length - 1 : self.columns.length] = new
+            else:
+                own.index_copy_(2, self.columns.at, new.to(own.dtype))
         return self.keys[:, :, : self.columns.seen], self.values[:, :, : self.columns.seen]
 
     def select(self, rows: Tensor) -> None:
