@@ -263,6 +263,7 @@ class Engine:
     def save(self, folder: Path, progress: dict[str, Any]) -> None:
         """The policy as Hugging Face opens it (in bf16 where it computes in bf16), and all that training needs to go
         on, in safetensors and JSON."""
+        self.make_room()
         model, dtype = self.policy.model, self.policy.dtype
         rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
         kept, model.config.dtype = model.config.dtype, dtype

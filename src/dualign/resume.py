@@ -13,8 +13,10 @@ from dualign.runs import Run
 ALLOWED = (  # none of these changes a number that is already in the folder
     "train.online_batches",
     "train.micro_batch_tokens",
+    "train.compile",
     "train.max_absent",
     "rollout.rows",
+    "rollout.cuda_graphs",
     "eval.every",
     "run.checkpoints",
     "run.keep_last",

@@ -48,6 +48,11 @@ def test_other_layers_are_left_as_they_are(tiny, tiny_gpt2):
     model, _ = load_model(ModelConfig(name=str(tiny)))
     model.model.layers[0].mlp.act_fn = torch.nn.GELU()
     model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 48, bias=True)
+    capped, norm = model.model.norm, type(model.model.norm)
+    capped.__class__ = type("Capped", (norm,), {"forward": lambda self, x: norm.forward(self, x.clamp(max=100))})
+    gated = model.model.layers[0].input_layernorm
+    gated.__class__ = type("Gated", (norm,), {"forward": lambda self, x, gate: x * gate})
     keep_less(model)
+    assert not isinstance(capped, LeanNorm) and not isinstance(gated, LeanNorm)
     for m in [*gpt2.modules(), *model.modules()]:
         assert not isinstance(m, LeanFeedForward)

@@ -1,5 +1,7 @@
 """Chunked log-probs, packing and prompt sharing against the plain computation."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from dualign.models.logprobs import token_logp
 from dualign.models.master import LightEmbedding, Masters, joined, remainder
 from dualign.models.packing import Tokens, deal, pack, plan, size_of
 from dualign.models.policy import Policy, load_model
+from dualign.optim import Adafactor
 from dualign.schema import ModelConfig
 
 
@@ -237,17 +240,21 @@ def test_masters_in_halves_are_the_masters():
     assert torch.equal(joined(rounded, remainder(moved, rounded)), moved)  # and then stays
 
 
-def test_steps_on_masters_in_halves_are_steps_on_masters(tiny):
+@pytest.mark.parametrize("one_at_a_time", [True, False])
+def test_steps_on_masters_in_halves_are_steps_on_masters(tiny, one_at_a_time):
     found = []
     for halved in (False, True):
         model, _ = load_model(ModelConfig(name=str(tiny)))
         policy = Policy(model, "bf16")
         masters = Masters([policy], policy.round(), halved)
         assert masters.rounded
-        optimizer = torch.optim.AdamW(masters.groups[0], lr=1e-3)
+        if one_at_a_time:
+            optimizer = Adafactor(masters.groups[0], lr=1e-3, opened=masters.opened)
+        else:
+            optimizer = torch.optim.AdamW(masters.groups[0], lr=1e-3)
         for _ in range(5):
             policy(policy.pack(rows(), [0, 1, 2, 3], 0)).sum().backward()
-            with masters.whole():
+            with nullcontext() if one_at_a_time else masters.whole():
                 optimizer.step()
             optimizer.zero_grad()
             policy.stepped()

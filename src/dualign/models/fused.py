@@ -26,36 +26,38 @@ class Fused:
         functools.update_wrapper(self, function)
 
     def __call__(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if tensor.device.type != "cuda" or not works:
-            return self.plain(tensor, *args, **kwargs)
-        try:
-            return self.compiled(tensor, *args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            give_up(error)
-            return self.plain(tensor, *args, **kwargs)
+        usable = tensor.device.type == "cuda" and can_compile()
+        return (self.compiled if usable else self.plain)(tensor, *args, **kwargs)
 
 
-works = True  # until compiling has failed
-
-
-def give_up(error: Exception) -> None:
-    global works
-    works = False
-    log.warning("going on without compiled kernels: %s", str(error).strip().splitlines()[0])
+@functools.cache
+def can_compile() -> bool:
+    """Whether functions and their gradients can be compiled for the CUDA device, found out by trying."""
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = torch.ones(8, device="cuda", requires_grad=True)
+            torch.compile(lambda x: (x.exp() * 2).sum())(x).backward()
+    except Exception as error:  # compilers fail in many ways, and nothing depends on them
+        log.warning("going on without compiled kernels: %s", str(error).strip().splitlines()[0])
+        return False
+    return True
 
 
 def compile_layers(base: nn.Module) -> None:
     """Compiles a decoder's layers for flat micro-batches on a CUDA device; they share one compilation, and attention
     stays out of it. Other calls (decoding, plain rows) go the plain way."""
     layers = getattr(base, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        return
-    for layer in layers:
-        layer.forward = _flat_only(Fused(layer.forward))
+    if isinstance(layers, nn.ModuleList) and can_compile():
+        for layer in layers:
+            layer.__class__ = _compiled(type(layer))
 
 
-def _flat_only(fused: Fused) -> Function:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return (fused if kwargs.get("layout") is not None else fused.plain)(*args, **kwargs)
+@functools.cache
+def _compiled(kind: Any) -> Any:
+    plain: Function = kind.forward
+    compiled = torch.compile(plain, dynamic=True)
 
-    return forward
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (compiled if kwargs.get("layout") is not None else plain)(self, *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"forward": forward})

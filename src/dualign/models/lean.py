@@ -5,6 +5,7 @@ Same operations, same bits forward. On a CPU memory is what limits a micro-batch
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -65,10 +66,11 @@ class LeanNorm(nn.Module):
     weight: Tensor
     variance_epsilon: float
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad and x.dtype == self.weight.dtype:
-            return _RMSNorm.apply(x, self.weight, self.variance_epsilon)
-        return super().forward(x)
+    def forward(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
+        plain = more or named or not (torch.is_grad_enabled() and x.requires_grad and x.dtype == self.weight.dtype)
+        if plain:
+            return super().forward(x, *more, **named)
+        return _RMSNorm.apply(x, self.weight, self.variance_epsilon)
 
 
 class LeanFeedForward(nn.Module):
@@ -76,10 +78,10 @@ class LeanFeedForward(nn.Module):
     up_proj: nn.Linear
     down_proj: nn.Linear
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _SwiGLU.apply(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-        return super().forward(x)
+    def forward(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
+        if more or named or not (torch.is_grad_enabled() and x.requires_grad):
+            return super().forward(x, *more, **named)
+        return _SwiGLU.apply(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
 
 
 def keep_less(model: nn.Module) -> None:
@@ -97,11 +99,24 @@ def _plain(layer: Any) -> bool:
 
 
 def _try(module: nn.Module, lean: type[nn.Module], width: int) -> None:
-    kind, device = type(module), next(module.parameters()).device
-    x = torch.linspace(-2, 2, 3 * width, dtype=next(module.parameters()).dtype, device=device).view(1, 3, width)
-    with torch.no_grad():
-        expected = module(x)
-    module.__class__ = type(f"Lean{kind.__name__}", (lean, kind), {})
-    with torch.enable_grad():
-        if not torch.equal(module(x.requires_grad_()), expected):
+    kind, weight = type(module), next(module.parameters())
+    small = torch.linspace(-2, 2, 3 * width, dtype=weight.dtype, device=weight.device).view(1, 3, width)
+    for x in (small, 1000 * small):  # large enough for whoever caps what goes through it
+        try:
+            with torch.no_grad():
+                expected = module(x)
+            module.__class__ = _lean(lean, kind)
+            with torch.enable_grad():
+                same = torch.equal(module(x.requires_grad_()), expected)
+        except (RuntimeError, TypeError, ValueError, AttributeError):  # it takes or gives something else
+            same = False
+        finally:
             module.__class__ = kind
+        if not same:
+            return
+    module.__class__ = _lean(lean, kind)
+
+
+@functools.cache
+def _lean(lean: Any, kind: Any) -> Any:
+    return type(kind.__name__, (lean, kind), {})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dualign.models.fused import Fused
+from dualign.models.fused import Fused, can_compile
 from dualign.models.master import gradient_of
 
 CHUNK = 256  # tokens whose logits are made by one matrix product, into one buffer
@@ -71,7 +71,8 @@ class _TokenLogProb(Function):
 
 def _logits(hidden_MH: Tensor, weight_VH: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, their hidden states, their logits), chunk after chunk; the logits are overwritten by the next chunk's."""
-    chunk = CHUNK if weight_VH.device.type == "cpu" else max(CHUNK, ENTRIES // len(weight_VH))
+    large = weight_VH.device.type == "cuda" and can_compile()  # else they would be widened as a whole
+    chunk = max(CHUNK, ENTRIES // len(weight_VH)) if large else CHUNK
     buffer = weight_VH.new_empty(min(chunk, len(hidden_MH)), len(weight_VH))
     for rows in _slices(len(hidden_MH), chunk):
         h = hidden_MH[rows].to(weight_VH.dtype)

@@ -197,20 +197,28 @@ class Policy(nn.Module):
             return False
         return True
 
-    @torch.no_grad()
     def _try_flash(self) -> bool:
-        """Whether FlashAttention's kernels take this model on this device and say what SDPA says, found out by trying."""
-        config = self.model.config.get_text_config()
-        if self.precision != "bf16" or getattr(config, "attention_dropout", None):
+        """Whether FlashAttention's kernels take this model on this device, gradients and dropout included, and say what
+        SDPA says, found out by trying."""
+        if self.precision != "bf16":
             return False
         tokens = self._sample_tokens()
+        training = self.training
         try:
-            blocks, segments = (
-                self(pack(tokens, [0, 1, 2], tokens.width, 0, True, flash).to(self.device)) for flash in (False, True)
-            )
-        except (RuntimeError, TypeError, NotImplementedError, AttributeError) as error:  # other builds of torch
+            with torch.enable_grad():
+                self.train()(pack(tokens, [0, 1, 2], tokens.width, 0, True, True).to(self.device)).sum().backward()
+            self.eval()
+            with torch.no_grad():
+                blocks, segments = (
+                    self(pack(tokens, [0, 1, 2], tokens.width, 0, True, flash).to(self.device))
+                    for flash in (False, True)
+                )
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # dropout, other builds of torch
             log.warning("no FlashAttention here, SDPA instead: %s", str(error).splitlines()[0])
             return False
+        finally:
+            self.train(training)
+            self.zero_grad(set_to_none=True)
         agree = bool(torch.allclose(segments, blocks, rtol=0.05, atol=0.05))
         if not agree:
             log.warning("FlashAttention says something else than SDPA here and is not used")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -52,8 +53,11 @@ class Graphs:
                 graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 try:
                     work()
-                finally:
-                    graph.capture_end()
+                except RuntimeError:
+                    with contextlib.suppress(RuntimeError):  # which says only that something failed before
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
         except RuntimeError as error:
             log.warning("decoding without CUDA graphs, which this model does not allow: %s", str(error).splitlines()[0])
             self.enabled = False

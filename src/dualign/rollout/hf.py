@@ -40,7 +40,9 @@ class HFSampler:
         named = inspect.signature(policy.base.forward).parameters  # transformers 5.23 renamed it
         self.cache_name = "cache" if "cache" in named else "past_key_values"
         self.cuda = policy.device.type == "cuda"
-        self.graphs = Graphs(self.cuda and cuda_graphs)
+        # other kinds of attention may look at their mask, or at lengths that a graph would freeze
+        self.sdpa = policy.model.config._attn_implementation in ("sdpa", PACKED)
+        self.graphs = Graphs(self.cuda and cuda_graphs and self.sdpa)
 
     @torch.inference_mode()
     def sample(
@@ -117,8 +119,7 @@ class HFSampler:
 
     def _mask(self, visible_NL: Tensor) -> Tensor:
         """One query per row. SDPA takes the mask as it is; other kinds build theirs from the 2-D form."""
-        sdpa = self.policy.model.config._attn_implementation in ("sdpa", PACKED)
-        return visible_NL[:, None, None] if sdpa else visible_NL.long()
+        return visible_NL[:, None, None] if self.sdpa else visible_NL.long()
 
     def _prefill(self, requests: Sequence[Request], s: Sampling, draw_NT: Tensor) -> Decoding:
         """Computes each prompt once, branches it K times and draws the first tokens."""
@@ -349,7 +350,7 @@ class _BranchLayer(CacheLayerMixin):
         return self.columns.seen, 0
 
     def get_seq_length(self) -> int:
-        return self.columns.length - 1  # without the column that the step at hand fills
+        return self.columns.seen - 1  # to the model the newest column; what it may see there is the mask's affair
 
     def get_max_length(self) -> int:
         return -1
