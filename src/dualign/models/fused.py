@@ -49,7 +49,8 @@ def compile_layers(base: nn.Module) -> None:
     layers = getattr(base, "layers", None)
     if isinstance(layers, nn.ModuleList) and can_compile():
         for layer in layers:
-            layer.__class__ = _compiled(type(layer))
+            kind: Any = type(layer)
+            layer.__class__ = _compiled(kind)
 
 
 @functools.cache

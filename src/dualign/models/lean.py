@@ -98,8 +98,9 @@ def _plain(layer: Any) -> bool:
     return type(layer) is nn.Linear and layer.bias is None
 
 
-def _try(module: nn.Module, lean: type[nn.Module], width: int) -> None:
-    kind, weight = type(module), next(module.parameters())
+def _try(module: nn.Module, lean: Any, width: int) -> None:
+    kind: Any = type(module)
+    weight = next(module.parameters())
     small = torch.linspace(-2, 2, 3 * width, dtype=weight.dtype, device=weight.device).view(1, 3, width)
     for x in (small, 1000 * small):  # large enough for whoever caps what goes through it
         try:
