@@ -207,6 +207,7 @@ class Engine:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._clear_gradients()
             raise StopRun(f"the loss ({loss}) or its gradient (norm {norm}) is not finite; no step was taken")
+        # Adafactor opens the masters it steps on one by one
         with nullcontext() if isinstance(self.optimizer, Adafactor) else self.masters.whole():
             self.optimizer.step()
         self._clear_gradients()

@@ -9,7 +9,8 @@ from dualign.models.packing import Tokens, pack
 from dualign.models.policy import Policy, load_model
 from dualign.rollout import hf
 from dualign.rollout.base import Request, Sampling, uniforms
-from dualign.rollout.hf import HFSampler, choose, inverse_cdf, nucleus
+from dualign.rollout.draw import choose, inverse_cdf, nucleus
+from dualign.rollout.hf import HFSampler
 from dualign.schema import ModelConfig
 from dualign.types import Prompt
 

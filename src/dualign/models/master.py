@@ -79,10 +79,6 @@ class Masters:
                 stack.enter_context(self.opened(master))
             yield
 
-    @property
-    def gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.named.values() if p.grad is not None]
-
 
 def remainder(master: Tensor, rounded: Tensor) -> Tensor:
     """int16: what is left of fp32 numbers once their bf16 rounding is taken off, as a difference of bit patterns. At most

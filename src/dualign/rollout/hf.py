@@ -6,29 +6,25 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from dualign.models.attention import PACKED
-from dualign.models.fused import Fused
-from dualign.models.logprobs import target_logp
 from dualign.models.policy import Policy, Tokenizer
 from dualign.rollout.base import Request, Sampling, uniforms
+from dualign.rollout.cache import BranchCache, Columns
+from dualign.rollout.draw import choose
 from dualign.rollout.graphs import Graphs
 from dualign.rollout.packed import Product, laid_out_linears, product
 from dualign.types import Rollout
 
-BLOCK = 256  # two-level inverse CDF: a sum per block of the vocabulary, then a scan inside one block
-ROWS = 8  # rows whose logits are turned into tokens at a time on a CPU
 PREFILL = 8192  # tokens of prompts computed at a time
 COMPACT = 0.875  # drop finished rows from the cache once fewer than this share is alive
 HALF = 0.5  # the same on a GPU, where another number of rows needs another graph
 LOOK = 8  # steps between two looks at a GPU's tokens, which wait for it
-WINDOW = 64  # columns by which a GPU's attention grows
 
 
 class HFSampler:
@@ -183,82 +179,6 @@ class HFSampler:
         )
 
 
-def choose(logits_NV: Tensor, s: Sampling, draw_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The next token (N,) at temperature and top-p by inverse CDF from one uniform each, and its log-prob under the
-    untempered model (N,)."""
-    if s.temperature == 0:
-        token_N = logits_NV.argmax(-1)
-    elif s.top_p < 1:
-        parts = [
-            inverse_cdf(nucleus(torch.softmax(logits.float() / s.temperature, -1), s.top_p), draw)
-            for logits, draw in zip(_few(logits_NV), _few(draw_N), strict=True)
-        ]
-        token_N = torch.cat(parts)
-    else:
-        token_N = draw_from(logits_NV, s.temperature, draw_N)
-    return token_N, torch.cat([target_logp(*part) for part in zip(_few(logits_NV), _few(token_N), strict=True)])
-
-
-def _few(x: Tensor) -> Sequence[Tensor]:
-    """On a CPU a few rows at a time, so that a row's passes over the vocabulary stay in cache."""
-    return x.split(ROWS) if x.device.type == "cpu" else (x,)
-
-
-def nucleus(weight_NV: Tensor, top_p: float) -> Tensor:
-    """Zero all but the smallest set of most likely tokens that holds `top_p` of the mass."""
-    ordered, order = weight_NV.sort(-1, descending=True)
-    before = ordered.cumsum(-1) - ordered
-    return torch.zeros_like(weight_NV).scatter(1, order, ordered.masked_fill(before >= top_p, 0))
-
-
-def draw_from(logits_NV: Tensor, temperature: float, draw_N: Tensor) -> Tensor:
-    """The token at which the cumulative softmax(logits / temperature) passes the uniform; the softmax is never held as
-    a whole."""
-    top_N1, mass_NB = map(torch.cat, zip(*(_masses(part, temperature) for part in _few(logits_NV)), strict=True))
-    return _two_levels(
-        mass_NB, lambda block_N: ((_block(logits_NV, block_N, -torch.inf).float() - top_N1) / temperature).exp(), draw_N
-    )
-
-
-def inverse_cdf(weight_NV: Tensor, draw_N: Tensor) -> Tensor:
-    """The same for (unnormalised) weights."""
-    return _two_levels(_sums(weight_NV), lambda block_N: _block(weight_NV, block_N, 0), draw_N)
-
-
-def _two_levels(mass_NB: Tensor, inside: Callable[[Tensor], Tensor], draw_N: Tensor) -> Tensor:
-    """The token whose share of the mass contains the uniform: first its block by the blocks' masses, then its place by
-    the masses inside, so that no scan runs over the whole vocabulary."""
-    upto_NB = mass_NB.double().cumsum(-1)
-    point_N1 = (draw_N.to(torch.float64) * upto_NB[:, -1])[:, None]
-    block_N1 = torch.searchsorted(upto_NB, point_N1, right=True).clamp(max=upto_NB.shape[1] - 1)
-    before_N1 = torch.where(block_N1 > 0, upto_NB.gather(1, (block_N1 - 1).clamp(min=0)), 0.0)
-    inside_NC = inside(block_N1).double()
-    rank_N1 = torch.searchsorted(inside_NC.cumsum(-1), point_N1 - before_N1, right=True)
-    # rounding may point past the block's last token with mass: take that one
-    last_N1 = (inside_NC > 0).int().mul(torch.arange(1, BLOCK + 1, device=mass_NB.device)).argmax(-1, keepdim=True)
-    return (block_N1 * BLOCK + torch.minimum(rank_N1, last_N1))[:, 0]
-
-
-@Fused
-def _masses(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The largest logit (N, 1) and, relative to its own, the mass of each block of the vocabulary (N, B)."""
-    wide_NV = logits_NV.float()
-    top_N1 = wide_NV.amax(-1, keepdim=True)
-    return top_N1, _sums((wide_NV - top_N1).div_(temperature).exp_())
-
-
-def _sums(weight_NV: Tensor) -> Tensor:
-    """(N, B): of each BLOCK tokens."""
-    return torch.nn.functional.pad(weight_NV, (0, -weight_NV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)).sum(-1)
-
-
-def _block(value_NV: Tensor, block_N1: Tensor, beyond: float) -> Tensor:
-    """(N, BLOCK): each row's values in its block."""
-    at_NC = block_N1 * BLOCK + torch.arange(BLOCK, device=value_NV.device)
-    last = value_NV.shape[1] - 1
-    return value_NV.gather(1, at_NC.clamp(max=last)).masked_fill(at_NC > last, beyond)
-
-
 def _slices(requests: Sequence[Request]) -> Iterator[tuple[int, Sequence[Request]]]:
     """Requests, the longest first, in slices of at most PREFILL tokens with padding, and the place of each slice's first."""
     at = 0
@@ -266,94 +186,6 @@ def _slices(requests: Sequence[Request]) -> Iterator[tuple[int, Sequence[Request
         count = max(1, PREFILL // len(requests[at].prompt_ids))
         yield at, requests[at : at + count]
         at += count
-
-
-class Columns:
-    """Which of a cache's columns are filled. All layers share it; they do not hold the cache, which would keep each
-    other's memory until garbage is collected."""
-
-    def __init__(self, length: int, capacity: int, device: torch.device) -> None:
-        self.length, self.step = length, WINDOW if device.type == "cuda" else 1
-        self.capacity = self._whole_steps(capacity)
-        self.at = torch.full((1,), length, device=device)  # the column to write next, as a tensor
-        self.seen = length  # columns that attention reads: from a graph's sight a number that rarely changes
-
-    def _whole_steps(self, length: int) -> int:
-        return length + -length % self.step
-
-    def grow(self) -> None:
-        """Makes room for the tokens of one more step."""
-        self.length += 1
-        self.seen = self._whole_steps(self.length)
-
-
-class BranchCache(Cache):
-    """A key-value cache with room for `rows` completions, the prompts and all new tokens from the start: a step writes
-    one column instead of copying the cache."""
-
-    def __init__(self, rows: int, columns: Columns, dtype: torch.dtype) -> None:
-        super().__init__(layers=[])
-        self.new_layer = lambda: _BranchLayer(rows, columns, dtype)
-
-    def branch(self, prompts: Cache, at: int, k: int) -> None:
-        """Takes over computed prompts, the first of them as prompt number `at`: one row per prompt -> K rows."""
-        for i, layer in enumerate(prompts.layers):
-            if i == len(self.layers):
-                self.layers.append(self.new_layer())
-            self.layers[i].branch(layer.keys, layer.values, at * k, k)
-
-    def select(self, rows: Tensor) -> None:
-        for layer in self.layers:
-            layer.select(rows)
-
-
-class _BranchLayer(CacheLayerMixin):
-    """keys, values: (N, heads, capacity, head size), of which the first `columns.length` positions are filled."""
-
-    def __init__(self, rows: int, columns: Columns, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.rows, self.columns, self.dtype = rows, columns, dtype
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # attention under autocast rounds keys and values at every step: `dtype` keeps them rounded
-        self.keys, self.values = (
-            x.new_zeros(self.rows, x.shape[1], self.columns.capacity, x.shape[3], dtype=self.dtype)
-            for x in (key_states, value_states)  # zeros: a masked weight of zero times what memory may hold can be NaN
-        )
-        self.is_initialized = True
-
-    def branch(self, keys: Tensor, values: Tensor, row: int, k: int) -> None:
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-        for own, x in ((self.keys, keys), (self.values, values)):
-            assert own is not None
-            rows, end = own[row : row + len(x) * k], self.columns.length
-            rows[:, :, end - x.shape[2] : end].unflatten(0, (len(x), k)).copy_(x[:, None])
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None and self.values is not None
-        for own, new in ((self.keys, key_states), (self.values, value_states)):
-            if own.device.type == "cpu":
-                own[:, :, self.columns.length - 1 : self.columns.length] = new
-            else:
-                own.index_copy_(2, self.columns.at, new.to(own.dtype))
-        return self.keys[:, :, : self.columns.seen], self.values[:, :, : self.columns.seen]
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps `rows`, moved up within the memory that there is."""
-        assert self.keys is not None and self.values is not None
-        for x in (self.keys, self.values):
-            x[: len(rows), :, : self.columns.length] = x[:, :, : self.columns.length].index_select(0, rows)
-        self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns.seen, 0
-
-    def get_seq_length(self) -> int:
-        return self.columns.seen - 1  # to the model the newest column; what it may see there is the mask's affair
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 @dataclass
