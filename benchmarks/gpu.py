@@ -1,6 +1,6 @@
 """One CUDA device: model FLOPs utilisation of the update phase, seconds per online batch by phase, memory.
 
-    python benchmarks/gpu.py [--shapes 0.5b 1.5b] [--batches 2] [--no-compile] [--no-cuda-graphs]
+    python benchmarks/gpu.py [--shapes 0.5b 1.5b] [--batches 2] [--no-compile] [--no-cuda-graphs] [--kernels]
 
 Models with the shapes of Qwen2.5-0.5B and 1.5B and random weights (what they say does not matter to time: no answer ends
 early), bf16 autocast over fp32 masters; DAR on 512 completions (128 prompts of 128 tokens, K = 4, 256 new tokens),
@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,14 @@ def configure(folder: Path, o: argparse.Namespace) -> Config:
 
 
 class Meter:
-    """Seconds and peak memory by phase, the device's queue emptied at both ends."""
+    """Seconds and peak memory by phase, the device's queue emptied at both ends; if told so, also the milliseconds of
+    each kernel."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: bool = False) -> None:
         self.seconds: dict[str, float] = {}
         self.gib: dict[str, float] = {}
+        self.kernels: dict[str, list[tuple[str, float, int]]] = {}
+        self.watched = kernels
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -90,12 +93,25 @@ class Meter:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
-        start = time.perf_counter()
-        yield
-        if cuda:
-            torch.cuda.synchronize()
-            self.gib[phase] = torch.cuda.max_memory_allocated() / 2**30
-        self.seconds[phase] = time.perf_counter() - start
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) if self.watched else nullcontext() as profiler:
+            start = time.perf_counter()
+            yield
+            if cuda:
+                torch.cuda.synchronize()
+                self.gib[phase] = torch.cuda.max_memory_allocated() / 2**30
+            self.seconds[phase] = time.perf_counter() - start
+        if profiler:
+            self.kernels[phase] = _by_kernel(profiler)
+
+
+def _by_kernel(profiler: Any) -> list[tuple[str, float, int]]:
+    """(kernel, milliseconds, launches), the longest first."""
+    found: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found.setdefault(event.name, []).append(event.device_time / 1e3)
+    return sorted(((name, sum(ms), len(ms)) for name, ms in found.items()), key=lambda x: -x[1])
 
 
 def measure(shape: dict[str, Any], o: argparse.Namespace) -> list[dict[str, Any]]:
@@ -105,16 +121,29 @@ def measure(shape: dict[str, Any], o: argparse.Namespace) -> list[dict[str, Any]
         config = configure(Path(name), o)
         engine = Engine(config)
     sampler, numbers, found = engine.sampler(), np.random.default_rng(0), []
-    for step in range(o.batches + 1):
+    for step in range(o.batches + 1 + o.kernels):
         ids = numbers.integers(3, shape["vocab_size"], (config.prompts_per_batch, o.prompt_tokens)).tolist()
         requests = [Request(g, Prompt(str(g), "random ids"), tuple(row)) for g, row in enumerate(ids)]
-        meter = Meter()
+        meter = Meter(kernels=step > o.batches)
         b = online_batch(config, engine, sampler, requests, step, _reward, meter)
         pairs = pairs_of(b)
         tokens = sum(sum(lengths) for _, lengths in pairs)
         flop = 3 * forward_flops(engine.policy.model.config, pairs)  # forward, and twice that for backward
-        found.append({"seconds": meter.seconds, "gib": meter.gib, "tokens": tokens, "update_flop": flop})
+        if meter.kernels:
+            print(f"\n{kernel_table(meter)}\n")
+        else:
+            found.append({"seconds": meter.seconds, "gib": meter.gib, "tokens": tokens, "update_flop": flop})
     return found[1:]
+
+
+def kernel_table(meter: Meter) -> str:
+    """For each phase its kernels, and for how much of its time (longer than without a profiler) the device was busy."""
+    rows = []
+    for phase, kernels in meter.kernels.items():
+        busy = sum(ms for _, ms, _ in kernels)
+        rows.append([phase, "all", f"{busy:.1f}", str(sum(n for *_, n in kernels)), f"of {meter.seconds[phase]:.2f} s"])
+        rows += [[phase, name[:110], f"{ms:.1f}", str(n), f"{ms / busy:.0%}"] for name, ms, n in kernels[:30]]
+    return table(["phase", "kernel", "ms", "launches", "share"], rows)
 
 
 def _reward(rollout: Rollout) -> float:
@@ -146,6 +175,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-tokens", type=int, default=16384)
     parser.add_argument("--no-compile", action="store_true", help="layers as they are")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="every step of decoding launched by hand")
+    parser.add_argument("--kernels", action="store_true", help="one more batch, with a table of the kernels' times")
     parser.add_argument("--peak", type=float, help="the device's dense bf16 TFLOP/s, where it is not known here")
     parser.add_argument("--out", type=Path, default=RESULTS)
     o = parser.parse_args()

@@ -37,6 +37,14 @@ def draw(policy, tokenizer, requests, sampling, graphs=True, rows=256):
     return sorted(out, key=lambda r: r.index)
 
 
+def logp_of(policy, r):
+    """What the model says of a rollout's tokens, all at once."""
+    with torch.no_grad():
+        logits = policy.model(torch.tensor([r.prompt_ids + r.completion_ids]).cuda()).logits[0]
+    logp, start = torch.log_softmax(logits.double(), -1), len(r.prompt_ids)
+    return [logp[start + t - 1, c].item() for t, c in enumerate(r.completion_ids)]
+
+
 @pytest.mark.parametrize("kind", ["tiny", "tiny_gpt2"])
 def test_greedy_equals_generate(kind, request):
     policy, tokenizer, requests = setup(request.getfixturevalue(kind), "fp32")
@@ -57,12 +65,19 @@ def test_graphs_change_nothing(kind, attention, request):
     assert [r.completion_ids for r in replayed] == [r.completion_ids for r in plain]
     assert {r.finish for r in replayed} >= {"eos"}
     for r in replayed[::7]:
-        ids = torch.tensor([r.prompt_ids + r.completion_ids]).cuda()
-        with torch.no_grad():
-            logp = torch.log_softmax(policy.model(ids).logits[0].double(), -1)
-        start = len(r.prompt_ids)
-        expected = [logp[start + t - 1, c].item() for t, c in enumerate(r.completion_ids)]
-        np.testing.assert_allclose(r.sampler_logp, expected, atol=2e-4)
+        np.testing.assert_allclose(r.sampler_logp, logp_of(policy, r), atol=2e-4)
+
+
+def test_compiled_layers_draw_what_plain_ones_draw(tiny):
+    policy, tokenizer, requests = setup(tiny, "fp32")
+    compiled = copy.deepcopy(policy)
+    compile_layers(compiled.base)
+    assert can_compile() and type(compiled.base.layers[0]) is not type(policy.base.layers[0])
+    ours, plain = (draw(each, tokenizer, requests, Sampling(1, 90, 0.0)) for each in (compiled, policy))
+    assert [r.completion_ids for r in ours] == [r.completion_ids for r in plain]
+    for temperature in (1.0, 0.7):
+        for r in draw(compiled, tokenizer, requests, Sampling(8, 90, temperature))[::5]:
+            np.testing.assert_allclose(r.sampler_logp, logp_of(policy, r), atol=2e-4)
 
 
 def test_compiled_layers_say_what_plain_ones_say(tiny):
@@ -93,16 +108,19 @@ def test_flash_attention_says_what_sdpa_says(tiny):
     prompts = tuple(requests[i // 4].prompt_ids for i in range(size))
     completions = tuple(tuple((7 * i + 5 * j) % 250 for j in range(5 + 3 * i)) for i in range(size))
     tokens, found = Tokens(prompts, completions, tuple(i // 4 for i in range(size))), []
-    for flash in (False, True):
+    for flash, compiled in ((False, False), (True, False), (True, True)):
         policy.flash = flash
+        if compiled:
+            compile_layers(policy.base)
         policy.zero_grad()
         logp = policy(policy.pack(tokens, list(range(size)), tokenizer.pad_id))
         (logp * weight).sum().backward()
         found.append((logp.detach(), [p.grad.clone() for p in policy.parameters()]))
-    (blocks, block_grads), (flat, flat_grads) = found
-    torch.testing.assert_close(flat, blocks, atol=0.05, rtol=0.02)
-    for a, b in zip(flat_grads, block_grads, strict=True):
-        assert (a - b).norm() < 0.03 * b.norm()
+    (blocks, block_grads), *others = found
+    for flat, flat_grads in others:
+        torch.testing.assert_close(flat, blocks, atol=0.05, rtol=0.02)
+        for a, b in zip(flat_grads, block_grads, strict=True):
+            assert (a - b).norm() < 0.03 * b.norm()
 
 
 def test_a_model_with_dropout_in_its_attention_is_trained_without_flash(tiny_gpt2):

@@ -33,6 +33,7 @@ from dualign.state import load_state, save_state
 
 log = logging.getLogger(__name__)
 X = TypeVar("X")
+TOGETHER = 2**27  # entries of weights of one shape that a GPU steps on at once
 
 
 class Engine:
@@ -161,7 +162,7 @@ class Engine:
         lr = float(self.optimizer.param_groups[0]["lr"])
         denominator = float(algo.denominator(batch))
         keep = batch.columns.get("keep")
-        rows = [i for i in range(len(tokens)) if keep is None or keep[i]]
+        rows = list(range(len(tokens))) if keep is None else keep.nonzero()[:, 0].tolist()
         if denominator == 0 or not rows:
             return {"loss": 0.0, "grad_norm": 0.0, "lr": lr, "skipped": 1.0}
 
@@ -207,7 +208,7 @@ class Engine:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._clear_gradients()
             raise StopRun(f"the loss ({loss}) or its gradient (norm {norm}) is not finite; no step was taken")
-        # Adafactor opens the masters it steps on one by one
+        # Adafactor opens the masters that it steps on
         with nullcontext() if isinstance(self.optimizer, Adafactor) else self.masters.whole():
             self.optimizer.step()
         self._clear_gradients()
@@ -322,7 +323,8 @@ class Engine:
         if t.optimizer == "adamw":
             optimizer: Any = torch.optim.AdamW(groups, lr=t.lr, weight_decay=t.weight_decay, fused=True)
         else:
-            optimizer = Adafactor(groups, lr=t.lr, weight_decay=t.weight_decay, opened=self.masters.opened)
+            together = 1 if self.device.type == "cpu" else TOGETHER
+            optimizer = Adafactor(groups, t.lr, t.weight_decay, self.masters.opened, together)
         self.rates = [group["lr"] for group in optimizer.param_groups]
         return optimizer
 

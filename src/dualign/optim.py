@@ -5,7 +5,8 @@ parameters on two cores the optimizer is a fifth of an update. A test holds it t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,57 +21,86 @@ ROWS = 1024  # rows of a gradient that are squared at a time on a CPU
 
 class Adafactor(torch.optim.Optimizer):
     """Shazeer & Stern 2018, Algorithms 4 and 5: squared gradients of a matrix are kept as row and column means. A step
-    uses the gradients up: their buffers hold the update. `opened`: a parameter's values are there within it."""
+    uses the gradients up: their buffers may hold the update.
+
+    opened: takes parameters, whose values are there within it. together: how many entries of parameters of one shape are stepped
+    on at once; a GPU would wait for the processor that launches kernels for hundreds of small weights, a CPU has no
+    memory to spare for their stack.
+    """
 
     def __init__(
-        self, params: Any, lr: float, weight_decay: float = 0.0, opened: Callable[..., Any] = nullcontext
+        self,
+        params: Any,
+        lr: float,
+        weight_decay: float = 0.0,
+        opened: Callable[..., Any] = nullcontext,
+        together: int = 1,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.opened = opened
+        self.opened, self.together = opened, together
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    with self.opened(p):
-                        self._step(p, p.grad, group["lr"], group["weight_decay"])
+            for alike in self._alike([p for p in group["params"] if p.grad is not None]):
+                with self.opened(alike):
+                    self._step(alike, group["lr"], group["weight_decay"])
 
-    def _step(self, p: Tensor, g: Tensor, lr: float, weight_decay: float) -> None:
-        state = self.state[p]
-        state["step"] = state.get("step", 0) + 1
-        keep = 1 - state["step"] ** -DECAY
-        if g.dim() >= 2:
-            row, col = (_averaged(state, k, v, keep) for k, v in zip(("row", "col"), _mean_squares(g), strict=True))
+    def _alike(self, params: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        shapes: dict[Any, list[Tensor]] = defaultdict(list)
+        for p in params:
+            shapes[p.shape, p.dtype, p.device, self.state[p].get("step", 0)].append(p)
+        for alike in shapes.values():
+            size = max(1, self.together // max(1, alike[0].numel()))
+            yield from (alike[at : at + size] for at in range(0, len(alike), size))
+
+    def _step(self, params: Sequence[Tensor], lr: float, weight_decay: float) -> None:
+        """One step of S parameters of one shape."""
+        states = [self.state[p] for p in params]
+        for state in states:
+            state["step"] = state.get("step", 0) + 1
+        keep = 1 - states[0]["step"] ** -DECAY
+        g = _stacked([p.grad for p in params if p.grad is not None])
+        if params[0].dim() >= 2:
+            row, col = (_averaged(states, k, v, keep) for k, v in zip(("row", "col"), _mean_squares(g), strict=True))
             # V = R C / mean(R);  U = G / sqrt(V)
             update = g.mul_((row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1))
             update.mul_(col.rsqrt().unsqueeze(-2))
         else:
-            update = g.mul_(_averaged(state, "all", g.square(), keep).rsqrt())
-        rms = torch.linalg.vector_norm(update) / math.sqrt(update.numel())
+            update = g.mul_(_averaged(states, "all", g.square(), keep).rsqrt())
+        rms_S = torch.linalg.vector_norm(update.reshape(len(g), -1), dim=1) / math.sqrt(params[0].numel())
+        share_S = (rms_S / CLIP).clamp(min=1.0).reciprocal()
         if weight_decay:
-            p.mul_(1 - weight_decay * lr)
-        p.addcmul_(update, (rms / CLIP).clamp(min=1.0).reciprocal(), value=-lr)
+            torch._foreach_mul_(list(params), 1 - weight_decay * lr)
+        torch._foreach_addcmul_(list(params), list(update), list(share_S), value=-lr)
 
 
-def _averaged(state: dict[str, Any], name: str, now: Tensor, keep: float) -> Tensor:
-    """The running mean of squared gradients that `state` holds under `name`, updated with `now`."""
-    if name not in state:
-        state[name] = torch.zeros_like(now)
-    mean: Tensor = state[name]
-    return mean.mul_(keep).add_(now.add_(EPS), alpha=1 - keep)
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """(S, ...); of a single tensor a view."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _averaged(states: Sequence[dict[str, Any]], name: str, now: Tensor, keep: float) -> Tensor:
+    """The running means of squared gradients that `states` hold under `name`, updated with `now`: (S, ...)."""
+    mean = _stacked(
+        [state[name] if name in state else torch.zeros_like(x) for state, x in zip(states, now, strict=True)]
+    )
+    mean.mul_(keep).add_(now.add_(EPS), alpha=1 - keep)
+    for state, own in zip(states, mean, strict=True):
+        state[name] = own
+    return mean
 
 
 def _mean_squares(g: Tensor) -> tuple[Tensor, Tensor]:
     """The means of g² over the last dimension and over the one before it. On a CPU a few rows at a time, which stay in
     cache, and as products with ones: its reductions over any but the last dimension are slower by a factor of ten."""
-    if g.dim() > 2 or g.device.type != "cpu":
+    if g.dim() > 3 or len(g) > 1 or g.device.type != "cpu":
         squared = g.square()
         return squared.mean(-1), squared.mean(-2)
-    rows, cols = g.shape
-    row, col, one = g.new_empty(rows), g.new_zeros(cols), g.new_ones(max(rows, cols))
+    _, rows, cols = g.shape
+    row, col, one = g.new_empty(1, rows), g.new_zeros(1, cols), g.new_ones(max(rows, cols))
     for at in range(0, rows, ROWS):
-        squared = g[at : at + ROWS].square()
-        row[at : at + ROWS] = squared @ one[:cols]
-        col.addmv_(squared.T, one[: len(squared)])
+        squared = g[0, at : at + ROWS].square()
+        row[0, at : at + ROWS] = squared @ one[:cols]
+        col[0].addmv_(squared.T, one[: len(squared)])
     return row.div_(cols), col.div_(rows)

@@ -84,21 +84,21 @@ def test_prompt_sharing_gives_the_same_gradient(tiny):
         assert torch.allclose(a, b, atol=1e-5 * float(b.abs().max()) + 1e-7)
 
 
-def slow_flash(q, k, v, q_ends, k_ends, q_max, k_max, causal, scale):
+def slow_flash(q, k, v, q_ends, k_ends, q_max, k_max, scale):
     """What FlashAttention's kernel for segments of several lengths computes, spelled out."""
     out, norm = torch.zeros_like(q), q.new_zeros(q.shape[1], len(q))
-    for at, kt, weight, value in segments_of(q, k, v, q_ends, k_ends, causal, scale):
+    for at, kt, weight, value in segments_of(q, k, v, q_ends, k_ends, scale):
         assert at.stop - at.start <= q_max and kt.stop - kt.start <= k_max
         norm[:, at] = torch.logsumexp(weight, -1)
         out[at] = (torch.softmax(weight, -1) @ value).transpose(0, 1)
-    return out, norm, (torch.zeros(2), torch.zeros(()))
+    return out, norm
 
 
-def slow_flash_backward(grad, q, k, v, out, norm, q_ends, k_ends, q_max, k_max, causal, scale, seed):
+def slow_flash_backward(grad, q, k, v, out, norm, q_ends, k_ends, q_max, k_max, scale):
     """Its backward: softmax by the normaliser that it is given, and rowsum(dO O) of the output that it is given."""
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     groups = q.shape[1] // k.shape[1]
-    for at, kt, weight, value in segments_of(q, k, v, q_ends, k_ends, causal, scale):
+    for at, kt, weight, value in segments_of(q, k, v, q_ends, k_ends, scale):
         p = (weight - norm[:, at, None]).exp()
         g = grad[at].transpose(0, 1)
         ds = p * (g @ value.transpose(1, 2) - (grad[at] * out[at]).sum(-1).T[:, :, None])
@@ -108,14 +108,15 @@ def slow_flash_backward(grad, q, k, v, out, norm, q_ends, k_ends, q_max, k_max, 
     return dq, dk, dv
 
 
-def segments_of(q, k, v, q_ends, k_ends, causal, scale):
+def segments_of(q, k, v, q_ends, k_ends, scale):
     groups = q.shape[1] // k.shape[1]
     for i in range(len(q_ends) - 1):
         at, kt = (slice(int(ends[i]), int(ends[i + 1])) for ends in (q_ends, k_ends))
         key, value = (x[kt].repeat_interleave(groups, 1).transpose(0, 1) for x in (k, v))
         weight = q[at].transpose(0, 1) @ key.transpose(1, 2) * scale
-        if causal:
-            weight = weight.masked_fill(torch.ones_like(weight[0], dtype=torch.bool).triu(1), -torch.inf)
+        queries, keys = weight.shape[1:]  # the last query sees the last key
+        unseen = torch.ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
+        weight = weight.masked_fill(unseen, -torch.inf)
         yield at, kt, weight, value
 
 
@@ -138,6 +139,44 @@ def test_attention_over_segments_is_attention_over_blocks(tiny, monkeypatch):
     assert torch.allclose(flat, blocks, atol=1e-5)
     for a, b in zip(flat_grads, block_grads, strict=True):
         assert torch.allclose(a, b, atol=1e-5 * float(b.abs().max()) + 1e-7)
+
+
+def backward_of_other_masks(grad, q, k, v, out, norm, q_ends, k_ends, q_max, k_max, scale):
+    return [x.flip(0) for x in slow_flash_backward(grad, q, k, v, out, norm, q_ends, k_ends, q_max, k_max, scale)]
+
+
+@pytest.mark.parametrize("backward", [slow_flash_backward, backward_of_other_masks])
+def test_flash_attention_is_used_only_where_its_gradient_is_right(tiny, backward, monkeypatch):
+    monkeypatch.setattr(attention, "_flash", slow_flash)
+    monkeypatch.setattr(attention, "_flash_backward", backward)
+    model, _ = load_model(ModelConfig(name=str(tiny)))
+    policy = Policy(model, "bf16", True).train()
+    assert policy._try_flash() == (backward is slow_flash_backward)
+    assert policy.training and all(p.grad is None for p in policy.parameters())
+
+
+def test_layers_over_segments_are_one_graph_for_all_sizes(tiny, monkeypatch):
+    monkeypatch.setattr(attention, "_flash", slow_flash)
+    monkeypatch.setattr(attention, "_flash_backward", slow_flash_backward)
+    model, _ = load_model(ModelConfig(name=str(tiny)))
+    policy, graphs = Policy(model, "fp32", True), []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plain = type(policy.base.layers[0]).forward
+    compiled = torch.compile(plain, backend=counted, dynamic=True, fullgraph=True)
+    for size in (4, 8, 12, 5):
+        prompts = tuple(tuple(range(5, 12 + i // 4)) for i in range(size))
+        completions = tuple(tuple((7 * i + 5 * j) % 250 for j in range(5 + 3 * i)) for i in range(size))
+        tokens = Tokens(prompts, completions, tuple(i // 4 for i in range(size)))
+        micro, logps = pack(tokens, range(size), tokens.width, 0, True, True), []
+        for forward in (plain, compiled):
+            monkeypatch.setattr(type(policy.base.layers[0]), "forward", forward)
+            logps.append(policy(micro).detach())
+        torch.testing.assert_close(*logps, atol=1e-5, rtol=1e-5)
+    assert len(graphs) <= 2, "each length or layer has a program of its own"
 
 
 def test_sharing_is_refused_where_attention_would_misread_the_mask(tiny):

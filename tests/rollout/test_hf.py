@@ -1,10 +1,13 @@
 """The decode loop says what `generate` says, and its log-probs are the model's."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from dualign.models import fused
 from dualign.models.packing import Tokens, pack
 from dualign.models.policy import Policy, load_model
 from dualign.rollout import hf
@@ -42,9 +45,10 @@ def test_greedy_equals_generate(kind, request):
 
 
 @pytest.mark.parametrize("kind", ["tiny", "tiny_gpt2"])
-def test_recorded_logprobs_are_a_full_forward_pass(kind, request):
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.9, 0.95), (0.7, 1.0), (1.0, 1.0)])
+def test_recorded_logprobs_are_a_full_forward_pass(kind, temperature, top_p, request):
     policy, tokenizer, requests = setup(request.getfixturevalue(kind))
-    rollouts = draw(policy, tokenizer, requests, Sampling(16, 60, 0.9, 0.95))
+    rollouts = draw(policy, tokenizer, requests, Sampling(16, 60, temperature, top_p))
     assert any(r.finish == "eos" and len(r.completion_ids) < 50 for r in rollouts), "rows must have been dropped midway"
     for r in rollouts:
         ids = torch.tensor([r.prompt_ids + r.completion_ids])
@@ -53,6 +57,27 @@ def test_recorded_logprobs_are_a_full_forward_pass(kind, request):
         start = len(r.prompt_ids)
         expected = [logp[start + t - 1, c].item() for t, c in enumerate(r.completion_ids)]
         np.testing.assert_allclose(r.sampler_logp, expected, atol=5e-5)
+
+
+def test_compiled_layers_decode_alike_and_are_compiled_once(tiny, monkeypatch):
+    policy, tokenizer, requests = setup(tiny)
+    sampling, graphs = Sampling(15, 60, 1.0), []  # no number of rows is one of the model's sizes
+    plain = draw(policy, tokenizer, requests, sampling)
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(fused, "can_compile", lambda: True)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counted))
+    fused.compile_layers(policy.base)
+    compiled = draw(policy, tokenizer, requests, sampling)
+    assert [r.completion_ids for r in compiled] == [r.completion_ids for r in plain]
+    of_one_layer = len(graphs)
+    assert of_one_layer > 0 and len(policy.base.layers) > 1
+    assert len({r.finish for r in plain}) == 2, "rows must have been dropped midway"
+    draw(policy, tokenizer, requests, sampling, rows=45)
+    assert len(graphs) == of_one_layer, "compiled anew for other layers, lengths or numbers of rows"
 
 
 @pytest.mark.parametrize("kind", ["tiny", "tiny_gpt2"])

@@ -6,7 +6,6 @@ SDPA, so a model set to PACKED behaves as one set to "sdpa".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from dualign.models.packing import Layout, Segments
 PACKED = "dualign_packed"
 
 
-@torch.compiler.disable  # its shapes differ with every micro-batch; the layer around it is compiled on a GPU
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -35,7 +33,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """query: (1, heads, L, d); key, value: (1, kv heads, L, d). Returns (1, L, heads, d)."""
     if layout is None:
-        if query.shape[2] == 1 and query.shape[1] > key.shape[1]:
+        if query.shape[2] == 1 and query.shape[1] >= key.shape[1]:
             return _one_query(query, key, value, attention_mask, scaling), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -47,8 +45,15 @@ def packed_attention(
     if isinstance(layout, Segments):
         if dropout:
             raise ValueError("attention over segments knows no dropout")
-        flat = (x[0].transpose(0, 1) for x in (query, key, value))
-        return _Flash.apply(*flat, layout, scale)[None], None
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        sizes = (layout.ends, layout.key_at, layout.key_ends, layout.longest, layout.key_longest)
+        return attend_segments(q, k, v, *sizes, scale)[0][None], None
+    return _over_blocks(query, key, value, layout, scale, dropout), None
+
+
+@torch.compiler.disable  # its shapes differ with every micro-batch; the layer around it is compiled on a GPU
+def _over_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, dropout: float) -> Tensor:
+    """Attention in padded blocks of prompts and completions, told by masks who sees whom."""
     prompts, rows = layout.prompt_PA.shape, layout.row_nC.shape
     cut = layout.prompt_PA.numel()
 
@@ -66,9 +71,10 @@ def packed_attention(
     )
     out_n = _attend(q_n, k_n, v_n, layout.row_mask, scale, dropout)
     both = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (out_P, out_n)])  # (P*A + n*C, heads, d)
-    return _Collect.apply(both, layout.back_L)[None], None
+    return _Collect.apply(both, layout.back_L)[None]
 
 
+@torch.compiler.disable  # SDPA chooses among kernels by what it is given
 def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     """Decoding: the query heads that share a key head line up as its queries, so that keys are never repeated."""
     n, heads, _, d = query.shape
@@ -77,60 +83,72 @@ def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     return out.reshape(n, 1, heads, value.shape[3])
 
 
-class _Flash(Function):
-    """Attention over flat tokens by FlashAttention's kernels: no padding, no masks, keys never repeated. A completion
-    attends to itself and to its prompt in two calls, whose outputs are put together by their log-normalisers; backward
-    runs through both with the normaliser of the whole, which makes each its part of the exact gradient."""
+@torch.library.custom_op("dualign::attend_segments", mutates_args=())
+def attend_segments(
+    q: Tensor, k: Tensor, v: Tensor, ends: Tensor, key_at: Tensor, key_ends: Tensor, longest: int, key_longest: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention over flat tokens by FlashAttention's kernels: no padding, no masks, keys never repeated for heads.
+    q: (L, heads, d); k, v: (L, kv heads, d); the rest as in `Segments`. Returns (L, heads, d) and the logarithms of the
+    normalisers (heads, L). One operation to compilers, which put what comes before and after into kernels of their own."""
+    k, v = k.index_select(0, key_at), v.index_select(0, key_at)
+    return _flash(q, k, v, ends, key_ends, longest, key_longest, scale)
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, at: Segments, scale: float) -> Tensor:
-        """q: (L, heads, d); k, v: (L, kv heads, d). Returns (L, heads, d)."""
-        out, norm_hL, seed = _flash(q, k, v, at.ends, at.ends, at.longest, at.longest, True, scale)
-        q_n = q.index_select(0, at.row_at)
-        k_P, v_P = k.index_select(0, at.prompt_at), v.index_select(0, at.prompt_at)
-        sizes = (at.row_ends, at.prompt_ends, at.row_longest, at.prompt_longest)
-        out_n, norm_hn, seed_n = _flash(q_n, k_P, v_P, *sizes, False, scale)
-        own_hn = norm_hL.index_select(1, at.row_at)
-        both_hn = torch.logaddexp(own_hn, norm_hn)
-        share_own, share = ((x - both_hn).exp().T[:, :, None] for x in (own_hn, norm_hn))
-        out_n = (out.index_select(0, at.row_at) * share_own + out_n * share).to(out.dtype)
-        out = out.index_copy(0, at.row_at, out_n)
-        norm_hL = norm_hL.index_copy(1, at.row_at, both_hn)
-        ctx.save_for_backward(q, k, v, q_n, k_P, v_P, out, norm_hL, out_n, both_hn, *seed, *seed_n)
-        ctx.at, ctx.scale = at, scale
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, q_n, k_P, v_P, out, norm_hL, out_n, both_hn, *seeds = ctx.saved_tensors
-        at, scale, grad = ctx.at, ctx.scale, grads[0].contiguous()
-        sizes = (at.ends, at.ends, at.longest, at.longest)
-        dq, dk, dv = _flash_backward(grad, q, k, v, out, norm_hL, *sizes, True, scale, seeds[:2])
-        sizes = (at.row_ends, at.prompt_ends, at.row_longest, at.prompt_longest)
-        grad_n = grad.index_select(0, at.row_at)
-        dq_n, dk_P, dv_P = _flash_backward(grad_n, q_n, k_P, v_P, out_n, both_hn, *sizes, False, scale, seeds[2:])
-        dq.index_add_(0, at.row_at, dq_n)
-        dk.index_add_(0, at.prompt_at, dk_P)
-        dv.index_add_(0, at.prompt_at, dv_P)
-        return dq, dk, dv, None, None
+@attend_segments.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *sizes: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("dualign::attend_segments_backward", mutates_args=())
+def _attend_segments_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, norm: Tensor, ends: Tensor, key_at: Tensor,
+    key_ends: Tensor, longest: int, key_longest: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    keys, values = k.index_select(0, key_at), v.index_select(0, key_at)
+    dq, dk, dv = _flash_backward(grad, q, keys, values, out, norm, ends, key_ends, longest, key_longest, scale)
+    dk, dv = (  # a prompt's keys hear from all its completions, in fp32
+        torch.zeros_like(x, dtype=torch.float32).index_add_(0, key_at, dx.float()).to(x.dtype)
+        for x, dx in ((k, dk), (v, dv))
+    )
+    return dq, dk, dv
+
+
+@_attend_segments_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ends, key_at, key_ends, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, *output, ends, key_at, key_ends)
+
+
+def _recall(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attend_segments_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.numbers)
+    return (*grads, *[None] * 6)
+
+
+attend_segments.register_autograd(_recall, setup_context=_remember)
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_max: int, k_max: int, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Output (L, heads, d), log-normalisers (heads, L), and the state of a dropout that is not used."""
-    out, norm, seed, unused, _ = torch.ops.aten._flash_attention_forward(
-        q, k, v, q_ends, k_ends, q_max, k_max, 0.0, causal, False, scale=scale
+    q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_max: int, k_max: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output (L, heads, d) and log-normalisers (heads, L), each segment's last query at its last key."""
+    out, norm, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, q_ends, k_ends, q_max, k_max, 0.0, True, False, scale=scale
     )
-    return out, norm, (seed, unused)
+    return out, norm
 
 
 def _flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, norm: Tensor, q_ends: Tensor, k_ends: Tensor,
-    q_max: int, k_max: int, causal: bool, scale: float, seed: Sequence[Tensor],
+    q_max: int, k_max: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dropout = [torch.empty(shape, dtype=torch.uint64, device=q.device) for shape in (2, ())]  # unused state
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, norm.contiguous(), q_ends, k_ends, q_max, k_max, 0.0, causal, *seed, scale=scale
+        grad, q, k, v, out, norm, q_ends, k_ends, q_max, k_max, 0.0, True, *dropout, scale=scale
     )
     return dq, dk, dv
 

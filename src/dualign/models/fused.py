@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualign.models.attention import PACKED
+
 log = logging.getLogger(__name__)
 Function = Callable[..., Any]
 warnings.filterwarnings("ignore", r"\s*Online softmax is disabled")  # a note to torch's own developers
@@ -18,11 +20,12 @@ warnings.filterwarnings("ignore", r"\s*Online softmax is disabled")  # a note to
 
 class Fused:
     """`function`, compiled where its first tensor is on a CUDA device; elsewhere, and on a machine that cannot compile
-    (no Triton, no C compiler), as it is."""
+    (no Triton, no C compiler), as it is. Sizes that never change, such as the vocabulary's, are constants to it: dividing
+    every index by one that may change takes longer than the memory does."""
 
     def __init__(self, function: Function) -> None:
         self.plain = function
-        self.compiled: Function = torch.compile(function, dynamic=True)
+        self.compiled: Function = torch.compile(function)
         functools.update_wrapper(self, function)
 
     def __call__(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -44,10 +47,14 @@ def can_compile() -> bool:
 
 
 def compile_layers(base: nn.Module) -> None:
-    """Compiles a decoder's layers for flat micro-batches on a CUDA device; they share one compilation, and attention
-    stays out of it. Other calls (decoding, plain rows) go the plain way."""
+    """Compiles a decoder's layers for flat micro-batches and for steps of decoding on a CUDA device; they share one
+    compilation of each. Other calls (prompts before decoding, plain rows) go the plain way."""
     layers = getattr(base, "layers", None)
-    if isinstance(layers, nn.ModuleList) and can_compile():
+    packed = base.config._attn_implementation == PACKED  # type: ignore[union-attr]
+    if packed and isinstance(layers, nn.ModuleList) and can_compile():
+        torch._dynamo.config.allow_unspec_int_on_nn_module = (
+            True  # else every layer's number makes a program of its own
+        )
         for layer in layers:
             kind: Any = type(layer)
             layer.__class__ = _compiled(kind)
@@ -56,9 +63,12 @@ def compile_layers(base: nn.Module) -> None:
 @functools.cache
 def _compiled(kind: Any) -> Any:
     plain: Function = kind.forward
-    compiled = torch.compile(plain, dynamic=True)
+    flat, step = (torch.compile(plain, dynamic=True) for _ in range(2))
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return (compiled if kwargs.get("layout") is not None else plain)(self, *args, **kwargs)
+        if kwargs.get("layout") is not None:
+            return flat(self, *args, **kwargs)
+        decoding = any(getattr(x, "one_column", False) for x in kwargs.values())
+        return (step if decoding else plain)(self, *args, **kwargs)
 
     return type(kind.__name__, (kind,), {"forward": forward})

@@ -13,22 +13,31 @@ from dualign.models.fused import Fused, can_compile
 from dualign.models.master import gradient_of
 
 CHUNK = 256  # tokens whose logits are made by one matrix product, into one buffer
-ENTRIES = 2**29  # as many of them on a GPU as have this many logits
+ENTRIES = 2**30  # as many of them on a GPU as have this many logits
 BLOCK = 8  # tokens whose logits are turned into probabilities at a time: they stay in the cache of a core
 SLICE = 2048  # entries of the vocabulary whose weight gradient is made at a time
 
 
 @Fused
-def target_logp(logits_CV: Tensor, target_C: Tensor) -> Tensor:
-    """(C,) fp32 log softmax(logits)[target]."""
+def target_logp(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
+    """(C,) fp32 log softmax(logits)[target], and the log-normalisers (C,)."""
     wide = logits_CV.float()
-    return wide.gather(1, target_C[:, None])[:, 0] - torch.logsumexp(wide, -1)
+    norm_C = torch.logsumexp(wide, -1)
+    return wide.gather(1, target_C[:, None])[:, 0] - norm_C, norm_C
+
+
+def _to_share(logits_CV: Tensor, norm_C: Tensor, grad_C: Tensor) -> None:
+    """Overwrites logits with -softmax(logits) grad."""
+    if logits_CV.device.type == "cpu":
+        logits_CV.copy_(torch.softmax(logits_CV, -1) * -grad_C[:, None])  # vectorised for bf16; exp is not
+    else:
+        _by_normaliser(logits_CV, norm_C, grad_C)
 
 
 @Fused
-def _to_share(logits_CV: Tensor, grad_C: Tensor) -> None:
-    """Overwrites logits with -softmax(logits) grad."""
-    logits_CV.copy_(torch.softmax(logits_CV, -1) * -grad_C[:, None])
+def _by_normaliser(logits_CV: Tensor, norm_C: Tensor, grad_C: Tensor) -> None:
+    """In one pass, where softmax makes three."""
+    logits_CV.copy_((logits_CV.float() - norm_C[:, None]).exp() * -grad_C[:, None])
 
 
 class _TokenLogProb(Function):
@@ -37,18 +46,18 @@ class _TokenLogProb(Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_MH: Tensor, weight_VH: Tensor, rounded_VH: Tensor, target_M: Tensor) -> Tensor:
-        logp = hidden_MH.new_empty(len(hidden_MH), dtype=torch.float32)
+        logp, norm = (hidden_MH.new_empty(len(hidden_MH), dtype=torch.float32) for _ in range(2))
         for rows, _, logits in _logits(hidden_MH, rounded_VH):
             for part in _blocks(logits):
-                logp[rows][part] = target_logp(logits[part], target_M[rows][part])
-        ctx.save_for_backward(hidden_MH, weight_VH, target_M)
+                logp[rows][part], norm[rows][part] = target_logp(logits[part], target_M[rows][part])
+        ctx.save_for_backward(hidden_MH, weight_VH, target_M, norm)
         ctx.rounded = rounded_VH
         ctx.parameter = weight_VH if isinstance(weight_VH, nn.Parameter) else None
         return logp
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        hidden_MH, weight_VH, target_M = ctx.saved_tensors
+        hidden_MH, weight_VH, target_M, norm_M = ctx.saved_tensors
         rounded_VH = ctx.rounded
         grad_M = grads[0].to(rounded_VH.dtype)
         grad_hidden = torch.empty_like(hidden_MH)
@@ -58,9 +67,9 @@ class _TokenLogProb(Function):
         elif ctx.needs_input_grad[1]:
             into = grad_weight = torch.zeros_like(weight_VH)
         for rows, h, d in _logits(hidden_MH, rounded_VH):
-            g = grad_M[rows]
+            g, norm = grad_M[rows], norm_M[rows]
             for part in _blocks(d):
-                _to_share(d[part], g[part])
+                _to_share(d[part], norm[part], g[part])
             d.scatter_add_(1, target_M[rows, None], g[:, None])
             grad_hidden[rows] = (d @ rounded_VH).to(grad_hidden.dtype)
             if into is not None:

@@ -8,8 +8,8 @@ needs them: else the rounded weight is their upper half, and only the lower one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -57,27 +57,25 @@ class Masters:
                 self.named[f"{i}.{name}"] = master
 
     @contextmanager
-    def opened(self, master: nn.Parameter) -> Iterator[None]:
-        """While active, the master is there. Afterwards its rounded weight follows it."""
-        p, lower = self.rounded.get(master), self.lower.get(master)
-        if p is not None and lower is not None:
-            master.data = joined(p.data, lower)
+    def opened(self, masters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """While active, these masters are there. Afterwards their rounded weights follow them."""
+        pairs = [(m, self.rounded[m]) for m in masters if m in self.rounded]
+        for master, p in pairs:
+            if master in self.lower:
+                master.data = joined(p.data, self.lower[master])
         try:
             yield
         finally:
-            if p is not None:
-                p.data.copy_(master.data)
-            if p is not None and lower is not None:
-                lower.copy_(remainder(master.data, p.data))
-                master.data = _no_memory(p)
+            if pairs:
+                torch._foreach_copy_([p.data for _, p in pairs], [master.data for master, _ in pairs])
+            for master, p in pairs:
+                if master in self.lower:
+                    self.lower[master].copy_(remainder(master.data, p.data))
+                    master.data = _no_memory(p)
 
-    @contextmanager
-    def whole(self) -> Iterator[None]:
+    def whole(self) -> AbstractContextManager[None]:
         """The same for all masters at once."""
-        with ExitStack() as stack:
-            for master in self.rounded:
-                stack.enter_context(self.opened(master))
-            yield
+        return self.opened(list(self.rounded))
 
 
 def remainder(master: Tensor, rounded: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,17 +57,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Segments:
-    """Where prompts and completions end in the flat tokens, for attention that is told so (GPUs): cumulative lengths in
-    int32, beginning with 0, and the longest length."""
+    """Where prompts and completions end in the flat tokens, for attention that is told so (GPUs). Each is a segment of
+    queries; its keys are its own tokens, a completion's also its prompt's."""
 
-    ends: Tensor  # of every prompt and completion, and the filler
-    longest: int
-    row_at: Tensor  # flat positions of all completions' tokens
-    row_ends: Tensor  # within those, where each prompt's completions end
-    row_longest: int
-    prompt_at: Tensor  # flat positions of all prompts' tokens
-    prompt_ends: Tensor
-    prompt_longest: int
+    ends: Tensor  # int32, cumulative, from 0: of every prompt and completion, and the filler
+    key_at: Tensor  # flat positions of the keys, segment after segment
+    key_ends: Tensor  # like `ends`, among the keys
+    longest: int  # queries of a segment
+    key_longest: int
 
 
 @dataclass(frozen=True)
@@ -153,59 +151,55 @@ def _flat(tokens: Tokens, rows: Sequence[int], width: int, segments: bool) -> Mi
     prompts: list[range] = []
     completions: list[range] = []
     row_prompt: list[int] = []
-    positions: list[Tensor] = []
-    predictors: list[Tensor] = []
+    positions: list[range] = []
     for row in rows:
         prompt, completion = tokens.prompt_ids[row], tokens.completion_ids[row]
         if not completions or tokens.group[row] != tokens.group[rows[len(completions) - 1]]:
             prompts.append(range(len(ids), len(ids) + len(prompt)))
             ids += prompt
-            positions.append(torch.arange(len(prompt)))
+            positions.append(range(len(prompt)))
         row_prompt.append(len(prompts) - 1)
-        start = len(ids)
-        completions.append(range(start, start + len(completion)))
-        # the first token is predicted at the prompt's end, each further one at its predecessor
-        predictors += [torch.tensor(prompts[-1][-1:]), torch.arange(start, start + len(completion) - 1)]
+        completions.append(range(len(ids), len(ids) + len(completion)))
         ids += completion
-        positions.append(torch.arange(len(prompt), len(prompt) + len(completion)))
+        positions.append(range(len(prompt), len(prompt) + len(completion)))
+    # the first token is predicted at the prompt's end, each further one at its predecessor
+    predictor_M = _joined([range(r.start - 1, r.stop - 1) for r in completions])
+    first_n = np.cumsum([0, *map(len, completions[:-1])])
+    predictor_M[first_n] = torch.tensor([prompts[of][-1] for of in row_prompt])
     if filler := -len(ids) % MULTIPLE:  # a prompt that nothing answers
         prompts.append(range(len(ids), len(ids) + filler))
         ids += ids[:1] * filler
-        positions.append(torch.arange(filler))
-    lay_out = _segments if segments else _layout
+        positions.append(range(filler))
+    shape = (prompts, completions, row_prompt)
     return MicroBatch(
         rows=torch.tensor(rows),
-        input_ids=torch.tensor([ids]),
-        position_ids=torch.cat(positions)[None],
-        layout=lay_out(len(ids), prompts, completions, row_prompt),
+        input_ids=_long(ids)[None],
+        position_ids=_joined(positions)[None],
+        layout=_segments(*shape) if segments else _layout(len(ids), *shape),
         mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
-        predictor_M=torch.cat(predictors),
+        predictor_M=predictor_M,
         **_targets(tokens, rows, width),
     )
 
 
-def _segments(length: int, prompts: list[range], completions: list[range], row_prompt: list[int]) -> Segments:
-    answered = [0] * len(prompts)  # tokens of each prompt's completions; the filler has none
-    for of, row in zip(row_prompt, completions, strict=True):
-        answered[of] += len(row)
-    real = [p for p, count in zip(prompts, answered, strict=True) if count]
-    of_prompt = torch.zeros(length, dtype=torch.bool)
-    for p in prompts:
-        of_prompt[p.start : p.stop] = True
+def _joined(runs: Sequence[range]) -> Tensor:
+    """The numbers of all runs, one run after the other."""
+    start, length = np.array([(r.start, len(r)) for r in runs]).T
+    return torch.from_numpy(np.arange(length.sum()) + np.repeat(start - (np.cumsum(length) - length), length))
+
+
+def _segments(prompts: list[range], completions: list[range], row_prompt: list[int]) -> Segments:
+    keys = [(p.stop, [p]) for p in prompts]
+    keys += [(row.stop, [prompts[of], row]) for of, row in zip(row_prompt, completions, strict=True)]
+    keys.sort(key=lambda x: x[0])
+    sizes = [sum(map(len, seen)) for _, seen in keys]
     return Segments(
-        ends=torch.tensor([0, *sorted(r.stop for r in [*prompts, *completions])], dtype=torch.int32),
+        ends=torch.tensor([0, *(end for end, _ in keys)], dtype=torch.int32),
+        key_at=_joined([r for _, seen in keys for r in seen]),
+        key_ends=torch.tensor([0, *sizes]).cumsum(0).int(),
         longest=max(map(len, [*prompts, *completions])),
-        row_at=(~of_prompt).nonzero()[:, 0],
-        row_ends=_cumulative([count for count in answered if count]),
-        row_longest=max(answered),
-        prompt_at=torch.cat([torch.arange(p.start, p.stop) for p in real]),
-        prompt_ends=_cumulative([len(p) for p in real]),
-        prompt_longest=max(map(len, real)),
+        key_longest=max(sizes),
     )
-
-
-def _cumulative(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 def _layout(length: int, prompts: list[range], completions: list[range], row_prompt: list[int]) -> Layout:
@@ -262,12 +256,17 @@ def _padded(tokens: Tokens, rows: Sequence[int], width: int, pad_id: int) -> Mic
     )
 
 
+def _long(ids: list[int]) -> Tensor:
+    """By way of numpy, which reads long lists five times faster than torch does."""
+    return torch.from_numpy(np.array(ids, dtype=np.int64))
+
+
 def _targets(tokens: Tokens, rows: Sequence[int], width: int) -> dict[str, Any]:
     completions = [tokens.completion_ids[row] for row in rows]
     lengths = torch.tensor([len(c) for c in completions])
     return {
-        "target_M": torch.tensor([y for c in completions for y in c]),
+        "target_M": _long([y for c in completions for y in c]),
         "row_M": torch.arange(len(rows)).repeat_interleave(lengths),
-        "step_M": torch.cat([torch.arange(len(c)) for c in completions]),
+        "step_M": _joined([range(len(c)) for c in completions]),
         "width": width,
     }

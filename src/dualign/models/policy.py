@@ -198,28 +198,31 @@ class Policy(nn.Module):
         return True
 
     def _try_flash(self) -> bool:
-        """Whether FlashAttention's kernels take this model on this device, gradients and dropout included, and say what
-        SDPA says, found out by trying."""
+        """Whether FlashAttention's kernels take this model on this device and say what SDPA says, in their gradient too
+        (that of a weight of the first layers, behind all attention), found out by trying."""
         if self.precision != "bf16":
             return False
-        tokens = self._sample_tokens()
-        training = self.training
+        tokens, training, found = self._sample_tokens(), self.training, []
+        early = next((p for p in self.base.parameters() if p.dim() == 1 and p.requires_grad), None)
+        if early is None:
+            return False
         try:
-            with torch.enable_grad():
-                self.train()(pack(tokens, [0, 1, 2], tokens.width, 0, True, True).to(self.device)).sum().backward()
-            self.eval()
             with torch.no_grad():
-                blocks, segments = (
-                    self(pack(tokens, [0, 1, 2], tokens.width, 0, True, flash).to(self.device))
-                    for flash in (False, True)
-                )
+                self.train()(pack(tokens, [0, 1, 2], tokens.width, 0, True, True).to(self.device))  # dropout raises
+            self.eval()
+            with torch.enable_grad():
+                for flash in (False, True):
+                    logp = self(pack(tokens, [0, 1, 2], tokens.width, 0, True, flash).to(self.device))
+                    found.append((logp.detach(), torch.autograd.grad(logp.sum(), early)[0]))
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # dropout, other builds of torch
             log.warning("no FlashAttention here, SDPA instead: %s", str(error).splitlines()[0])
             return False
         finally:
             self.train(training)
             self.zero_grad(set_to_none=True)
-        agree = bool(torch.allclose(segments, blocks, rtol=0.05, atol=0.05))
+        (blocks, block_grad), (segments, segment_grad) = found
+        near = (segment_grad - block_grad).norm() <= 0.2 * block_grad.norm()
+        agree = bool(near) and bool(torch.allclose(segments, blocks, rtol=0.05, atol=0.05))
         if not agree:
             log.warning("FlashAttention says something else than SDPA here and is not used")
         return agree

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-WINDOW = 64  # columns by which a GPU's attention grows
+WINDOW = 128  # columns by which a GPU's attention grows: each time a graph is recorded anew
 
 
 class Columns:
@@ -34,6 +34,8 @@ class BranchCache(Cache):
     """A key-value cache with room for `rows` completions, the prompts and all new tokens from the start: a step writes
     one column instead of copying the cache."""
 
+    one_column = True  # every call is one step, whose layers may be compiled
+
     def __init__(self, rows: int, columns: Columns, dtype: torch.dtype) -> None:
         super().__init__(layers=[])
         self.new_layer = lambda: _BranchLayer(rows, columns, dtype)
@@ -44,6 +46,10 @@ class BranchCache(Cache):
             if i == len(self.layers):
                 self.layers.append(self.new_layer())
             self.layers[i].branch(layer.keys, layer.values, at * k, k)
+
+    @torch.compiler.disable  # it changes memory that outlasts the step
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return super().update(*args, **kwargs)
 
     def select(self, rows: Tensor) -> None:
         for layer in self.layers:

@@ -19,17 +19,18 @@ ROWS = 8  # rows whose logits are turned into tokens at a time on a CPU
 def choose(logits_NV: Tensor, s: Sampling, draw_N: Tensor) -> tuple[Tensor, Tensor]:
     """The next token (N,) at temperature and top-p by inverse CDF from one uniform each, and its log-prob under the
     untempered model (N,)."""
+    if s.temperature > 0 and s.top_p == 1:
+        return draw_from(logits_NV, s.temperature, draw_N)
     if s.temperature == 0:
         token_N = logits_NV.argmax(-1)
-    elif s.top_p < 1:
-        parts = [
+    else:
+        drawn = [
             inverse_cdf(nucleus(torch.softmax(logits.float() / s.temperature, -1), s.top_p), draw)
             for logits, draw in zip(_few(logits_NV), _few(draw_N), strict=True)
         ]
-        token_N = torch.cat(parts)
-    else:
-        token_N = draw_from(logits_NV, s.temperature, draw_N)
-    return token_N, torch.cat([target_logp(*part) for part in zip(_few(logits_NV), _few(token_N), strict=True)])
+        token_N = torch.cat(drawn)
+    parts = zip(_few(logits_NV), _few(token_N), strict=True)
+    return token_N, torch.cat([target_logp(*part)[0] for part in parts])
 
 
 def _few(x: Tensor) -> Sequence[Tensor]:
@@ -44,13 +45,15 @@ def nucleus(weight_NV: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(weight_NV).scatter(1, order, ordered.masked_fill(before >= top_p, 0))
 
 
-def draw_from(logits_NV: Tensor, temperature: float, draw_N: Tensor) -> Tensor:
-    """The token at which the cumulative softmax(logits / temperature) passes the uniform; the softmax is never held as
-    a whole."""
-    top_N1, mass_NB = map(torch.cat, zip(*(_masses(part, temperature) for part in _few(logits_NV)), strict=True))
-    return _two_levels(
+def draw_from(logits_NV: Tensor, temperature: float, draw_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The token at which the cumulative softmax(logits / temperature) passes the uniform, and its untempered log-prob;
+    the softmax is never held as a whole."""
+    parts = [_masses(part, temperature) for part in _few(logits_NV)]
+    top_N1, mass_NB, norm_N = map(torch.cat, zip(*parts, strict=True))
+    token_N = _two_levels(
         mass_NB, lambda block_N: ((_block(logits_NV, block_N, -torch.inf).float() - top_N1) / temperature).exp(), draw_N
     )
+    return token_N, logits_NV.gather(1, token_N[:, None])[:, 0].float() - norm_N
 
 
 def inverse_cdf(weight_NV: Tensor, draw_N: Tensor) -> Tensor:
@@ -73,11 +76,17 @@ def _two_levels(mass_NB: Tensor, inside: Callable[[Tensor], Tensor], draw_N: Ten
 
 
 @Fused
-def _masses(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The largest logit (N, 1) and, relative to its own, the mass of each block of the vocabulary (N, B)."""
+def _masses(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest logit (N, 1); relative to its own, the tempered mass of each block of the vocabulary (N, B); the
+    untempered log-normaliser (N,)."""
     wide_NV = logits_NV.float()
     top_N1 = wide_NV.amax(-1, keepdim=True)
-    return top_N1, _sums((wide_NV - top_N1).div_(temperature).exp_())
+    below_NV = wide_NV - top_N1
+    if temperature == 1:
+        mass_NB = _sums(below_NV.exp_())
+        return top_N1, mass_NB, top_N1[:, 0] + mass_NB.sum(-1).log()
+    norm_N = top_N1[:, 0] + below_NV.exp().sum(-1).log()
+    return top_N1, _sums(below_NV.div_(temperature).exp_()), norm_N
 
 
 def _sums(weight_NV: Tensor) -> Tensor:
