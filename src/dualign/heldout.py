@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from dualign.batch import Row, labelled
 from dualign.config import Config
@@ -93,7 +93,7 @@ def half_width(values: np.ndarray) -> float:
     """Half the width of the 95 % t-interval of the mean; NaN for a single value, which has none."""
     if len(values) < 2:
         return float("nan")
-    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return float(stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / np.sqrt(len(values)))
 
 
 Value = Callable[[Row], float | None]

@@ -25,8 +25,11 @@ class Fused:
 
     def __init__(self, function: Function) -> None:
         self.plain = function
-        self.compiled: Function = torch.compile(function)
         functools.update_wrapper(self, function)
+
+    @functools.cached_property
+    def compiled(self) -> Function:
+        return torch.compile(self.plain)  # when it is used: the compiler is 60 MB of modules
 
     def __call__(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         usable = tensor.device.type == "cuda" and can_compile()
