@@ -134,7 +134,7 @@ def test_a_model_with_dropout_in_its_attention_is_trained_without_flash(tiny_gpt
 
 
 def test_logprobs_and_their_gradient(monkeypatch):
-    monkeypatch.setattr("dualign.models.logprobs.ENTRIES", 300 * 1000)  # several chunks, the last one smaller
+    monkeypatch.setattr("dualign.models.logprobs.GPU_CHUNK", 300 * 1000 * 2)  # several chunks, the last one smaller
     torch.manual_seed(0)
     hidden, weight = torch.randn(700, 64).cuda(), torch.randn(1000, 64).cuda() / 4
     target, upstream = torch.randint(1000, (700,)).cuda(), torch.randn(700).cuda()

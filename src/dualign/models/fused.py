@@ -51,13 +51,13 @@ def can_compile() -> bool:
 
 def compile_layers(base: nn.Module) -> None:
     """Compiles a decoder's layers for flat micro-batches and for steps of decoding on a CUDA device; they share one
-    compilation of each. Other calls (prompts before decoding, plain rows) go the plain way."""
-    layers = getattr(base, "layers", None)
-    packed = base.config._attn_implementation == PACKED  # type: ignore[union-attr]
+    compilation of each. Other calls (prompts before decoding, plain rows) go the plain way, and all do once compiling
+    one of them has failed."""
+    layers, config = getattr(base, "layers", None), getattr(base, "config", None)
+    packed = getattr(config, "_attn_implementation", None) == PACKED
     if packed and isinstance(layers, nn.ModuleList) and can_compile():
-        torch._dynamo.config.allow_unspec_int_on_nn_module = (
-            True  # else every layer's number makes a program of its own
-        )
+        # else every layer's number makes a program of its own
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True
         for layer in layers:
             kind: Any = type(layer)
             layer.__class__ = _compiled(kind)
@@ -66,12 +66,19 @@ def compile_layers(base: nn.Module) -> None:
 @functools.cache
 def _compiled(kind: Any) -> Any:
     plain: Function = kind.forward
-    flat, step = (torch.compile(plain, dynamic=True) for _ in range(2))
+    compiled = {use: torch.compile(plain, dynamic=True) for use in ("flat", "step")}
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("layout") is not None:
-            return flat(self, *args, **kwargs)
         decoding = any(getattr(x, "one_column", False) for x in kwargs.values())
-        return (step if decoding else plain)(self, *args, **kwargs)
+        use = "flat" if kwargs.get("layout") is not None else "step" if decoding else ""
+        if use in compiled:
+            try:
+                return compiled[use](self, *args, **kwargs)
+            except (
+                torch._dynamo.exc.TorchDynamoException
+            ) as error:  # nothing has happened yet that may not happen twice
+                log.warning("going on without compiled layers: %s", str(error).strip().splitlines()[0])
+                del compiled[use]
+        return plain(self, *args, **kwargs)
 
     return type(kind.__name__, (kind,), {"forward": forward})

@@ -13,7 +13,7 @@ from dualign.models.fused import Fused, can_compile
 from dualign.models.master import gradient_of
 
 CHUNK = 256  # tokens whose logits are made by one matrix product, into one buffer
-ENTRIES = 2**30  # as many of them on a GPU as have this many logits
+GPU_CHUNK = 2**31  # bytes of logits that are made at a time on a GPU
 BLOCK = 8  # tokens whose logits are turned into probabilities at a time: they stay in the cache of a core
 SLICE = 2048  # entries of the vocabulary whose weight gradient is made at a time
 
@@ -81,7 +81,7 @@ class _TokenLogProb(Function):
 def _logits(hidden_MH: Tensor, weight_VH: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, their hidden states, their logits), chunk after chunk; the logits are overwritten by the next chunk's."""
     large = weight_VH.device.type == "cuda" and can_compile()  # else they would be widened as a whole
-    chunk = max(CHUNK, ENTRIES // len(weight_VH)) if large else CHUNK
+    chunk = max(CHUNK, GPU_CHUNK // (len(weight_VH) * weight_VH.element_size())) if large else CHUNK
     buffer = weight_VH.new_empty(min(chunk, len(hidden_MH)), len(weight_VH))
     for rows in _slices(len(hidden_MH), chunk):
         h = hidden_MH[rows].to(weight_VH.dtype)

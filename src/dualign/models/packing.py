@@ -7,15 +7,18 @@ sees whom, which is what `Layout` says and attention.py reads.
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+X = TypeVar("X")
 MULTIPLE = 64  # flat lengths are multiples of this: fewer sizes of tensors to allocate and of kernels to prepare
 
 
@@ -58,7 +61,8 @@ class Layout:
 @dataclass(frozen=True)
 class Segments:
     """Where prompts and completions end in the flat tokens, for attention that is told so (GPUs). Each is a segment of
-    queries; its keys are its own tokens, a completion's also its prompt's."""
+    queries; its keys are its own tokens, a completion's also its prompt's: gathered for each layer in turn, so a prompt's
+    keys are there once for each of its completions while one layer attends."""
 
     ends: Tensor  # int32, cumulative, from 0: of every prompt and completion, and the filler
     key_at: Tensor  # flat positions of the keys, segment after segment
@@ -101,15 +105,24 @@ def _moved(record: Any, device: torch.device) -> dict[str, Any]:
 
 
 def plan(tokens: Tokens, rows: Sequence[int], budget: int, share: bool = True) -> list[list[int]]:
-    """Rows by micro-batch: whole prompts together, longest first, at most `budget` tokens each (a prompt that is
-    longer with its completions gets a micro-batch to itself). Where prompts are not shared, padding counts."""
-    batches: list[list[int]] = []
-    for members in sorted(_by_prompt(tokens, rows), key=lambda m: -size_of(tokens, m, share)):
-        if batches and size_of(tokens, [*batches[-1], *members], share) <= budget:
-            batches[-1] += members
-        else:
-            batches.append(members)
-    return batches
+    """Rows by micro-batch: whole prompts together, at most `budget` tokens each (a prompt that is longer with its
+    completions gets a micro-batch to itself). As few micro-batches as will do, of even sizes; where prompts are not
+    shared, rows of like lengths together, since padding counts."""
+    groups = sorted(_by_prompt(tokens, rows), key=lambda m: -size_of(tokens, m, share))
+    if not share:
+        batches: list[list[int]] = []
+        for members in groups:
+            if batches and size_of(tokens, [*batches[-1], *members], share) <= budget:
+                batches[-1] += members
+            else:
+                batches.append(members)
+        return batches
+    sizes = [size_of(tokens, members, share) for members in groups]
+    for count in range(max(1, math.ceil(sum(sizes) / budget)), len(groups) + 1):
+        even = _dealt(groups, sizes, count)
+        if all(load <= budget for load, parts in even if len(parts) > 1):
+            return [[row for members in parts for row in members] for _, parts in even if parts]
+    return groups
 
 
 def size_of(tokens: Tokens, rows: Sequence[int], share: bool) -> int:
@@ -121,14 +134,20 @@ def size_of(tokens: Tokens, rows: Sequence[int], share: bool) -> int:
 
 
 def deal(tokens: Tokens, parts: Sequence[list[int]], world: int, share: bool) -> list[list[list[int]]]:
-    """Micro-batches by process: each, the largest first, to the one that has least to do so far."""
-    hands: list[list[list[int]]] = [[] for _ in range(world)]
-    load = [0] * world
-    for part in sorted(parts, key=lambda rows: -size_of(tokens, rows, share)):
-        least = load.index(min(load))
-        hands[least].append(part)
-        load[least] += size_of(tokens, part, share)
-    return hands
+    """Micro-batches by process."""
+    parts = sorted(parts, key=lambda rows: -size_of(tokens, rows, share))
+    return [hand for _, hand in _dealt(parts, [size_of(tokens, rows, share) for rows in parts], world)]
+
+
+def _dealt(items: Sequence[X], sizes: Sequence[int], count: int) -> list[tuple[int, list[X]]]:
+    """Items, the largest first, each to the one of `count` hands that holds least so far: (its load, its items)."""
+    loads = [(0, i) for i in range(count)]
+    hands: list[list[X]] = [[] for _ in range(count)]
+    for item, size in zip(items, sizes, strict=True):
+        load, i = heapq.heappop(loads)
+        hands[i].append(item)
+        heapq.heappush(loads, (load + size, i))
+    return [(load, hands[i]) for load, i in sorted(loads, key=lambda x: x[1])]
 
 
 def _by_prompt(tokens: Tokens, rows: Sequence[int]) -> list[list[int]]:

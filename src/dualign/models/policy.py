@@ -199,13 +199,12 @@ class Policy(nn.Module):
 
     def _try_flash(self) -> bool:
         """Whether FlashAttention's kernels take this model on this device and say what SDPA says, in their gradient too
-        (that of a weight of the first layers, behind all attention), found out by trying."""
+        (that of the first norm's weight, which all attention hands down), found out by trying."""
         if self.precision != "bf16":
             return False
         tokens, training, found = self._sample_tokens(), self.training, []
-        early = next((p for p in self.base.parameters() if p.dim() == 1 and p.requires_grad), None)
-        if early is None:
-            return False
+        norms = [p for name, p in self.base.named_parameters() if p.dim() == 1 and name.endswith("weight")]
+        early = (norms or [p for p in self.base.layers.parameters()])[0]
         try:
             with torch.no_grad():
                 self.train()(pack(tokens, [0, 1, 2], tokens.width, 0, True, True).to(self.device))  # dropout raises
