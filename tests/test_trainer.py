@@ -304,6 +304,8 @@ def test_two_processes_give_the_same_weights_and_losses(algo, tiny, tmp_path):
     assert ("skip_below" in algo) == any(record.get("dropped_weight", 0) > 0 for record in first)
     for key in one:
         assert torch.allclose(one[key], two[key], atol=1e-5), key
+    for record in (first[0], second[0]):  # before the first step a pair's margin is 0, and its sign is rounding's
+        record.pop("accuracy", None)
     for a, b in zip(first, second, strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
