@@ -23,9 +23,9 @@ class Adafactor(torch.optim.Optimizer):
     """Shazeer & Stern 2018, Algorithms 4 and 5: squared gradients of a matrix are kept as row and column means. A step
     uses the gradients up: their buffers may hold the update.
 
-    opened: takes parameters, whose values are there within it. together: how many entries of parameters of one shape are stepped
-    on at once; a GPU would wait for the processor that launches kernels for hundreds of small weights, a CPU has no
-    memory to spare for their stack.
+    opened: takes parameters, whose values are there within it. together: how many entries of parameters of one shape
+    are stepped on at once; a GPU would wait for the processor that launches kernels for hundreds of small weights, a CPU
+    has no memory to spare for their stack.
     """
 
     def __init__(

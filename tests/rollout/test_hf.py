@@ -110,6 +110,17 @@ def test_where_the_compiler_fails_layers_go_on_as_they_are(tiny, compile_by, cap
     assert caplog.text.count("going on without compiled layers") == 1
 
 
+def test_memory_that_does_not_suffice_is_not_taken_for_a_failing_compiler(tiny, compile_by):
+    policy, tokenizer, requests = setup(tiny)
+
+    def failing(graph, inputs):
+        raise RuntimeError("CUDA out of memory")
+
+    compile_by(policy, failing)
+    with pytest.raises(Exception, match="out of memory"):
+        draw(policy, tokenizer, requests, Sampling(8, 60, 1.0))
+
+
 @pytest.mark.parametrize("kind", ["tiny", "tiny_gpt2"])
 @pytest.mark.parametrize("tokens", [1, 60, 100])
 def test_prompts_in_slices_are_prompts_at_once(kind, tokens, request, monkeypatch):

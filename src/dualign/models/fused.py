@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualign.errors import out_of_memory
 from dualign.models.attention import PACKED
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ class Fused:
 
     @functools.cached_property
     def compiled(self) -> Function:
-        return torch.compile(self.plain)  # when it is used: the compiler is 60 MB of modules
+        return torch.compile(self.plain)  # when it is used: the compiler is 40 MB of modules
 
     def __call__(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         usable = tensor.device.type == "cuda" and can_compile()
@@ -66,19 +67,19 @@ def compile_layers(base: nn.Module) -> None:
 @functools.cache
 def _compiled(kind: Any) -> Any:
     plain: Function = kind.forward
-    compiled = {use: torch.compile(plain, dynamic=True) for use in ("flat", "step")}
+    compiled, works = torch.compile(plain, dynamic=True), True
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        decoding = any(getattr(x, "one_column", False) for x in kwargs.values())
-        use = "flat" if kwargs.get("layout") is not None else "step" if decoding else ""
-        if use in compiled:
+        nonlocal works
+        flat = kwargs.get("layout") is not None
+        if works and (flat or any(getattr(x, "one_column", False) for x in kwargs.values())):
             try:
-                return compiled[use](self, *args, **kwargs)
-            except (
-                torch._dynamo.exc.TorchDynamoException
-            ) as error:  # nothing has happened yet that may not happen twice
+                return compiled(self, *args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                if out_of_memory(error):
+                    raise
                 log.warning("going on without compiled layers: %s", str(error).strip().splitlines()[0])
-                del compiled[use]
+                works = False  # what a step has done by now, its column of the cache, is done again to the same end
         return plain(self, *args, **kwargs)
 
     return type(kind.__name__, (kind,), {"forward": forward})

@@ -199,12 +199,13 @@ class Policy(nn.Module):
 
     def _try_flash(self) -> bool:
         """Whether FlashAttention's kernels take this model on this device and say what SDPA says, in their gradient too
-        (that of the first norm's weight, which all attention hands down), found out by trying."""
+        (that of the first norm's weight, or else of the first layer's, behind all attention), found out by trying."""
         if self.precision != "bf16":
             return False
         tokens, training, found = self._sample_tokens(), self.training, []
-        norms = [p for name, p in self.base.named_parameters() if p.dim() == 1 and name.endswith("weight")]
-        early = (norms or [p for p in self.base.layers.parameters()])[0]
+        embedding, named = self.model.get_input_embeddings().weight, self.base.named_parameters()
+        weights = [p for name, p in named if name.endswith("weight") and p is not embedding]
+        early = min(weights, key=Tensor.dim)
         try:
             with torch.no_grad():
                 self.train()(pack(tokens, [0, 1, 2], tokens.width, 0, True, True).to(self.device))  # dropout raises
