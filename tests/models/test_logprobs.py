@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from dualign.models import attention, logprobs
+from dualign.models import attention, fused, logprobs
 from dualign.models.attention import _attend, _attend_by_sdpa
 from dualign.models.logprobs import token_logp
 from dualign.models.master import LightEmbedding, Masters, joined, remainder
@@ -156,6 +156,36 @@ def test_flash_attention_is_used_only_where_its_gradient_is_right(tiny, backward
     assert policy.training and all(p.grad is None for p in policy.parameters())
 
 
+def test_a_padding_token_whose_embedding_is_zero_does_not_spoil_the_trial(tiny, monkeypatch):
+    """Through norms of zeros a gradient grows beyond all numbers."""
+    monkeypatch.setattr(attention, "_flash", slow_flash)
+    monkeypatch.setattr(attention, "_flash_backward", slow_flash_backward)
+    model, _ = load_model(ModelConfig(name=str(tiny)))
+    policy = Policy(model, "bf16", True)
+    for padding in {t for ids in policy._sample_tokens().prompt_ids for t in ids}:
+        model.get_input_embeddings().padding_idx = padding
+        ids = policy._sample_tokens()
+        assert padding not in {t for row in (*ids.prompt_ids, *ids.completion_ids) for t in row}
+    with torch.no_grad():
+        model.get_input_embeddings().weight[padding] = 0
+    assert policy._try_flash()
+
+
+def test_logits_that_are_kept_for_backward_change_nothing(monkeypatch):
+    torch.manual_seed(0)
+    hidden, weight, target = torch.randn(600, 16), torch.randn(90, 16), torch.randint(90, (600,))
+    found = []
+    for keep in (False, True):
+        monkeypatch.setattr(logprobs, "_room_for_logits", lambda *_, keep=keep: keep)
+        h, w = hidden.clone().requires_grad_(), torch.nn.Parameter(weight.clone())
+        logp = token_logp(h, w, w.detach(), target)
+        for _ in range(2):  # what is kept is used up by the first
+            logp.backward(torch.arange(600.0), retain_graph=True)
+        found.append([logp.detach(), h.grad, w.grad])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_layers_over_segments_are_one_graph_for_all_sizes(tiny, monkeypatch):
     monkeypatch.setattr(attention, "_flash", slow_flash)
     monkeypatch.setattr(attention, "_flash_backward", slow_flash_backward)
@@ -181,6 +211,37 @@ def test_layers_over_segments_are_one_graph_for_all_sizes(tiny, monkeypatch):
     assert counters["stats"]["unique_graphs"] == 1 < len(policy.base.layers), (
         "a length or layer has a program of its own"
     )
+
+
+def test_sizes_of_compiled_layers_are_constants_but_for_their_tokens(tiny, monkeypatch):
+    """Kernels that divide by a head's size as by a number that may change take many times as long."""
+    monkeypatch.setattr(attention, "_flash", slow_flash)
+    monkeypatch.setattr(attention, "_flash_backward", slow_flash_backward)
+    monkeypatch.setattr(fused, "can_compile", lambda: True)
+    monkeypatch.setattr(torch.compiler.config, "dynamic_sources", "")
+    sizes = []
+
+    def backend(graph, inputs):
+        values = (node.meta.get("example_value") for node in graph.graph.nodes)
+        sizes.extend(str(n) for x in values if isinstance(x, torch.Tensor) for n in x.shape)
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend=backend, **options))
+    fused._compiled.cache_clear()
+    torch._dynamo.reset()
+    counters.clear()
+    model, _ = load_model(ModelConfig(name=str(tiny)))
+    policy = Policy(model, "fp32", True)
+    fused.compile_layers(policy.base)
+    for size in (8, 4, 12):
+        completions = tuple(tuple(range(5 + 3 * i)) for i in range(size))
+        tokens = Tokens(((5, 6, 7),) * size, completions, (0,) * size)
+        policy(pack(tokens, range(size), tokens.width, 0, True, True))
+    fused._compiled.cache_clear()
+    changing = {n for n in sizes if not n.isdigit()}
+    assert changing and all(n.startswith("s") and n[1:].isdigit() for n in changing), changing
+    assert counters["stats"]["unique_graphs"] == 1 < len(policy.base.layers)
 
 
 def test_sharing_is_refused_where_attention_would_misread_the_mask(tiny):

@@ -16,6 +16,7 @@ from dualign.models.attention import PACKED
 
 log = logging.getLogger(__name__)
 Function = Callable[..., Any]
+LAYER_NUMBER = r".*\.layer_idx"
 warnings.filterwarnings("ignore", r"\s*Online softmax is disabled")  # a note to torch's own developers
 
 
@@ -57,8 +58,9 @@ def compile_layers(base: nn.Module) -> None:
     layers, config = getattr(base, "layers", None), getattr(base, "config", None)
     packed = getattr(config, "_attn_implementation", None) == PACKED
     if packed and isinstance(layers, nn.ModuleList) and can_compile():
-        # else every layer's number makes a program of its own
-        torch._dynamo.config.allow_unspec_int_on_nn_module = True
+        # Else every layer's number makes a program of its own; what else a layer holds, a head's size, is a constant.
+        named = torch.compiler.config.dynamic_sources.split(",")
+        torch.compiler.config.dynamic_sources = ",".join({*filter(None, named), LAYER_NUMBER})
         for layer in layers:
             kind: Any = type(layer)
             layer.__class__ = _compiled(kind)

@@ -41,13 +41,18 @@ def _by_normaliser(logits_CV: Tensor, norm_C: Tensor, grad_C: Tensor) -> None:
 
 
 class _TokenLogProb(Function):
-    """log softmax(h W^T)[target] per row, in chunks whose logits are made again for backward: first touches of new
-    memory cost a CPU more than the product. d logp / d logits = onehot(target) - p."""
+    """log softmax(h W^T)[target] per row, in chunks whose logits are made again for backward unless they are kept: first
+    touches of new memory cost a CPU more than the product. d logp / d logits = onehot(target) - p."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_MH: Tensor, weight_VH: Tensor, rounded_VH: Tensor, target_M: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden_MH: Tensor, weight_VH: Tensor, rounded_VH: Tensor, target_M: Tensor, keep: bool
+    ) -> Tensor:
         logp, norm = (hidden_MH.new_empty(len(hidden_MH), dtype=torch.float32) for _ in range(2))
-        for rows, _, logits in _logits(hidden_MH, rounded_VH):
+        ctx.kept = []
+        for rows, _, logits in _logits(hidden_MH, rounded_VH, reuse=not keep):
+            if keep:
+                ctx.kept.append(logits)
             for part in _blocks(logits):
                 logp[rows][part], norm[rows][part] = target_logp(logits[part], target_M[rows][part])
         ctx.save_for_backward(hidden_MH, weight_VH, target_M, norm)
@@ -56,7 +61,7 @@ class _TokenLogProb(Function):
         return logp
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden_MH, weight_VH, target_M, norm_M = ctx.saved_tensors
         rounded_VH = ctx.rounded
         grad_M = grads[0].to(rounded_VH.dtype)
@@ -66,7 +71,7 @@ class _TokenLogProb(Function):
             into = gradient_of(ctx.parameter)  # no buffer of the vocabulary's size for every micro-batch
         elif ctx.needs_input_grad[1]:
             into = grad_weight = torch.zeros_like(weight_VH)
-        for rows, h, d in _logits(hidden_MH, rounded_VH):
+        for rows, h, d in _logits(hidden_MH, rounded_VH, ctx.kept):
             g, norm = grad_M[rows], norm_M[rows]
             for part in _blocks(d):
                 _to_share(d[part], norm[part], g[part])
@@ -75,17 +80,32 @@ class _TokenLogProb(Function):
             if into is not None:
                 for entries in _slices(len(into), SLICE if d.device.type == "cpu" else len(into)):
                     into[entries] += d[:, entries].T @ h
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
-def _logits(hidden_MH: Tensor, weight_VH: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, their hidden states, their logits), chunk after chunk; the logits are overwritten by the next chunk's."""
+def _logits(
+    hidden_MH: Tensor, weight_VH: Tensor, kept: list[Tensor] | None = None, reuse: bool = True
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, their hidden states, their logits), chunk after chunk: those `kept`, which are used up, or made here; with
+    `reuse` one chunk's are overwritten by the next one's."""
     large = weight_VH.device.type == "cuda" and can_compile()  # else they would be widened as a whole
     chunk = max(CHUNK, GPU_CHUNK // (len(weight_VH) * weight_VH.element_size())) if large else CHUNK
-    buffer = weight_VH.new_empty(min(chunk, len(hidden_MH)), len(weight_VH))
+    buffer = weight_VH.new_empty(min(chunk, len(hidden_MH)), len(weight_VH)) if reuse and not kept else None
     for rows in _slices(len(hidden_MH), chunk):
         h = hidden_MH[rows].to(weight_VH.dtype)
-        yield rows, h, torch.mm(h, weight_VH.T, out=buffer[: len(h)])
+        if kept:
+            yield rows, h, kept.pop(0)
+        else:
+            yield rows, h, torch.mm(h, weight_VH.T, out=None if buffer is None else buffer[: len(h)])
+
+
+def _room_for_logits(hidden_MH: Tensor, weight_VH: Tensor) -> bool:
+    """Whether a GPU has room to keep all logits until backward and twice as much: nothing else shall lack memory."""
+    if hidden_MH.device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(hidden_MH.device)
+    free += torch.cuda.memory_reserved(hidden_MH.device) - torch.cuda.memory_allocated(hidden_MH.device)
+    return 3 * len(hidden_MH) * len(weight_VH) * weight_VH.element_size() < free
 
 
 def _blocks(logits: Tensor) -> list[slice]:
@@ -99,4 +119,5 @@ def _slices(count: int, size: int) -> list[slice]:
 def token_logp(hidden_MH: Tensor, weight_VH: Tensor, rounded_VH: Tensor, target_M: Tensor) -> Tensor:
     """(M,) fp32 log-probs of the targets under a linear head. hidden_MH: (M, H); weight_VH: (V, H), which gets the
     gradient; products are those of `rounded_VH`, the same weight in the dtype to compute in; the normaliser is fp32."""
-    return _TokenLogProb.apply(hidden_MH, weight_VH, rounded_VH, target_M)
+    keep = torch.is_grad_enabled() and _room_for_logits(hidden_MH, rounded_VH)
+    return _TokenLogProb.apply(hidden_MH, weight_VH, rounded_VH, target_M, keep)

@@ -228,9 +228,11 @@ class Policy(nn.Module):
         return agree
 
     def _sample_tokens(self) -> Tokens:
-        """Two prompts, the first with two completions, to try things out with."""
-        vocab = self.model.config.get_text_config().vocab_size
-        ids = [tuple((7 * i + 3 * j + 1) % vocab for j in range(6)) for i in range(4)]
+        """Two prompts, the first with two completions, to try things out with. Without the padding token: its embedding
+        may be zero, through which no norm has a finite gradient."""
+        padding = getattr(self.model.get_input_embeddings(), "padding_idx", None)
+        known = [t for t in range(min(self.model.config.get_text_config().vocab_size, 99)) if t != padding]
+        ids = [tuple(known[(7 * i + 3 * j + 1) % len(known)] for j in range(6)) for i in range(4)]
         return Tokens((ids[0], ids[0], ids[3][:2]), (ids[1], ids[2][:4], ids[2]), (0, 0, 1))
 
     def _round_norms(self) -> None:
