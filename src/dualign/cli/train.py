@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from dualign.config import Config
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, for example train.lr=1e-5")]
 
@@ -32,10 +35,7 @@ def train(
 
         print_plan(config)
         return
-    _quiet()
-    from dualign.trainer import train as fit
-
-    fit(config)
+    _fit(config)
 
 
 def resume(
@@ -45,11 +45,7 @@ def resume(
     """Go on with a run that was stopped or killed, to the same weights that it would have reached."""
     from dualign.resume import resumed_config
 
-    config = resumed_config(run, overrides or ())
-    _quiet()
-    from dualign.trainer import train as fit
-
-    fit(config, resume=True)
+    _fit(resumed_config(run, overrides or ()), resume=True)
 
 
 def sample(
@@ -94,6 +90,17 @@ def keys(
         print(f"\n{heading}")
         for key in every:
             print(f"  {key.name:28} {key.default:16} {key.meaning or key.kind}")
+
+
+def _fit(config: Config, resume: bool = False) -> None:
+    _quiet()
+    from torch import distributed
+
+    from dualign.trainer import train as fit
+
+    fit(config, resume=resume)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # else its threads outlive what they talk to, and may end in an abort
 
 
 def _quiet() -> None:
