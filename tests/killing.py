@@ -50,7 +50,7 @@ class Zygote:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
         assert self.process.stdout is not None and self.process.stdout.readline().strip() == "ready"
-        self.port = 21000 + os.getpid() % 20000
+        self.port = 11000 + os.getpid() % 20000  # below those that the system gives to whoever asks for none
 
     def run(self, *argv: str, log: Path, processes: int = 1, **kill: Any) -> dict[str, Any]:
         self.port += 1

@@ -218,7 +218,6 @@ def test_sizes_of_compiled_layers_are_constants_but_for_their_tokens(tiny, monke
     monkeypatch.setattr(attention, "_flash", slow_flash)
     monkeypatch.setattr(attention, "_flash_backward", slow_flash_backward)
     monkeypatch.setattr(fused, "can_compile", lambda: True)
-    monkeypatch.setattr(torch.compiler.config, "dynamic_sources", "")
     sizes = []
 
     def backend(graph, inputs):
@@ -233,11 +232,12 @@ def test_sizes_of_compiled_layers_are_constants_but_for_their_tokens(tiny, monke
     counters.clear()
     model, _ = load_model(ModelConfig(name=str(tiny)))
     policy = Policy(model, "fp32", True)
-    fused.compile_layers(policy.base)
-    for size in (8, 4, 12):
-        completions = tuple(tuple(range(5 + 3 * i)) for i in range(size))
-        tokens = Tokens(((5, 6, 7),) * size, completions, (0,) * size)
-        policy(pack(tokens, range(size), tokens.width, 0, True, True))
+    with torch.compiler.config.patch(dynamic_sources=""):
+        fused.compile_layers(policy.base)
+        for size in (8, 4, 12):
+            completions = tuple(tuple(range(5 + 3 * i)) for i in range(size))
+            tokens = Tokens(((5, 6, 7),) * size, completions, (0,) * size)
+            policy(pack(tokens, range(size), tokens.width, 0, True, True))
     fused._compiled.cache_clear()
     changing = {n for n in sizes if not n.isdigit()}
     assert changing and all(n.startswith("s") and n[1:].isdigit() for n in changing), changing
