@@ -93,3 +93,23 @@ def save_tiny(folder: Path, kind: str) -> Path:
     make_model(kind, len(tokenizer), tokenizer.eos_token_id).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def compile_by(monkeypatch):
+    """Compiles a policy's layers by a backend, CUDA device or not."""
+    import functools
+
+    import torch
+
+    from dualign.models import fused
+
+    def compile_layers(policy, backend):
+        monkeypatch.setattr(fused, "can_compile", lambda: True)
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+        fused._compiled.cache_clear()
+        torch._dynamo.reset()
+        fused.compile_layers(policy.base)
+
+    yield compile_layers
+    fused._compiled.cache_clear()

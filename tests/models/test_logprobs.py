@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from dualign.models import attention, fused, logprobs
+from dualign.models import attention, logprobs
 from dualign.models.attention import _attend, _attend_by_sdpa
 from dualign.models.logprobs import token_logp
 from dualign.models.master import LightEmbedding, Masters, joined, remainder
@@ -121,9 +121,14 @@ def segments_of(q, k, v, q_ends, k_ends, scale):
         yield at, kt, weight, value
 
 
-def test_attention_over_segments_is_attention_over_blocks(tiny, monkeypatch):
+@pytest.fixture
+def spelled_out(monkeypatch):
+    """FlashAttention where there is none."""
     monkeypatch.setattr(attention, "_flash", slow_flash)
     monkeypatch.setattr(attention, "_flash_backward", slow_flash_backward)
+
+
+def test_attention_over_segments_is_attention_over_blocks(tiny, spelled_out):
     model, _ = load_model(ModelConfig(name=str(tiny)))
     policy, tokens, found = Policy(model, "fp32", True), rows(), []
     weight = torch.randn(len(tokens), 1)
@@ -156,10 +161,8 @@ def test_flash_attention_is_used_only_where_its_gradient_is_right(tiny, backward
     assert policy.training and all(p.grad is None for p in policy.parameters())
 
 
-def test_a_padding_token_whose_embedding_is_zero_does_not_spoil_the_trial(tiny, monkeypatch):
+def test_a_padding_token_whose_embedding_is_zero_does_not_spoil_the_trial(tiny, spelled_out):
     """Through norms of zeros a gradient grows beyond all numbers."""
-    monkeypatch.setattr(attention, "_flash", slow_flash)
-    monkeypatch.setattr(attention, "_flash_backward", slow_flash_backward)
     model, _ = load_model(ModelConfig(name=str(tiny)))
     policy = Policy(model, "bf16", True)
     for padding in {t for ids in policy._sample_tokens().prompt_ids for t in ids}:
@@ -186,9 +189,7 @@ def test_logits_that_are_kept_for_backward_change_nothing(monkeypatch):
         assert torch.equal(a, b)
 
 
-def test_layers_over_segments_are_one_graph_for_all_sizes(tiny, monkeypatch):
-    monkeypatch.setattr(attention, "_flash", slow_flash)
-    monkeypatch.setattr(attention, "_flash_backward", slow_flash_backward)
+def test_layers_over_segments_are_one_graph_for_all_sizes(tiny, spelled_out, monkeypatch):
     model, _ = load_model(ModelConfig(name=str(tiny)))
     policy = Policy(model, "fp32", True)
     torch._dynamo.reset()
@@ -213,11 +214,8 @@ def test_layers_over_segments_are_one_graph_for_all_sizes(tiny, monkeypatch):
     )
 
 
-def test_sizes_of_compiled_layers_are_constants_but_for_their_tokens(tiny, monkeypatch):
+def test_sizes_of_compiled_layers_are_constants_but_for_their_tokens(tiny, spelled_out, compile_by):
     """Kernels that divide by a head's size as by a number that may change take many times as long."""
-    monkeypatch.setattr(attention, "_flash", slow_flash)
-    monkeypatch.setattr(attention, "_flash_backward", slow_flash_backward)
-    monkeypatch.setattr(fused, "can_compile", lambda: True)
     sizes = []
 
     def backend(graph, inputs):
@@ -225,20 +223,15 @@ def test_sizes_of_compiled_layers_are_constants_but_for_their_tokens(tiny, monke
         sizes.extend(str(n) for x in values if isinstance(x, torch.Tensor) for n in x.shape)
         return graph.forward
 
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, backend=backend, **options))
-    fused._compiled.cache_clear()
-    torch._dynamo.reset()
     counters.clear()
     model, _ = load_model(ModelConfig(name=str(tiny)))
     policy = Policy(model, "fp32", True)
     with torch.compiler.config.patch(dynamic_sources=""):
-        fused.compile_layers(policy.base)
+        compile_by(policy, backend)
         for size in (8, 4, 12):
             completions = tuple(tuple(range(5 + 3 * i)) for i in range(size))
             tokens = Tokens(((5, 6, 7),) * size, completions, (0,) * size)
             policy(pack(tokens, range(size), tokens.width, 0, True, True))
-    fused._compiled.cache_clear()
     changing = {n for n in sizes if not n.isdigit()}
     assert changing and all(n.startswith("s") and n[1:].isdigit() for n in changing), changing
     assert counters["stats"]["unique_graphs"] == 1 < len(policy.base.layers)

@@ -1,13 +1,10 @@
 """The decode loop says what `generate` says, and its log-probs are the model's."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from dualign.models import fused
 from dualign.models.packing import Tokens, pack
 from dualign.models.policy import Policy, load_model
 from dualign.rollout import hf
@@ -57,21 +54,6 @@ def test_recorded_logprobs_are_a_full_forward_pass(kind, temperature, top_p, req
         start = len(r.prompt_ids)
         expected = [logp[start + t - 1, c].item() for t, c in enumerate(r.completion_ids)]
         np.testing.assert_allclose(r.sampler_logp, expected, atol=5e-5)
-
-
-@pytest.fixture
-def compile_by(monkeypatch):
-    """Compiles a policy's layers by a backend, CUDA device or not."""
-
-    def compile_layers(policy, backend):
-        monkeypatch.setattr(fused, "can_compile", lambda: True)
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-        fused._compiled.cache_clear()
-        torch._dynamo.reset()
-        fused.compile_layers(policy.base)
-
-    yield compile_layers
-    fused._compiled.cache_clear()
 
 
 def test_compiled_layers_decode_alike_and_are_compiled_once(tiny, compile_by):
