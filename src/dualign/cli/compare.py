@@ -98,11 +98,12 @@ def sft(
 
         print_plan(config)
         return
-    from dualign.cli.train import _quiet
+    from dualign.cli.train import _leave_group, _quiet
     from dualign.sft import make
 
     _quiet()
     print(f"π_0 is {(model_folder := make(config))}: the next run takes it as model.name={model_folder}")
+    _leave_group()
 
 
 def pairs(

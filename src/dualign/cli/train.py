@@ -94,13 +94,18 @@ def keys(
 
 def _fit(config: Config, resume: bool = False) -> None:
     _quiet()
-    from torch import distributed
-
     from dualign.trainer import train as fit
 
     fit(config, resume=resume)
+    _leave_group()
+
+
+def _leave_group() -> None:
+    """For a process of several whose work is done: else the group's threads outlive what they talk to."""
+    from torch import distributed
+
     if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()  # else its threads outlive what they talk to, and may end in an abort
+        distributed.destroy_process_group()
 
 
 def _quiet() -> None:
