@@ -135,6 +135,7 @@ def online_batch(
     """What the trainer does with one online batch, without files and labels' waiting, each part within `phase`."""
     from dualign.batch import Row, labelled, updates, weigh
     from dualign.rollout.base import Sampling
+    from dualign.trainer import log_pi_t
     from dualign.types import Label
 
     r, seed = config.rollout, config.run.seed
@@ -142,14 +143,14 @@ def online_batch(
     with phase("sample"):
         sampler.sample(requests, Sampling(r.k, r.max_new_tokens, r.temperature, r.top_p), (seed, step), rollouts.append)
     b = labelled(step, [Row(rollout, Label(reward(rollout))) for rollout in rollouts])
-    with phase("score π_t"):
-        old_NT = engine.score(engine.policy, b.tokens)
     with phase("score π_0"):
         ref_NT = engine.score_reference(b.tokens)
+    named = {"score": "score π_t"}
+    old_NT, begun = log_pi_t(config, engine, b, ref_NT, None, lambda name: phase(named.get(name, name)))
     b = weigh(b, config.algo, old_NT, ref_NT, None)
     with phase("update"):
-        for tokens, rows in updates(b, config.algo, config.train.update_size, seed):
-            engine.update(config.algo, tokens, rows)
+        for u, (tokens, rows) in enumerate(updates(b, config.algo, config.train.update_size, seed)):
+            engine.update(config.algo, tokens, rows, begun if u == 0 else None)
     with phase("sync"):
         sampler.sync()
     return b

@@ -84,7 +84,7 @@ class Meter:
     def __init__(self, kernels: bool = False) -> None:
         self.seconds: dict[str, float] = {}
         self.gib: dict[str, float] = {}
-        self.kernels: dict[str, list[tuple[str, float, int]]] = {}
+        self.kernels: dict[str, dict[str, list[float]]] = {}  # milliseconds of each launch, by phase and kernel
         self.watched = kernels
 
     @contextmanager
@@ -99,19 +99,17 @@ class Meter:
             yield
             if cuda:
                 torch.cuda.synchronize()
-                self.gib[phase] = torch.cuda.max_memory_allocated() / 2**30
-            self.seconds[phase] = time.perf_counter() - start
+                self.gib[phase] = max(self.gib.get(phase, 0.0), torch.cuda.max_memory_allocated() / 2**30)
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
         if profiler:
-            self.kernels[phase] = _by_kernel(profiler)
+            kernels = self.kernels.setdefault(phase, {})
+            for event in profiler.events():
+                if event.device_type == torch.autograd.DeviceType.CUDA:
+                    kernels.setdefault(event.name, []).append(event.device_time / 1e3)
 
-
-def _by_kernel(profiler: Any) -> list[tuple[str, float, int]]:
-    """(kernel, milliseconds, launches), the longest first."""
-    found: dict[str, list[float]] = {}
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            found.setdefault(event.name, []).append(event.device_time / 1e3)
-    return sorted(((name, sum(ms), len(ms)) for name, ms in found.items()), key=lambda x: -x[1])
+    def by_kernel(self, phase: str) -> list[tuple[str, float, int]]:
+        """(kernel, milliseconds, launches), the longest first."""
+        return sorted(((name, sum(ms), len(ms)) for name, ms in self.kernels[phase].items()), key=lambda x: -x[1])
 
 
 def measure(shape: dict[str, Any], o: argparse.Namespace) -> list[dict[str, Any]]:
@@ -139,7 +137,8 @@ def measure(shape: dict[str, Any], o: argparse.Namespace) -> list[dict[str, Any]
 def kernel_table(meter: Meter) -> str:
     """For each phase its kernels, and for how much of its time (longer than without a profiler) the device was busy."""
     rows = []
-    for phase, kernels in meter.kernels.items():
+    for phase in meter.kernels:
+        kernels = meter.by_kernel(phase)
         busy = sum(ms for _, ms, _ in kernels)
         rows.append([phase, "all", f"{busy:.1f}", str(sum(n for *_, n in kernels)), f"of {meter.seconds[phase]:.2f} s"])
         rows += [[phase, name[:110], f"{ms:.1f}", str(n), f"{ms / busy:.0%}"] for name, ms, n in kernels[:30]]

@@ -27,7 +27,8 @@ from dualign.schema import DataConfig
 
 LR, WARMUP, TEMPERATURE = 1e-5, 15, 0.9
 BETA = {"GRPO": 0.04, "RLOO": 0.03}  # dualign's defaults, given to TRL
-PASSES = 6  # decoding, log π_t, log π_0, and an update's forward and backward (twice a forward)
+PASSES = 5  # decoding, log π_0, and an update's forward and backward (twice a forward)
+RESCORED = 0.5  # of a pass more: log π_t of the rows that are not in the first of the two updates, unless recorded
 
 
 def share_of_e(completions: list[Any], **columns: Any) -> list[float]:
@@ -48,7 +49,8 @@ def run_dualign(overrides: list[str], work: Work, model: str, prompts: Path, fol
             seconds.append(dict(clock.seconds))
             pairs = pairs_of(b)
             tokens.append(sum(sum(lengths) for _, lengths in pairs))
-            tflop.append(PASSES * forward_flops(self.engine.policy.model.config, pairs) / 1e12)
+            passes = PASSES + RESCORED * (self.config.rollout.log_probs == "recomputed")
+            tflop.append(passes * forward_flops(self.engine.policy.model.config, pairs) / 1e12)
             peaks.append(peak_mb())
             super()._finish_batch(b, losses, clock)
 

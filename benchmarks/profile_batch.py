@@ -41,7 +41,7 @@ def main() -> None:
     count = o.prompts * o.k
     sizes = [f"train.online_batch={count}", f"train.update_size={count // 2}"]
     settings = [f"algo.name={o.algo}", "data.eval=null", f"rollout.k={o.k}", f"rollout.max_new_tokens={o.tokens}"]
-    config = load("quickstart", settings + sizes)
+    config = load("quickstart", [*settings, *sizes, "rollout.log_probs=recomputed"])
     engine = Engine(config)
     sampler = engine.sampler()
     stream = load_stream(config, engine, print)[: o.prompts]
@@ -49,7 +49,7 @@ def main() -> None:
     online_batch(config, engine, sampler, requests, 0, reward, Clock())
     clock = Clock()
     b = online_batch(config, engine, sampler, requests, 1, reward, clock)
-    tables: dict[str, str] = {}
+    tables: dict[str, list[str]] = {}
 
     @contextmanager
     def profiled(phase: str) -> Iterator[None]:
@@ -57,12 +57,13 @@ def main() -> None:
         with profile(activities=[ProfilerActivity.CPU, *cuda]) as found:
             yield
         key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-        tables[phase] = found.key_averages().table(key, row_limit=o.operators, max_name_column_width=44)
+        listing = found.key_averages().table(key, row_limit=o.operators, max_name_column_width=44)
+        tables.setdefault(phase, []).append(listing)
 
     online_batch(config, engine, sampler, requests, 2, reward, profiled)
-    for phase, listing in tables.items():
-        if listing.strip():
-            print(f"\n=== {phase}: {clock.seconds[phase]:.2f} s without the profiler ===\n{listing}")
+    for phase, listings in tables.items():
+        print(f"\n=== {phase}: {clock.seconds[phase]:.2f} s without the profiler ===")
+        print(*listings, sep="\n")
     tokens, total = sum(len(row.rollout.completion_ids) for row in b.rows), sum(clock.seconds.values())
     print(f"{o.algo}, {o.prompts} prompts x {o.k} completions, {tokens} tokens, {torch.get_num_threads()} threads")
     for phase, seconds in clock.seconds.items():

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import time
 
@@ -11,12 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import dualign
 from command import dualign as command
+from conftest import save_tiny
 from dualign.algos import ALGORITHMS
+from dualign.batch import update_rows
+from dualign.config import build
+from dualign.engine import Engine
 from dualign.errors import StopRun, UserError
+from dualign.models.policy import Policy
 from dualign.resume import resumed_config
 from dualign.runs import Run
 from runs_common import (
@@ -140,6 +146,55 @@ def test_recorded_log_probs_train_as_recomputed_ones(algo, tiny, tmp_path):
         if online:
             assert {r["absent"] for r in metrics(run.folder)} == {2}
             assert all((r["sampler_gap"] == 0) == (kind == "recorded") for r in metrics(run.folder))
+
+
+BY_PROMPT = [{"name": "dar"}, {"name": "grpo", "beta": 0.1}, {"name": "rloo"}, {"name": "dao"}]
+
+
+@pytest.mark.parametrize("algo", BY_PROMPT, ids=str)
+def test_the_first_updates_forward_pass_gives_its_rows_log_probs(algo, tiny, tmp_path, monkeypatch):
+    """Trained on the spot or from the stored batches, to the bit; with a pass of its own, up to rounding. Of the rows
+    of two updates, those of the first go through the policy once instead of twice."""
+    passed = []
+    forward = Policy.forward
+    monkeypatch.setattr(Policy, "forward", lambda self, micro: passed.append(len(micro.rows)) or forward(self, micro))
+
+    def trained(name, settings):
+        (tmp_path / name).mkdir()
+        config = tree(tiny, write_prompts(tmp_path / name), tmp_path / name / "run", algo)
+        config["data"]["eval"] = None
+        config["model"] |= settings
+        passed.clear()
+        run = dualign.train(config, reward=some_absent, quiet=True)
+        return config, run, weights(run.folder), sum(passed)
+
+    config, run, one, rows = trained("once", {})
+    replayed = tmp_path / "replayed"
+    shutil.copytree(run.folder, replayed)
+    shutil.rmtree(replayed / "checkpoints")
+    config["run"]["dir"] = str(replayed)
+    dualign.train(config, reward=some_absent, resume=True, quiet=True)
+    again = weights(replayed)
+    assert one.keys() == again.keys() and all(torch.equal(one[name], again[name]) for name in one)
+
+    monkeypatch.setattr("dualign.engine._drops", lambda model: True)
+    _, plain, two, more = trained("twice", {})
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    batches, seed = range(config["train"]["online_batches"]), build(config).run.seed
+    pairs = [(run.read_batch(step), plain.read_batch(step)) for step in batches]
+    assert all(torch.allclose(a.batch.logp_old_NT, b.batch.logp_old_NT, atol=1e-4) for a, b in pairs)
+    first = [next(update_rows(a, ALGORITHMS[algo["name"]](), 8, seed)) for a, _ in pairs]
+    assert more - rows == sum(map(len, first)) > 0
+
+
+def test_where_a_forward_pass_is_random_log_probs_have_one_of_their_own(tmp_path):
+    model = save_tiny(tmp_path / "model", "gpt2")
+    kept = AutoConfig.from_pretrained(model)
+    for dropout in (0.0, 0.1):
+        kept.attn_pdrop, kept.summary_first_dropout = dropout, 0.0
+        kept.save_pretrained(model)
+        engine = Engine(build(tree(model, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"})))
+        assert engine.drops == (dropout > 0)
 
 
 def test_the_rate_rises_stays_and_falls_also_over_a_resume(tiny, tmp_path):

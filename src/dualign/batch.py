@@ -100,8 +100,14 @@ def check_finite(b: WeightedBatch) -> None:
 
 
 def updates(b: WeightedBatch, algo: Algorithm, update_size: int, seed: int) -> Iterator[tuple[Tokens, Batch]]:
-    """The rows of each optimizer step: whole prompts, shuffled anew in every epoch by the run's seed and the batch's
-    number alone. The prompts are split as evenly as the number of updates allows."""
+    """The rows of each optimizer step."""
+    for rows in update_rows(b, algo, update_size, seed):
+        yield part_of(b, rows)
+
+
+def update_rows(b: WeightedBatch, algo: Algorithm, update_size: int, seed: int) -> Iterator[list[int]]:
+    """The numbers of the rows of each optimizer step: whole prompts, shuffled anew in every epoch by the run's seed and
+    the batch's number alone. The prompts are split as evenly as the number of updates allows."""
     groups = sorted(set(b.tokens.group))
     members: dict[int, list[int]] = {g: [] for g in groups}
     for row, g in enumerate(b.tokens.group):
@@ -112,8 +118,12 @@ def updates(b: WeightedBatch, algo: Algorithm, update_size: int, seed: int) -> I
         for part in np.array_split(order, min(count, len(groups)) or 1):
             rows = [row for i in sorted(part.tolist()) for row in members[groups[i]]]
             if rows:
-                tokens = b.tokens.select(rows)
-                yield tokens, trim(b.batch.select(torch.tensor(rows)), tokens.width)
+                yield rows
+
+
+def part_of(b: WeightedBatch, rows: list[int]) -> tuple[Tokens, Batch]:
+    tokens = b.tokens.select(rows)
+    return tokens, trim(b.batch.select(torch.tensor(rows)), tokens.width)
 
 
 def trim(batch: Batch, width: int) -> Batch:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,8 @@ from dualign.state import load_state, save_state
 
 log = logging.getLogger(__name__)
 X = TypeVar("X")
+Sums = dict[str, float]  # of the loss and of numbers worth logging, over the rows of one process
+Rows = Batch | Callable[[Tensor, Tensor], Batch]  # or what makes some of them: row numbers (n,), their log π_θ (n, T)
 TOGETHER = 2**27  # entries of weights of one shape that a GPU steps on at once
 
 
@@ -71,7 +73,7 @@ class Engine:
         if self.lora:
             policy.model = _with_lora(policy.model, config)
         policy.train()
-        self.policy = policy
+        self.policy, self.drops = policy, _drops(policy.model)
         self.critic = Critic(policy).to(self.device) if algo.critic else None
         self.modules: list[Policy] = [m for m in (policy, self.critic) if m is not None]
         exact: dict[Any, Tensor] = {}
@@ -126,12 +128,12 @@ class Engine:
 
     # --- scoring and training ---
 
-    def score(self, model: Policy, tokens: Tokens) -> Tensor:
-        """(N, T) fp32 on the CPU: log-probs (or values) of every row, without gradient."""
+    def score(self, model: Policy, tokens: Tokens, but: Collection[int] = ()) -> Tensor:
+        """(N, T) fp32 on the CPU: log-probs (or values) of every row, without gradient; 0 for the rows of `but`."""
         out_NT = torch.zeros(len(tokens), tokens.width, device=self.device)
 
         def work() -> None:
-            for part in self._my_parts(tokens, range(len(tokens))):
+            for part in self._my_parts(tokens, [row for row in range(len(tokens)) if row not in but]):
                 micro = model.pack(tokens, part, self.tokenizer.pad_id)
                 out_NT[micro.rows.to(self.device)] = model(micro).float()
 
@@ -153,8 +155,27 @@ class Engine:
         with self.policy.model.disable_adapter():
             return self.score(self.policy, tokens)
 
-    def update(self, algo: Algorithm, tokens: Tokens, batch: Batch) -> dict[str, float]:
-        """One optimizer step on the rows given. Raises StopRun, before stepping, if a loss or gradient is not finite."""
+    def begin(self, algo: Algorithm, tokens: Tokens, batch_of: Callable[[Tensor], Batch]) -> tuple[Tensor, Sums]:
+        """The gradient of an update whose rows are weighted by log π_t that its own forward pass gives, before any step:
+        log π_t (N, T), and the sums that `update` wants. `batch_of` makes the update's batch of log π_t as far as it is
+        known, of whole prompts; the rest is 0."""
+        known_NT = torch.zeros(len(tokens), tokens.width)
+
+        def rows_of(chosen: Tensor, logp_NT: Tensor) -> Batch:
+            known_NT[chosen] = logp_NT
+            return batch_of(known_NT).select(chosen)
+
+        denominator = float(algo.denominator(batch_of(known_NT)))
+        sums = self._gradients(algo, tokens, range(len(tokens)), rows_of, denominator)
+        if self.world > 1:
+            shared_NT = known_NT.to(self.device)
+            torch.distributed.all_reduce(shared_NT)
+            known_NT = shared_NT.cpu()
+        return known_NT, sums
+
+    def update(self, algo: Algorithm, tokens: Tokens, batch: Batch, begun: Sums | None = None) -> dict[str, float]:
+        """One optimizer step on the rows given, whose gradient is there already where it was `begun`. Raises StopRun,
+        before stepping, if a loss or gradient is not finite."""
         if algo.recompute:
             logp_NT = self.score(self.policy, tokens)
             value_NT = self.score(self.critic, tokens) if self.critic else None
@@ -165,32 +186,39 @@ class Engine:
         rows = list(range(len(tokens))) if keep is None else keep.nonzero()[:, 0].tolist()
         if denominator == 0 or not rows:
             return {"loss": 0.0, "grad_norm": 0.0, "lr": lr, "skipped": 1.0}
-
-        if self.device.type == "cpu":
-            for p in self.masters.named.values():  # what stays is allocated before what comes and goes
-                gradient_of(p)
-
-        def work() -> dict[str, float]:
-            sums: dict[str, Tensor] = {"loss": torch.zeros((), dtype=torch.float64, device=self.device)}
-            for part in self._my_parts(tokens, rows):
-                for name, value in self._backward(algo, tokens, batch, part, 1 / denominator).items():
-                    sums[name] = sums[name] + value if name in sums else value
-            return {name: float(value) for name, value in sums.items()}  # read once: a GPU is not waited for before
-
-        sums = self._fitting(work)
+        sums = begun or self._gradients(algo, tokens, rows, batch, denominator)
         self._exchange_gradients()
         sums = self._sum(sums)
         loss = sums.pop("loss") / denominator
         norm = self._step(loss)
         return {"loss": loss, "grad_norm": norm, "lr": lr} | {k: v / len(rows) for k, v in sums.items()}
 
+    def _gradients(self, algo: Algorithm, tokens: Tokens, rows: Sequence[int], batch: Rows, denominator: float) -> Sums:
+        """Adds up the gradient of the loss of `rows`, a micro-batch at a time; returns sums over this process's rows."""
+        if self.device.type == "cpu":
+            for p in self.masters.named.values():  # what stays is allocated before what comes and goes
+                gradient_of(p)
+
+        def work() -> Sums:
+            sums: dict[str, Tensor] = {"loss": torch.zeros((), dtype=torch.float64, device=self.device)}
+            for part in self._my_parts(tokens, rows):
+                for name, value in self._backward(algo, tokens, batch, part, 1 / denominator).items():
+                    sums[name] = sums[name] + value if name in sums else value
+            return {name: float(value) for name, value in sums.items()}  # read once: a GPU is not waited for before
+
+        return self._fitting(work)
+
     def _backward(
-        self, algo: Algorithm, tokens: Tokens, batch: Batch, part: list[int], scale: float
+        self, algo: Algorithm, tokens: Tokens, batch: Rows, part: list[int], scale: float
     ) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch; returns sums over its rows, in double precision."""
         micro = self.policy.pack(tokens, part, self.tokenizer.pad_id)
-        rows = _to(batch.select(micro.rows), self.device)
-        logp_NT = self.policy(micro)
+        if isinstance(batch, Batch):  # on its way before the forward pass: a GPU need not wait for it
+            rows = _to(batch.select(micro.rows), self.device)
+            logp_NT = self.policy(micro)
+        else:
+            logp_NT = self.policy(micro)
+            rows = _to(batch(micro.rows, logp_NT.detach().cpu()), self.device)
         value_NT = self.critic(micro) if self.critic else None
         loss, stats = algo.loss(logp_NT, rows, value_NT)
         (loss * scale).backward()
@@ -343,6 +371,14 @@ class Engine:
             for name, value in part.items():
                 total[name] = total.get(name, 0.0) + value
         return total
+
+
+def _drops(model: Any) -> bool:
+    """Whether a forward pass in training is random."""
+    rates = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    settings = model.config.get_text_config().to_dict()
+    rates += [v for name, v in settings.items() if ("drop" in name or "jitter" in name) and isinstance(v, float | int)]
+    return any(rate > 0 for rate in rates)
 
 
 def _flat(tree: dict[str, Any], between: str) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Algorithm 1, top to bottom: prompts -> rollouts -> labels -> weighted batch -> updates -> new sampler weights.
 
 Everything random is a function of the run's seed and the online batch's number, and the weighted batch is a file before
-the first update that uses it: a killed run goes on by replaying files, with the same numbers to the last bit.
+the first optimizer step that uses it: a killed run goes on by replaying files, with the same numbers to the last bit.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,21 @@ import numpy as np
 from torch import Tensor
 
 from dualign import annotate, data
+from dualign.algos import Algorithm, Batch
 from dualign.annotate.base import Annotator
 from dualign.annotate.function import name_of
-from dualign.batch import WeightedBatch, check_finite, labelled, recorded_logp, updates, weigh
+from dualign.batch import (
+    WeightedBatch,
+    check_finite,
+    labelled,
+    part_of,
+    recorded_logp,
+    update_rows,
+    updates,
+    weigh,
+)
 from dualign.config import Config, build, dump
-from dualign.engine import Engine
+from dualign.engine import Engine, Sums
 from dualign.errors import StopRun, UserError
 from dualign.heldout import HeldOut, distinct, evaluate, gains
 from dualign.interrupt import Interrupts, StopAsked
@@ -40,6 +51,7 @@ from dualign.source import (
 from dualign.view import View, plan_lines, warnings_of
 
 RewardFunction = Callable[..., Any]
+Phases = Callable[[str], AbstractContextManager[None]]
 
 
 def train(
@@ -124,13 +136,14 @@ class Trainer:
             try:
                 if skip == 0 and self._evaluation_due(step):
                     self._evaluate(step)
-                b = self.run.read_batch(step) or self._collect(step, clock)
+                stored = self.run.read_batch(step)
+                b, begun = (stored, None) if stored else self._collect(step, clock)
             except StopAsked as asked:
                 self._checkpoint(step, 0, [])
                 raise StopRun(
                     f"stopped by {asked} before the updates of online batch {step}; all of it is kept"
                 ) from None
-            self._update(b, skip, losses, clock)
+            self._update(b, begun, skip, losses, clock)
             with clock("sync"):
                 self.sampler.sync()
             self._finish_batch(b, losses, clock)
@@ -139,8 +152,9 @@ class Trainer:
 
     # --- one online batch ---
 
-    def _collect(self, step: int, clock: Clock) -> WeightedBatch:
-        """Rows from all processes, then what is constant while they are used: log π_t, log π_0, weights; on disk."""
+    def _collect(self, step: int, clock: Clock) -> tuple[WeightedBatch, Sums | None]:
+        """Rows from all processes, then what is constant while they are used: log π_t, log π_0, weights; on disk. And
+        what the first update's gradient summed up, if it is there already."""
         self.view.phase(step, "sampling and labelling")
         self.engine.make_room()
         self.run.journal.begin(self.run.batch_path(step).with_suffix(""))
@@ -155,24 +169,22 @@ class Trainer:
         self.view.phase(step, "scoring")
         engine, algo = self.engine, self.algo
         with clock("score"):
-            old_NT = self._log_pi_t(b) if algo.needs_old else None
             ref_NT = engine.score_reference(b.tokens) if algo.needs_ref else None
             value_NT = engine.score(engine.critic, b.tokens) if engine.critic else None
-            b = weigh(b, algo, old_NT, ref_NT, value_NT)
+        old_NT, begun = log_pi_t(self.config, engine, b, ref_NT, value_NT, clock) if algo.needs_old else (None, None)
+        b = weigh(b, algo, old_NT, ref_NT, value_NT)
         check_finite(b)
         with clock("write"):
             if engine.main:
                 self.run.write_batch(b)
             engine.barrier()
-        return b
+        return b, begun
 
-    def _log_pi_t(self, b: WeightedBatch) -> Tensor:
-        if self.config.rollout.log_probs == "recorded" and self.algo.source == "online":
-            return recorded_logp(b)
-        return self.engine.score(self.engine.policy, b.tokens)
-
-    def _update(self, b: WeightedBatch, skip: int, losses: list[dict[str, float]], clock: Clock) -> None:
-        """One optimizer step per update, past the first `skip`, which a checkpoint already holds; adds to `losses`."""
+    def _update(
+        self, b: WeightedBatch, begun: Sums | None, skip: int, losses: list[dict[str, float]], clock: Clock
+    ) -> None:
+        """One optimizer step per update, past the first `skip`, which a checkpoint already holds; adds to `losses`. Of
+        the first, the gradient is there already if it was `begun`."""
         c = self.config
         for u, (tokens, rows) in enumerate(updates(b, self.algo, c.train.update_size, c.run.seed)):
             if u < skip:
@@ -181,11 +193,11 @@ class Trainer:
             self.view.phase(b.step, f"update {u + 1}")
             self.engine.begin_update(b.step, u)
             with clock("update"):
-                losses.append(self._one_update(b, tokens, rows))
+                losses.append(self._one_update(b, tokens, rows, begun if u == 0 else None))
 
-    def _one_update(self, b: WeightedBatch, tokens: Any, rows: Any) -> dict[str, float]:
+    def _one_update(self, b: WeightedBatch, tokens: Any, rows: Any, begun: Sums | None) -> dict[str, float]:
         try:
-            return self.engine.update(self.algo, tokens, rows)
+            return self.engine.update(self.algo, tokens, rows, begun)
         except StopRun as stop:
             raise StopRun(f"online batch {b.step} ({self.run.batch_path(b.step)}, kept): {stop}") from None
 
@@ -300,6 +312,33 @@ class Trainer:
             raise StopRun(
                 f"stopped by {asked[0]} in online batch {step}, after {update} of its updates; all of it is kept"
             )
+
+
+def log_pi_t(
+    config: Config, engine: Engine, b: WeightedBatch, ref_NT: Tensor | None, value_NT: Tensor | None, clock: Phases
+) -> tuple[Tensor, Sums | None]:
+    """(N, T) log π_t. Where a prompt's weights rest on its own rows and nothing in the forward pass is random, the rows of
+    the first update are scored by that update's own forward pass; its gradient is made with it, for `Engine.update`."""
+    algo: Algorithm = config.algo
+    if config.rollout.log_probs == "recorded" and algo.source == "online":
+        return recorded_logp(b), None
+    first: list[int] = []
+    if algo.by_prompt and not engine.drops:
+        first = next(update_rows(b, algo, config.train.update_size, config.run.seed), first)
+    with clock("score"):
+        old_NT = engine.score(engine.policy, b.tokens, but=set(first))
+    if not first:
+        return old_NT, None
+    tokens = b.tokens.select(first)
+
+    def weighted(known_NT: Tensor) -> Batch:
+        old_NT[first, : tokens.width] = known_NT
+        return part_of(weigh(b, algo, old_NT, ref_NT, value_NT), first)[1]
+
+    engine.begin_update(b.step, 0)
+    with clock("update"):
+        old_NT[first, : tokens.width], begun = engine.begin(algo, tokens, weighted)
+    return old_NT, begun
 
 
 def batch_record(b: WeightedBatch, losses: list[dict[str, float]]) -> dict[str, Any]:

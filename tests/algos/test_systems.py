@@ -13,6 +13,7 @@ from algos import reference
 from dualign.algos import ALGORITHMS, Algorithm, Batch
 from dualign.algos.advantages import best_and_worst
 from dualign.algos.awr import RWR
+from dualign.algos.dar import DAR
 from dualign.algos.dpo import DPO
 from dualign.algos.dual_ppo import DualPPO
 from dualign.algos.grpo import GRPO
@@ -109,6 +110,31 @@ def test_needs_are_truthful(algo: Algorithm) -> None:
             assert not torch.allclose(outcome(dataclasses.replace(batch, **{field: other})), plain, rtol=1e-12)
         else:
             assert torch.equal(outcome(dataclasses.replace(batch, **{field: None})), plain)
+
+
+def own_columns(algo: Algorithm, shift: float) -> dict[str, Tensor]:
+    """What `prepare` makes of the first prompt's rows where log π_t of all others is moved by `shift` a token."""
+    batch, *_ = inputs()
+    own_N = batch.group_N == batch.group_N[0]
+    assert batch.logp_old_NT is not None
+    moved_NT = batch.logp_old_NT + shift * (~own_N)[:, None] * batch.mask_NT
+    columns, _ = algo.prepare(dataclasses.replace(batch, logp_old_NT=moved_NT))
+    return {name: column[own_N] for name, column in columns.items()}
+
+
+@pytest.mark.parametrize(
+    "algo", [a for a in NEEDS if a.by_prompt], ids=lambda a: " ".join(map(str, a.model_dump().values()))
+)
+def test_by_prompt_is_truthful(algo: Algorithm) -> None:
+    """To the bit: log π_t of other prompts may not be known yet."""
+    here, there = own_columns(algo, 0.0), own_columns(algo, -5.0)
+    assert here and all(torch.equal(here[name], there[name]) for name in here)
+
+
+@pytest.mark.parametrize("algo", [PPO(), DAR(alpha=1.0, beta=1.0, w_clip=1e6, skip_below=0.01)], ids=lambda a: a.name)
+def test_systems_that_look_at_all_prompts_say_so(algo: Algorithm) -> None:
+    here, there = own_columns(algo, 0.0), own_columns(algo, -5.0)
+    assert not algo.by_prompt and any(not torch.equal(here[name], there[name]) for name in here)
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))

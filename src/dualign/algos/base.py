@@ -88,6 +88,13 @@ class Algorithm(BaseModel):
         return True
 
     @property
+    def by_prompt(self) -> bool:
+        """Whether what `prepare` makes of a prompt's rows rests on log π_t of these rows alone, and leaves none out. Then
+        log π_t of the rows of a batch's first update can come from that update's own forward pass, a micro-batch at a
+        time."""
+        return False
+
+    @property
     def compares(self) -> bool:
         """Whether it learns from the difference between completions of one prompt, so that one alone says nothing."""
         return False

@@ -37,6 +37,10 @@ class DAO(Algorithm):
     def needs_old(self) -> bool:
         return self.alpha < 1 or self.variant == "ppo"
 
+    @property
+    def by_prompt(self) -> bool:
+        return True
+
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         A_norm_N, sigma = normalise(advantages(batch.reward_N, batch.group_N, self.baseline))
         # α log π_0 + (1-α) log π_t: the one reference that stands for both                     (Prop. 4.1)

@@ -53,6 +53,10 @@ class DAR(Algorithm):
     def needs_old(self) -> bool:
         return self.alpha > 0
 
+    @property
+    def by_prompt(self) -> bool:
+        return not self.skip_below  # else by the batch's largest weight
+
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         # A_i = r_i - baseline;  A_norm = (A - μ_A) / σ_A                                        (Alg. 1)
         A_N = advantages(batch.reward_N, batch.group_N, self.baseline)

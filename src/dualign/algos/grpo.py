@@ -29,6 +29,10 @@ class GRPO(Algorithm):
     def needs_ref(self) -> bool:
         return self.beta > 0
 
+    @property
+    def by_prompt(self) -> bool:
+        return True
+
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         # A = (r - group mean) / (group std + 1e-4), std unbiased; 0 for a row alone in its group
         centred_N = advantages(batch.reward_N, batch.group_N, "group")

@@ -30,6 +30,10 @@ class RLOO(Algorithm):
     def needs_old(self) -> bool:
         return self.beta > 0
 
+    @property
+    def by_prompt(self) -> bool:
+        return True
+
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         # R = r - β (log π_t - log π_0),  A = R - mean of the others of the group
         kl_N = batch.seq_old_N - batch.seq_ref_N if self.beta > 0 else torch.zeros_like(batch.reward_N)

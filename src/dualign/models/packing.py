@@ -282,10 +282,9 @@ def _long(ids: list[int]) -> Tensor:
 
 def _targets(tokens: Tokens, rows: Sequence[int], width: int) -> dict[str, Any]:
     completions = [tokens.completion_ids[row] for row in rows]
-    lengths = torch.tensor([len(c) for c in completions])
     return {
         "target_M": _long([y for c in completions for y in c]),
-        "row_M": torch.arange(len(rows)).repeat_interleave(lengths),
+        "row_M": torch.from_numpy(np.repeat(np.arange(len(rows)), [len(c) for c in completions])),
         "step_M": _joined([range(len(c)) for c in completions]),
         "width": width,
     }
