@@ -17,6 +17,7 @@ from dualign.rollout.base import Request, Sampling
 from dualign.rollout.hf import HFSampler
 from dualign.schema import ModelConfig
 from dualign.types import Prompt
+from runs_common import tree, vowels, write_prompts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TEXTS = ["hi", "a much longer prompt than the others, to be padded", "what now?", "x"] * 4
@@ -150,20 +151,33 @@ def test_logprobs_and_their_gradient(monkeypatch):
             assert (ours.double() - exact).norm() < atol * exact.norm()
 
 
-def test_a_whole_run(tiny, tmp_path):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(f'{{"prompt": "say {i}"}}\n' for i in range(8)))
-    tree = {
-        "model": {"name": str(tiny)},
-        "data": {"train": str(prompts), "eval": str(prompts)},
-        "rollout": {"k": 4, "max_new_tokens": 80},
-        "algo": {"name": "dar", "alpha": 0.1, "beta": 0.1},
-        "train": {"online_batches": 4, "online_batch": 32, "update_size": 16, "lr": 3e-3, "warmup": 1},
-        "run": {"dir": str(tmp_path / "run")},
+def recipe(tiny, folder, **train):
+    return tree(tiny, write_prompts(folder), folder / "run", {"name": "dar", "alpha": 0.1, "beta": 0.3}, **train) | {
+        "model": {"name": str(tiny)}  # in bf16
     }
-    run = dualign.train(tree, reward=lambda prompts, completions, **_: [-float(len(c)) for c in completions])
+
+
+def test_a_whole_run(tiny, tmp_path):
+    config = recipe(tiny, tmp_path, online_batches=40, lr=2e-3)
+    run = dualign.train(config, reward=vowels)
     records = run.metrics()
-    assert len(records) == 4 and all(np.isfinite(r["loss"]) for r in records)
-    assert records[-1]["reward"] > records[0]["reward"]
-    again = Engine(build(tree | {"model": {"name": str(run.resumable())}}))
+    assert len(records) == 40 and all(np.isfinite(r["loss"]) for r in records)
+    rewards = [r["reward"] for r in records]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3
+    again = Engine(build(config | {"model": {"name": str(run.resumable())}}))
     assert again.device.type == "cuda"
+
+
+def test_the_first_updates_forward_pass_gives_log_probs(tiny, tmp_path, monkeypatch):
+    """As a pass of its own does, and the update is the same, up to the rounding of bf16."""
+    batches = []
+    for name, random in (("once", False), ("twice", True)):
+        monkeypatch.setattr("dualign.engine._drops", lambda model, random=random: random)
+        (tmp_path / name).mkdir()
+        run = dualign.train(recipe(tiny, tmp_path / name, online_batches=1), reward=vowels, quiet=True)
+        batches.append((run.read_batch(0).batch, run.metrics()[0]))
+    (one, record), (two, other) = batches
+    assert torch.allclose(one.logp_old_NT, two.logp_old_NT, atol=0.1)
+    assert torch.allclose(one["weight"], two["weight"], rtol=0.1)
+    for name in ("loss", "grad_norm"):
+        assert record[name] == pytest.approx(other[name], rel=0.03)

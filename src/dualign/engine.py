@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 X = TypeVar("X")
 Sums = dict[str, float]  # of the loss and of numbers worth logging, over the rows of one process
 Rows = Batch | Callable[[Tensor, Tensor], Batch]  # or what makes some of them: row numbers (n,), their log π_θ (n, T)
+SCORED = 4  # times the tokens of an update's micro-batch are scored at once on a CPU: nothing is kept for backward
 TOGETHER = 2**27  # entries of weights of one shape that a GPU steps on at once
 
 
@@ -108,11 +109,11 @@ class Engine:
         """The share of `items` that this process works on."""
         return items[self.rank :: self.world]
 
-    def _my_parts(self, tokens: Tokens, rows: Sequence[int]) -> list[list[int]]:
-        """The micro-batches of `rows` that this process works on: of no more tokens than an even share, so that there
-        is work for everyone."""
+    def _my_parts(self, tokens: Tokens, rows: Sequence[int], times: int = 1) -> list[list[int]]:
+        """The micro-batches of `rows` that this process works on: of `times` the tokens of an update's, but no more than
+        an even share, so that there is work for everyone."""
         shared = self.policy.share
-        budget = min(self.micro_batch_tokens, math.ceil(size_of(tokens, rows, shared) / self.world))
+        budget = min(times * self.micro_batch_tokens, math.ceil(size_of(tokens, rows, shared) / self.world))
         return deal(tokens, plan(tokens, rows, budget, shared), self.world, shared)[self.rank]
 
     def gather(self, items: list[X]) -> list[X]:
@@ -133,9 +134,13 @@ class Engine:
         out_NT = torch.zeros(len(tokens), tokens.width, device=self.device)
 
         def work() -> None:
-            for part in self._my_parts(tokens, [row for row in range(len(tokens)) if row not in but]):
+            rows, scored = [row for row in range(len(tokens)) if row not in but], []
+            # a GPU packs the next micro-batch while it works on one
+            for part in self._my_parts(tokens, rows, SCORED if self.device.type == "cpu" else 1):
                 micro = model.pack(tokens, part, self.tokenizer.pad_id)
-                out_NT[micro.rows.to(self.device)] = model(micro).float()
+                scored.append((micro.rows, model(micro).float()))
+            for chosen, value_nT in scored:  # once all is under way: this waits for a GPU
+                out_NT[chosen.to(self.device)] = value_nT
 
         training = model.training
         model.eval()  # no dropout: log π_t is what was sampled from

@@ -95,8 +95,7 @@ def _mean_squares(g: Tensor) -> tuple[Tensor, Tensor]:
     """The means of g² over the last dimension and over the one before it. On a CPU a few rows at a time, which stay in
     cache, and as products with ones: its reductions over any but the last dimension are slower by a factor of ten."""
     if g.dim() > 3 or len(g) > 1 or g.device.type != "cpu":
-        squared = g.square()
-        return squared.mean(-1), squared.mean(-2)
+        return tuple(torch.linalg.vector_norm(g, dim=d).square_().div_(g.shape[d]) for d in (-1, -2))
     _, rows, cols = g.shape
     row, col, one = g.new_empty(1, rows), g.new_zeros(1, cols), g.new_ones(max(rows, cols))
     for at in range(0, rows, ROWS):
