@@ -151,24 +151,25 @@ def test_recorded_log_probs_train_as_recomputed_ones(algo, tiny, tmp_path):
 BY_PROMPT = [{"name": "dar"}, {"name": "grpo", "beta": 0.1}, {"name": "rloo"}, {"name": "dao"}]
 
 
+@pytest.mark.parametrize("size", [8, 16], ids=["two updates", "one update"])
 @pytest.mark.parametrize("algo", BY_PROMPT, ids=str)
-def test_the_first_updates_forward_pass_gives_its_rows_log_probs(algo, tiny, tmp_path, monkeypatch):
-    """Trained on the spot or from the stored batches, to the bit; with a pass of its own, up to rounding. Of the rows
-    of two updates, those of the first go through the policy once instead of twice."""
+def test_the_first_updates_forward_pass_gives_its_rows_log_probs(algo, size, tiny, tmp_path, monkeypatch):
+    """Trained on the spot or from the stored batches, to the bit; with a pass of its own, up to rounding. The rows of
+    an online batch's first update, or of its only one, go through the policy once instead of twice."""
     passed = []
     forward = Policy.forward
     monkeypatch.setattr(Policy, "forward", lambda self, micro: passed.append(len(micro.rows)) or forward(self, micro))
 
-    def trained(name, settings):
+    def trained(name):
         (tmp_path / name).mkdir()
         config = tree(tiny, write_prompts(tmp_path / name), tmp_path / name / "run", algo)
         config["data"]["eval"] = None
-        config["model"] |= settings
+        config["train"]["update_size"] = size
         passed.clear()
         run = dualign.train(config, reward=some_absent, quiet=True)
         return config, run, weights(run.folder), sum(passed)
 
-    config, run, one, rows = trained("once", {})
+    config, run, one, rows = trained("once")
     replayed = tmp_path / "replayed"
     shutil.copytree(run.folder, replayed)
     shutil.rmtree(replayed / "checkpoints")
@@ -178,12 +179,12 @@ def test_the_first_updates_forward_pass_gives_its_rows_log_probs(algo, tiny, tmp
     assert one.keys() == again.keys() and all(torch.equal(one[name], again[name]) for name in one)
 
     monkeypatch.setattr("dualign.engine._drops", lambda model: True)
-    _, plain, two, more = trained("twice", {})
+    _, plain, two, more = trained("twice")
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
     batches, seed = range(config["train"]["online_batches"]), build(config).run.seed
     pairs = [(run.read_batch(step), plain.read_batch(step)) for step in batches]
     assert all(torch.allclose(a.batch.logp_old_NT, b.batch.logp_old_NT, atol=1e-4) for a, b in pairs)
-    first = [next(update_rows(a, ALGORITHMS[algo["name"]](), 8, seed)) for a, _ in pairs]
+    first = [next(update_rows(a, ALGORITHMS[algo["name"]](), size, seed)) for a, _ in pairs]
     assert more - rows == sum(map(len, first)) > 0
 
 

@@ -113,7 +113,8 @@ class Engine:
         """The micro-batches of `rows` that this process works on: of `times` the tokens of an update's, but no more than
         an even share, so that there is work for everyone."""
         shared = self.policy.share
-        budget = min(times * self.micro_batch_tokens, math.ceil(size_of(tokens, rows, shared) / self.world))
+        even = math.ceil(size_of(tokens, rows, shared) / self.world)
+        budget = max(1, min(times * self.micro_batch_tokens, even))
         return deal(tokens, plan(tokens, rows, budget, shared), self.world, shared)[self.rank]
 
     def gather(self, items: list[X]) -> list[X]:

@@ -201,15 +201,15 @@ def test_a_loss_that_is_not_a_number_never_steps(tiny, tmp_path, monkeypatch):
 
 
 def test_a_policy_that_is_not_a_number_is_named_before_the_batch_is_used(tiny, tmp_path, monkeypatch):
-    real = Engine.score
-    monkeypatch.setattr(Engine, "score", lambda self, model, tokens: real(self, model, tokens) * float("nan"))
+    real = Policy.forward
+    monkeypatch.setattr(Policy, "forward", lambda self, micro: real(self, micro) * float("nan"))
     config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}) | {"reward": [reward_file()]}
     del config["data"]["eval"]
     with pytest.raises(StopRun, match=r"online batch 0: log π_t of completion 0 is NaN or infinite .16 of 16 rows"):
         dualign.train(config, quiet=True)
     run = Run.open(tmp_path / "run")
     assert run.read_batch(0) is None and list(run.batches.glob("000000.*.journal"))
-    monkeypatch.setattr(Engine, "score", real)
+    monkeypatch.setattr(Policy, "forward", real)
     assert command("resume", run.folder).code == 0
 
 
