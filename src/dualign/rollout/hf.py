@@ -114,8 +114,12 @@ class HFSampler:
         d.logp_NT.index_copy_(1, step, logp_N[:, None])
 
     def _mask(self, visible_NL: Tensor) -> Tensor:
-        """One query per row. SDPA takes the mask as it is; other kinds build theirs from the 2-D form."""
-        return visible_NL[:, None, None] if self.sdpa else visible_NL.long()
+        """One query per row. SDPA takes the mask as it is, and every layer would make one to add of one that says what is
+        seen; other kinds build theirs from the 2-D form."""
+        if not self.sdpa:
+            return visible_NL.long()
+        added_NL = torch.zeros(visible_NL.shape, dtype=self.policy.dtype, device=visible_NL.device)
+        return added_NL.masked_fill_(~visible_NL, float("-inf"))[:, None, None]
 
     def _prefill(self, requests: Sequence[Request], s: Sampling, draw_NT: Tensor) -> Decoding:
         """Computes each prompt once, branches it K times and draws the first tokens."""
