@@ -17,7 +17,7 @@ from dualign.data import load_examples
 from dualign.errors import UserError
 from dualign.pairs import make_pairs
 from dualign.sft import sft_config
-from runs_common import metrics, reward_file, tree, vowels, write_demonstrations, write_pairs, write_prompts
+from runs_common import launch, metrics, reward_file, tree, vowels, write_demonstrations, write_pairs, write_prompts
 
 
 def call(*arguments):
@@ -60,6 +60,14 @@ def test_sft_takes_demonstrations_recipes_and_overrides(tiny, tmp_path):
         sft_config(data=data)
     with pytest.raises(UserError, match="its algo is dar"):
         sft_config("quickstart")
+
+
+def test_sft_of_two_processes_leaves_one_link(tiny, tmp_path):
+    paths = ("--data", str(write_pairs(tmp_path)), "--model", str(tiny), "--out", str(tmp_path / "run"))
+    done = launch(*SMALL, *paths, processes=2, command="sft")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "model").is_symlink() and not list((tmp_path / "run").glob(".model-*"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
 
 
 def test_sft_goes_on_and_refuses_another_run(tiny, tmp_path):

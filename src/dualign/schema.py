@@ -71,8 +71,8 @@ class RolloutConfig(Settings):
     rows: int = Field(256, ge=1, description="completions decoded side by side in one process")
     log_probs: Literal["recomputed", "recorded"] = Field(
         "recomputed",
-        description="log π_t by a pass of its own over the completions, or as the sampler recorded it: a pass less, "
-        "and off by the rounding between one token at a time and all at once",
+        description="log π_t from the policy once more (of the rows of the first update, from that update's own pass), or "
+        "as the sampler recorded it: less work, and off by the rounding between one token at a time and all at once",
     )
     cuda_graphs: bool = Field(True, description="on a GPU, replay the steps of decoding as CUDA graphs")
 
@@ -84,7 +84,10 @@ class TrainConfig(Settings):
     online_batch: int = Field(64, ge=1, description="completions sampled from one π_t (paper: 512)")
     update_size: int = Field(32, ge=1, description="completions of one optimizer step (paper: 128)")
     micro_batch_tokens: int = Field(
-        4096, ge=16, description="tokens of one forward pass; only memory and speed depend on it"
+        4096,
+        ge=16,
+        description="tokens of one forward and backward pass (a CPU scores four times as many at once); only memory and "
+        "speed depend on it",
     )
     prefix_sharing: bool = Field(True, description="compute a prompt once for its K completions")
     compile: bool = Field(True, description="on a GPU, compile the layers of models that share prompts")

@@ -71,6 +71,7 @@ def make(config: Config) -> Path:
         raise UserError(f"run.dir: {folder} holds a run with other settings; choose another folder")
     run = train(config, resume=begun)
     link = run.folder / "model"
-    link.unlink(missing_ok=True)
-    os.symlink(run.saved()[-1].relative_to(run.folder), link)
+    aside = run.folder / f".model-{os.getpid()}"  # put in place in one step, by any of several processes
+    os.symlink(run.saved()[-1].relative_to(run.folder), aside)
+    os.replace(aside, link)
     return link
