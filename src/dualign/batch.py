@@ -122,6 +122,7 @@ def update_rows(b: WeightedBatch, algo: Algorithm, update_size: int, seed: int) 
 
 
 def part_of(b: WeightedBatch, rows: list[int]) -> tuple[Tokens, Batch]:
+    """These rows alone, as wide as the longest of them."""
     tokens = b.tokens.select(rows)
     return tokens, trim(b.batch.select(torch.tensor(rows)), tokens.width)
 

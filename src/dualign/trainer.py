@@ -172,7 +172,8 @@ class Trainer:
             ref_NT = engine.score_reference(b.tokens) if algo.needs_ref else None
             value_NT = engine.score(engine.critic, b.tokens) if engine.critic else None
         old_NT, begun = log_pi_t(self.config, engine, b, ref_NT, value_NT, clock) if algo.needs_old else (None, None)
-        b = weigh(b, algo, old_NT, ref_NT, value_NT)
+        with clock("score"):
+            b = weigh(b, algo, old_NT, ref_NT, value_NT)
         check_finite(b)
         with clock("write"):
             if engine.main:
