@@ -51,6 +51,10 @@ class BranchCache(Cache):
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return super().update(*args, **kwargs)
 
+    def newest(self) -> list[Tensor]:
+        """(N, heads, head size) each: what layer after layer holds of the newest token."""
+        return [x[:, :, layer.columns.length - 1] for layer in self.layers for x in (layer.keys, layer.values)]
+
     def select(self, rows: Tensor) -> None:
         for layer in self.layers:
             layer.select(rows)

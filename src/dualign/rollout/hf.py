@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +19,12 @@ from dualign.rollout.base import Request, Sampling, uniforms
 from dualign.rollout.cache import BranchCache, Columns
 from dualign.rollout.draw import choose
 from dualign.rollout.graphs import Graphs
+from dualign.rollout.llama import LlamaStep, like_llama
 from dualign.rollout.packed import Product, laid_out_linears, product
 from dualign.types import Rollout
 
 PREFILL = 8192  # tokens of prompts computed at a time
+ROUNDING = 0.05  # how far a step that is spelled out may be from the model's, relatively: bf16 makes it some 0.01
 COMPACT = 0.875  # drop finished rows from the cache once fewer than this share is alive
 HALF = 0.5  # the same on a GPU, where another number of rows needs another graph
 LOOK = 8  # steps between two looks at a GPU's tokens, which wait for it
@@ -33,6 +36,8 @@ class HFSampler:
     def __init__(self, policy: Policy, tokenizer: Tokenizer, rows: int, cuda_graphs: bool = True) -> None:
         self.policy, self.tokenizer, self.rows = policy, tokenizer, rows
         self.head: Product | None = None
+        self.spelled: LlamaStep | None = None
+        self.agrees: bool | None = None  # whether a spelled-out step says what the model says, once tried
         named = inspect.signature(policy.base.forward).parameters  # transformers 5.23 renamed it
         self.cache_name = "cache" if "cache" in named else "past_key_values"
         self.cuda = policy.device.type == "cuda"
@@ -58,7 +63,7 @@ class HFSampler:
         rows = min(self.rows, len(requests) * sampling.k)
         if self.policy.plain_head:
             self.head = product(self.policy.rounded_head(), None, rows)
-        with laid_out_linears(self.policy.base, rows):
+        with self._prepared(by_length, rows):
             for at in range(0, len(by_length), step):
                 self._decode(by_length[at : at + step], sampling, seed, done)
         self.head = None
@@ -66,6 +71,41 @@ class HFSampler:
 
     def sync(self) -> None:
         """Nothing to do: it samples from the policy's own weights."""
+
+    @contextmanager
+    def _prepared(self, requests: Sequence[Request], rows: int) -> Iterator[None]:
+        """On a CPU bf16 weights are laid out once for all steps: those of a step that is spelled out, where the model
+        allows it, or else of each linear layer."""
+        if self.agrees is not False and self.sdpa and self.head is not None and like_llama(self.policy.base):
+            self.spelled = LlamaStep(self.policy.base, rows)
+            if self.agrees is None:
+                self.agrees = self._tried(self.spelled, requests[:4])
+            if not self.agrees:
+                self.spelled = None
+        try:
+            with nullcontext() if self.spelled else laid_out_linears(self.policy.base, rows):
+                yield
+        finally:
+            self.spelled = None
+
+    def _tried(self, step: LlamaStep, requests: Sequence[Request]) -> bool:
+        """Whether a spelled-out step says what the model says, to bf16's rounding: a model with Llama's parts may put
+        them together in another way. Every layer's key and value are compared, too: one layer among many that rotates
+        in another way would hardly show in the logits of a short prompt."""
+        d = self._prefill(requests, Sampling(1, 2, 1.0), torch.full((len(requests), 2), 0.5, dtype=torch.float64))
+        d.columns.grow()
+        newest = self._newest(d)
+
+        def said(step: LlamaStep | None) -> list[Tensor]:
+            logits_NV = self._next_logits(newest, d.cache, step).float()
+            return [logits_NV - logits_NV.mean(-1, keepdim=True), *(x.float() for x in d.cache.newest())]
+
+        expected = said(None)
+        try:
+            found = said(step)
+        except (RuntimeError, AttributeError, ValueError):  # other shapes, norms of another kind
+            return False
+        return all(bool((b - a).norm() <= ROUNDING * a.norm()) for a, b in zip(expected, found, strict=True))
 
     def _decode(
         self, requests: Sequence[Request], s: Sampling, seed: tuple[int, int], done: Callable[[Rollout], None]
@@ -101,12 +141,24 @@ class HFSampler:
     def _step(self, d: Decoding, s: Sampling) -> None:
         """The next token of every row. All that changes is changed in place, by tensors that say where, so that it can
         be a graph."""
-        token_N1 = d.token_NT.index_select(1, d.step)
-        d.visible_NL.index_fill_(1, d.columns.at, True)
-        mask = self._mask(d.visible_NL[:, : d.columns.seen])
-        self._choose(self._logits(token_N1, d.position_N[:, None], mask, d.cache), d, s, d.step.add_(1))
+        logits_NV = self._next_logits(self._newest(d), d.cache, self.spelled)
+        self._choose(logits_NV, d, s, d.step.add_(1))
         d.position_N += 1
         d.columns.at += 1
+
+    def _newest(self, d: Decoding) -> tuple[Tensor, Tensor, Tensor]:
+        """Every row's newest token and its position, (N, 1), and what it sees."""
+        token_N1 = d.token_NT.index_select(1, d.step)
+        d.visible_NL.index_fill_(1, d.columns.at, True)
+        return token_N1, d.position_N[:, None], self._mask(d.visible_NL[:, : d.columns.seen])
+
+    def _next_logits(
+        self, newest: tuple[Tensor, Tensor, Tensor], cache: BranchCache, step: LlamaStep | None = None
+    ) -> Tensor:
+        if step is None or self.head is None:
+            return self._logits(*newest, cache)
+        token_N1, position_N1, mask = newest
+        return self.head(step(token_N1[:, 0], position_N1[:, 0], mask, cache))
 
     def _choose(self, logits_NV: Tensor, d: Decoding, s: Sampling, step: Tensor) -> None:
         token_N, logp_N = choose(logits_NV, s, d.draw_NT.index_select(1, step)[:, 0])
