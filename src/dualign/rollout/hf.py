@@ -24,7 +24,7 @@ from dualign.rollout.packed import Product, laid_out_linears, product
 from dualign.types import Rollout
 
 PREFILL = 8192  # tokens of prompts computed at a time
-ROUNDING = 0.05  # how far a step that is spelled out may be from the model's, relatively: bf16 makes it some 0.01
+ROUNDING = 0.03  # how far a step that is spelled out may be from the model, relatively: bf16 puts it at some 0.01
 COMPACT = 0.875  # drop finished rows from the cache once fewer than this share is alive
 HALF = 0.5  # the same on a GPU, where another number of rows needs another graph
 LOOK = 8  # steps between two looks at a GPU's tokens, which wait for it
@@ -76,22 +76,29 @@ class HFSampler:
     def _prepared(self, requests: Sequence[Request], rows: int) -> Iterator[None]:
         """On a CPU bf16 weights are laid out once for all steps: those of a step that is spelled out, where the model
         allows it, or else of each linear layer."""
-        if self.agrees is not False and self.sdpa and self.head is not None and like_llama(self.policy.base):
-            self.spelled = LlamaStep(self.policy.base, rows)
-            if self.agrees is None:
-                self.agrees = self._tried(self.spelled, requests[:4])
-            if not self.agrees:
-                self.spelled = None
+        self.spelled = self._spelled_out(requests[:4], rows)
         try:
             with nullcontext() if self.spelled else laid_out_linears(self.policy.base, rows):
                 yield
         finally:
             self.spelled = None
 
+    def _spelled_out(self, requests: Sequence[Request], rows: int) -> LlamaStep | None:
+        """The step with weights as they are now; None where the model, tried on `requests`, says something else."""
+        if self.agrees is False or self.head is None or not self.sdpa or not like_llama(self.policy.base):
+            return None
+        try:
+            step = LlamaStep(self.policy.base, rows)
+            if self.agrees is None:
+                self.agrees = self._tried(step, requests)
+        except (RuntimeError, AttributeError, TypeError, ValueError):  # other shapes, norms of another kind
+            self.agrees = False
+        return step if self.agrees else None
+
     def _tried(self, step: LlamaStep, requests: Sequence[Request]) -> bool:
-        """Whether a spelled-out step says what the model says, to bf16's rounding: a model with Llama's parts may put
-        them together in another way. Every layer's key and value are compared, too: one layer among many that rotates
-        in another way would hardly show in the logits of a short prompt."""
+        """Whether the step says what the model says, to bf16's rounding: a model with Llama's parts may put them together
+        in another way. Every layer's key and value are compared, too: one layer among many that rotates in another way
+        would hardly show in the logits of a short prompt."""
         d = self._prefill(requests, Sampling(1, 2, 1.0), torch.full((len(requests), 2), 0.5, dtype=torch.float64))
         d.columns.grow()
         newest = self._newest(d)
@@ -100,12 +107,8 @@ class HFSampler:
             logits_NV = self._next_logits(newest, d.cache, step).float()
             return [logits_NV - logits_NV.mean(-1, keepdim=True), *(x.float() for x in d.cache.newest())]
 
-        expected = said(None)
-        try:
-            found = said(step)
-        except (RuntimeError, AttributeError, ValueError):  # other shapes, norms of another kind
-            return False
-        return all(bool((b - a).norm() <= ROUNDING * a.norm()) for a, b in zip(expected, found, strict=True))
+        pairs = zip(said(None), said(step), strict=True)
+        return all(bool((found - expected).norm() <= ROUNDING * expected.norm()) for expected, found in pairs)
 
     def _decode(
         self, requests: Sequence[Request], s: Sampling, seed: tuple[int, int], done: Callable[[Rollout], None]

@@ -15,27 +15,34 @@ from torch import Tensor, nn
 from dualign.rollout.cache import BranchCache
 from dualign.rollout.packed import Product, product, supported
 
-DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
-LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+NORMS = ("input_layernorm", "post_attention_layernorm")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 
 def like_llama(base: Any) -> bool:
-    """Whether a decoder has Llama's parts, no others, with plain linear layers in bf16 and the residual stream in fp32.
-    That they are put together like Llama's is for whoever uses the step to try out."""
-    if not _has(base, DECODER) or base.embed_tokens.weight.dtype != torch.float32:
+    """Whether a decoder has Llama's parts and no others, such as adapters, with plain linear layers in bf16 and the
+    residual stream in fp32. That they are put together like Llama's is for whoever uses the step to try out."""
+    if not _has(base, "embed_tokens", "layers", "norm", "rotary_emb"):
         return False
+    norms, linear = [base.norm], []
     for layer in base.layers:
-        attention, feed_forward = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-        if not (_has(layer, LAYER) and _has(attention, ATTENTION) and _has(feed_forward, FEED_FORWARD)):
+        if not (_has(layer, *NORMS, "self_attn", "mlp") and _has(layer.self_attn, *ATTENTION)):
             return False
-    linear = [m for m in base.layers.modules() if isinstance(m, nn.Linear)]
-    return all(type(m) is nn.Linear and supported(m.weight) for m in linear)
+        if not _has(layer.mlp, *FEED_FORWARD, "act_fn"):
+            return False
+        norms += [getattr(layer, name) for name in NORMS]
+        linear += [getattr(layer.self_attn, name) for name in ATTENTION]
+        linear += [getattr(layer.mlp, name) for name in FEED_FORWARD]
+    return (
+        base.embed_tokens.weight.dtype == torch.float32
+        and all(not list(norm.children()) for norm in norms)
+        and all(type(m) is nn.Linear and supported(m.weight) for m in linear)
+    )
 
 
-def _has(module: Any, names: set[str]) -> bool:
-    return isinstance(module, nn.Module) and {name for name, _ in module.named_children()} == names
+def _has(module: nn.Module, *names: str) -> bool:
+    return {name for name, _ in module.named_children()} == set(names)
 
 
 class LlamaStep:
