@@ -56,6 +56,8 @@ class HFSampler:
     ) -> None:
         """Calls `done` once per completion, as it finishes. Prompts of similar length are decoded together; rows are
         decoded in the company that they always have, to the last bit: what is left out is a whole such batch."""
+        if not requests:
+            return
         by_length = sorted(requests, key=lambda r: -len(r.prompt_ids))
         step = max(1, self.rows // sampling.k)
         was_training = self.policy.training
