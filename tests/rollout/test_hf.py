@@ -156,6 +156,14 @@ def test_a_row_depends_on_seed_batch_and_row_alone(tiny):
     assert [r.completion_ids for r in whole] != [r.completion_ids for r in draw(policy, tokenizer, requests, s, (6, 3))]
 
 
+def test_nothing_to_sample_is_nothing_to_try(tiny):
+    policy, tokenizer, _ = setup(tiny, "bf16")
+    policy.round()
+    sampler = HFSampler(policy, tokenizer, 8)
+    sampler.sample([], Sampling(4, 8, 1.0), (0, 0), pytest.fail)
+    assert sampler.agrees is None, "found out on no prompt at all"
+
+
 def test_uniforms_are_uniform_and_distinct():
     draws = np.concatenate([uniforms((s, b), r, 16) for s in range(4) for b in range(8) for r in range(64)])
     assert stats.kstest(draws, "uniform").pvalue > 1e-3
