@@ -12,7 +12,8 @@ from transformers import (
     SmolLM3Config,
 )
 
-from dualign.models.policy import Policy, load_model
+from conftest import make_tokenizer
+from dualign.models.policy import Policy, Tokenizer, load_model
 from dualign.rollout import hf
 from dualign.rollout.base import Request, Sampling
 from dualign.rollout.hf import HFSampler
@@ -50,11 +51,15 @@ def sampled(policy, tokenizer):
     return [(r.completion_ids, r.sampler_logp) for r in out], sampler.agrees
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    from conftest import make_tokenizer
-    from dualign.models.policy import Tokenizer
+def draw(sampler):
+    """Four completions of one prompt."""
+    out = []
+    sampler.sample([Request(0, Prompt("0", "x"), (5, 6, 7))], Sampling(4, 20, 1.0), (0, 0), out.append)
+    return [(r.completion_ids, r.sampler_logp) for r in sorted(out, key=lambda r: r.index)]
 
+
+@pytest.fixture(scope="module")
+def tokenizer():
     return Tokenizer(make_tokenizer(), [1, *range(20, 30)])
 
 
@@ -120,13 +125,6 @@ def test_one_layer_of_many_is_enough_to_tell(tokenizer, monkeypatch):
 
 def test_weights_are_those_of_now(tokenizer):
     policy = policy_of(LlamaConfig)
-    requests = [Request(0, Prompt("0", "x"), (5, 6, 7))]
-
-    def draw(sampler):
-        out = []
-        sampler.sample(requests, Sampling(4, 20, 1.0), (0, 0), out.append)
-        return [(r.completion_ids, r.sampler_logp) for r in sorted(out, key=lambda r: r.index)]
-
     sampler = HFSampler(policy, tokenizer, 64)
     before = draw(sampler)
     with torch.no_grad():
@@ -143,13 +141,11 @@ def test_adapters_decode_by_themselves(tiny, tokenizer):
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     policy = Policy(model, "bf16")
     policy.round()
-    sampler, out = HFSampler(policy, tokenizer, 8), []
-    sampler.sample([Request(0, Prompt("0", "x"), (5, 6, 7))], Sampling(4, 8, 1.0), (0, 0), out.append)
-    assert len(out) == 4 and sampler.agrees is None
+    sampler = HFSampler(policy, tokenizer, 8)
+    assert len(draw(sampler)) == 4 and sampler.agrees is None
 
 
 def test_fp32_decodes_by_the_model(tiny, tokenizer):
     model, _ = load_model(ModelConfig(name=str(tiny)))
-    sampler, out = HFSampler(Policy(model, "fp32"), tokenizer, 8), []
-    sampler.sample([Request(0, Prompt("0", "x"), (5, 6, 7))], Sampling(4, 8, 1.0), (0, 0), out.append)
-    assert len(out) == 4 and sampler.agrees is None
+    sampler = HFSampler(Policy(model, "fp32"), tokenizer, 8)
+    assert len(draw(sampler)) == 4 and sampler.agrees is None

@@ -34,7 +34,7 @@ def packed_attention(
     """query: (1, heads, L, d); key, value: (1, kv heads, L, d). Returns (1, L, heads, d)."""
     if layout is None:
         if query.shape[2] == 1 and query.shape[1] >= key.shape[1]:
-            return _one_query(query, key, value, attention_mask, scaling), None
+            return one_query(query, key, value, attention_mask, scaling), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -75,7 +75,7 @@ def _over_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scal
 
 
 @torch.compiler.disable  # SDPA chooses among kernels by what it is given
-def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+def one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     """Decoding: the query heads that share a key head line up as its queries, so that keys are never repeated."""
     n, heads, _, d = query.shape
     lined_up = query.reshape(n, key.shape[1], heads // key.shape[1], d)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from dualign.errors import out_of_memory
 from dualign.models.attention import PACKED
 from dualign.models.policy import Policy, Tokenizer
 from dualign.rollout.base import Request, Sampling, uniforms
@@ -90,10 +91,12 @@ class HFSampler:
         if self.agrees is False or self.head is None or not self.sdpa or not like_llama(self.policy.base):
             return None
         try:
-            step = LlamaStep(self.policy.base, rows)
+            step = LlamaStep(self.policy.base, self.head, rows)
             if self.agrees is None:
                 self.agrees = self._tried(step, requests)
-        except (RuntimeError, AttributeError, TypeError, ValueError):  # other shapes, norms of another kind
+        except (RuntimeError, AttributeError, TypeError, ValueError) as error:  # other shapes, norms of another kind
+            if out_of_memory(error):  # says nothing of the model, and a resumed run must decide alike
+                raise
             self.agrees = False
         return step if self.agrees else None
 
@@ -106,7 +109,7 @@ class HFSampler:
         newest = self._newest(d)
 
         def said(step: LlamaStep | None) -> list[Tensor]:
-            logits_NV = self._next_logits(newest, d.cache, step).float()
+            logits_NV = self._logits(*newest, d.cache, step).float()
             return [logits_NV - logits_NV.mean(-1, keepdim=True), *(x.float() for x in d.cache.newest())]
 
         pairs = zip(said(None), said(step), strict=True)
@@ -146,7 +149,7 @@ class HFSampler:
     def _step(self, d: Decoding, s: Sampling) -> None:
         """The next token of every row. All that changes is changed in place, by tensors that say where, so that it can
         be a graph."""
-        logits_NV = self._next_logits(self._newest(d), d.cache, self.spelled)
+        logits_NV = self._logits(*self._newest(d), d.cache, self.spelled)
         self._choose(logits_NV, d, s, d.step.add_(1))
         d.position_N += 1
         d.columns.at += 1
@@ -156,14 +159,6 @@ class HFSampler:
         token_N1 = d.token_NT.index_select(1, d.step)
         d.visible_NL.index_fill_(1, d.columns.at, True)
         return token_N1, d.position_N[:, None], self._mask(d.visible_NL[:, : d.columns.seen])
-
-    def _next_logits(
-        self, newest: tuple[Tensor, Tensor, Tensor], cache: BranchCache, step: LlamaStep | None = None
-    ) -> Tensor:
-        if step is None or self.head is None:
-            return self._logits(*newest, cache)
-        token_N1, position_N1, mask = newest
-        return self.head(step(token_N1[:, 0], position_N1[:, 0], mask, cache))
 
     def _choose(self, logits_NV: Tensor, d: Decoding, s: Sampling, step: Tensor) -> None:
         token_N, logp_N = choose(logits_NV, s, d.draw_NT.index_select(1, step)[:, 0])
@@ -212,8 +207,12 @@ class HFSampler:
             visible[i, length - len(r.prompt_ids) :] = True
         return ids.to(self.policy.device), visible.to(self.policy.device)
 
-    def _logits(self, ids: Tensor, position: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-        """The next token's logits, (N, V)."""
+    def _logits(
+        self, ids: Tensor, position: Tensor, mask: Tensor, cache: Cache, step: LlamaStep | None = None
+    ) -> Tensor:
+        """The next token's logits, (N, V), by the model or by `step`."""
+        if step is not None:
+            return step(ids[:, 0], position[:, 0], mask, cache)
         inputs = {"input_ids": ids, "position_ids": position, "attention_mask": mask, self.cache_name: cache}
         with self.policy.autocast():
             if self.head is None:

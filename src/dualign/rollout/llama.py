@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
-from dualign.rollout.cache import BranchCache
+from dualign.models.attention import one_query
 from dualign.rollout.packed import Product, product, supported
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -48,19 +49,19 @@ def _has(module: nn.Module, *names: str) -> bool:
 class LlamaStep:
     """The newest token of N rows through the decoder. Weights are laid out for about `rows` rows, as they are now."""
 
-    def __init__(self, base: Any, rows: int) -> None:
-        self.base = base
+    def __init__(self, base: Any, head: Product, rows: int) -> None:
+        self.base, self.head = base, head
         self.layers = [_Layer(layer, rows) for layer in base.layers]
 
-    def __call__(self, token_N: Tensor, position_N: Tensor, mask: Tensor, cache: BranchCache) -> Tensor:
-        """(N, H) the last norm's output. mask: (N, 1, 1, columns seen), added to scores."""
+    def __call__(self, token_N: Tensor, position_N: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        """The next token's logits, (N, V). mask: (N, 1, 1, columns seen), added to scores."""
         x = self.base.embed_tokens(token_N)
         cos, sin = (t.transpose(0, 1) for t in self.base.rotary_emb(x[None], position_N[None]))  # (N, 1, head size)
         low, high = sin.chunk(2, -1)
         signed = torch.cat([-low, high], -1)
         for i, layer in enumerate(self.layers):
             layer(x, cos, signed, mask, cache.layers[i])
-        return _normed(x, self.base.norm, torch.empty_like(x))
+        return self.head(_normed(x, self.base.norm, torch.empty_like(x)))
 
 
 class _Layer:
@@ -70,21 +71,19 @@ class _Layer:
         self.size, self.scaling = attention.head_dim, attention.scaling
         self.heads, self.kv_heads = (m.out_features // self.size for m in (attention.q_proj, attention.k_proj))
         self.qkv = _joined([attention.q_proj, attention.k_proj, attention.v_proj], rows)
-        self.out = _joined([attention.o_proj], rows)
+        self.out = product(attention.o_proj.weight, attention.o_proj.bias, rows)
         self.gate_up, self.act = _joined([mlp.gate_proj, mlp.up_proj], rows), mlp.act_fn
-        self.down = _joined([mlp.down_proj], rows)
+        self.down = product(mlp.down_proj.weight, mlp.down_proj.bias, rows)
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kept: Any) -> None:
         """Adds what the layer has to say to x (N, H), and the token's key and value to `kept`."""
-        n, rotated = len(x), self.heads + self.kv_heads
-        heads = self.qkv(self._normed(x, 0)).view(n, rotated + self.kv_heads, self.size)
+        rotated = self.heads + self.kv_heads
+        heads = self.qkv(self._normed(x, 0)).view(len(x), rotated + self.kv_heads, self.size)
         qk = heads[:, :rotated]
         torch.addcmul(qk * cos, qk.roll(self.size // 2, -1), sin, out=qk)  # halves change places; `sin` has the signs
         keys, values = kept.update(heads[:, self.heads : rotated, None], heads[:, rotated:, None])
-        # query heads that share a key head line up as its queries
-        query = heads[:, : self.heads].unflatten(1, (self.kv_heads, -1))
-        attended = nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scaling)
-        x += self.out(attended.reshape(n, -1))
+        attended = one_query(heads[:, : self.heads, None], keys, values, mask, self.scaling)
+        x += self.out(attended.flatten(1))
         gate, up = self.gate_up(self._normed(x, 1)).chunk(2, -1)
         x += self.down(self.act(gate) * up)
 
