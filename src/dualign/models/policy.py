@@ -1,4 +1,4 @@
-"""The policy: loading, tokens, and the one forward pass that scoring and training share."""
+"""The policy: loading, and the one forward pass that scoring and training share."""
 
 from __future__ import annotations
 
@@ -17,78 +17,30 @@ from dualign.models.logprobs import token_logp
 from dualign.models.master import LightEmbedding, round_linears
 from dualign.models.on_disk import move_to_file
 from dualign.models.packing import MicroBatch, Tokens, pack
+from dualign.models.tokenizer import Tokenizer, load_tokenizer, source_of
 from dualign.schema import ModelConfig
-from dualign.types import Finish, Prompt
+
+__all__ = ["Policy", "Tokenizer", "load_model"]
 
 log = logging.getLogger(__name__)
 
 
-class Tokenizer:
-    """A Hugging Face tokenizer with what alignment needs to be sure of: EOS ids, a pad that is not EOS, a template."""
-
-    def __init__(self, hf: Any, eos_ids: Sequence[int]) -> None:
-        self.hf = hf
-        self.eos_ids = frozenset(eos_ids)
-        self.eos_id = hf.eos_token_id if hf.eos_token_id is not None else min(self.eos_ids)
-        # Padding is masked by length, never by id, so a model whose pad equals its EOS is no danger here.
-        self.pad_id = hf.pad_token_id if hf.pad_token_id is not None else self.eos_id
-
-    def prompt(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt, ready to be answered. Raises UserError for a conversation without a chat template."""
-        if isinstance(prompt.content, str):
-            ids = self.hf(prompt.content)["input_ids"]
-        else:
-            if self.hf.chat_template is None:
-                raise UserError(
-                    f"prompt {prompt.id}: it is a conversation, but the model has no chat template; "
-                    "give one with model.chat_template=FILE.jinja, or use plain-text prompts"
-                )
-            ids = self.hf.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-        if not ids:
-            raise UserError(f"prompt {prompt.id}: it is empty once tokenized")
-        return tuple(ids)
-
-    def completion(self, text: str, finish: Finish = "eos") -> tuple[int, ...]:
-        """Token ids of a given completion, closed with EOS unless it was cut off."""
-        ids = tuple(self.hf(text, add_special_tokens=False)["input_ids"])
-        return (*ids, self.eos_id) if finish == "eos" else ids
-
-    def text(self, completion_ids: Sequence[int]) -> str:
-        return str(self.hf.decode(list(completion_ids), skip_special_tokens=True))
-
-
 def load_model(config: ModelConfig) -> tuple[Any, Tokenizer]:
     """The causal LM in fp32 and its tokenizer. Raises UserError when there is no such model."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from dualign import assets
-
-    name = assets.resolve(config.name)
-    common: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    name, common = source_of(config)
     if config.trust_remote_code:
         log.warning("trust_remote_code is on: code that comes with %s will run", config.name)
     try:
-        hf = AutoTokenizer.from_pretrained(name, **common)
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, attn_implementation=config.attention, use_safetensors=True, **common
         )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"model.name: {config.name} cannot be loaded: {first}") from None
-    if config.chat_template:
-        path = Path(config.chat_template)
-        if not path.is_file():
-            raise UserError(f"model.chat_template: {path}: no such file")
-        hf.chat_template = path.read_text(encoding="utf-8")
-    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    ids |= {hf.eos_token_id} if hf.eos_token_id is not None else set()
-    if not ids:
-        raise UserError(f"model.name: {config.name} names no end-of-sequence token; completions could never end")
     model.config.use_cache = True
-    return model, Tokenizer(hf, sorted(ids))
+    return model, load_tokenizer(config, model)
 
 
 class Policy(nn.Module):
