@@ -41,11 +41,7 @@ def labelled(step: int, rows: Sequence[Row]) -> WeightedBatch:
     """The batch before its log-probs and weights are known."""
     ordered = tuple(sorted(rows, key=lambda row: row.rollout.index))
     present = [row for row in ordered if row.label.value is not None]
-    tokens = Tokens(
-        tuple(r.rollout.prompt_ids for r in present),
-        tuple(r.rollout.completion_ids for r in present),
-        tuple(r.rollout.group for r in present),
-    )
+    tokens = tokens_of(present)
     mask = torch.zeros(len(present), tokens.width)
     for i, ids in enumerate(tokens.completion_ids):
         mask[i, : len(ids)] = 1
@@ -56,6 +52,14 @@ def labelled(step: int, rows: Sequence[Row]) -> WeightedBatch:
         missing_eos_N=torch.tensor([row.rollout.finish == "length" for row in present], dtype=torch.bool),
     )
     return WeightedBatch(step, ordered, tokens, batch)
+
+
+def tokens_of(rows: Sequence[Row]) -> Tokens:
+    return Tokens(
+        tuple(r.rollout.prompt_ids for r in rows),
+        tuple(r.rollout.completion_ids for r in rows),
+        tuple(r.rollout.group for r in rows),
+    )
 
 
 def recorded_logp(b: WeightedBatch) -> Tensor:

@@ -20,6 +20,7 @@ from dualign.algos import Algorithm, Batch
 from dualign.annotate.base import Annotator
 from dualign.annotate.function import name_of
 from dualign.batch import (
+    Row,
     WeightedBatch,
     check_finite,
     labelled,
@@ -159,13 +160,7 @@ class Trainer:
         self.engine.make_room()
         self.run.journal.begin(self.run.batch_path(step).with_suffix(""))
         b = labelled(step, everyones(self.engine, lambda: self.source.collect(step, clock)))
-        if b.rows and b.absent / len(b.rows) > self.config.train.max_absent:
-            self.run.journal.retry_absent()
-            reasons = sorted({row.label.reason or "" for row in b.rows if row.label.value is None})
-            raise StopRun(
-                f"online batch {step}: {b.absent} of {len(b.rows)} completions have no label, more than "
-                f"train.max_absent={self.config.train.max_absent} allows. Reasons: {'; '.join(reasons[:5])}"
-            )
+        self._stop_if_absent(f"online batch {step}", b.rows)
         self.view.phase(step, "scoring")
         engine, algo = self.engine, self.algo
         with clock("score"):
@@ -180,6 +175,23 @@ class Trainer:
                 self.run.write_batch(b)
             engine.barrier()
         return b, begun
+
+    def _stop_if_absent(self, where: str, rows: Sequence[Row], needed: bool = False) -> None:
+        """Raises StopRun where more completions than may have no label, or none has one that is `needed`. A resume asks
+        for those again."""
+        absent = [row.label.reason or "" for row in rows if row.label.value is None]
+        limit = self.config.train.max_absent
+        if rows and len(absent) / len(rows) > limit:
+            why = f"more than train.max_absent={limit} allows"
+        elif needed and len(absent) == len(rows):
+            why = "and without any there is nothing to report"
+        else:
+            return
+        self.run.journal.retry_absent()
+        raise StopRun(
+            f"{where}: {len(absent)} of {len(rows)} completions have no label, {why}. "
+            f"Reasons: {'; '.join(sorted(set(absent))[:5])}"
+        )
 
     def _update(
         self, b: WeightedBatch, begun: Sums | None, skip: int, losses: list[dict[str, float]], clock: Clock
@@ -244,6 +256,7 @@ class Trainer:
         self.engine.make_room()
         self.run.journal.begin(self.run.evaluation_path(done).with_suffix(""))
         result, rows = evaluate(self.config, self.engine, self.labeller, self.heldout, done)
+        self._stop_if_absent(f"held-out evaluation after {done} online batches", rows, needed=True)
         if self.engine.main:
             self.run.write_evaluation(done, rows, result.record())
         self.engine.track(done, {"heldout": result.record()})
@@ -356,6 +369,9 @@ def batch_record(b: WeightedBatch, losses: list[dict[str, float]]) -> dict[str, 
         "absent": b.absent,
         **b.stats,
     }
+    if any(PENALTY in row.label.parts for row in b.rows):
+        own = [v - (row.label.parts.get(PENALTY) or 0.0) for row in b.rows if (v := row.label.value) is not None]
+        record["reward_unpenalised"] = float(np.mean(own))
     rewards = {name for row in b.rows for name in row.label.parts} - {PENALTY}
     for name in sorted(rewards) if len(rewards) > 1 else ():  # from the rows, so that a replay agrees
         given = [row.label.parts[name] for row in b.rows if name in row.label.parts]  # of the rows that it applies to

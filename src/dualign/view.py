@@ -15,10 +15,11 @@ from rich.text import Text
 from dualign.algos import Algorithm
 from dualign.config import Config
 from dualign.errors import clean
+from dualign.heldout import HeldOut, kl_name
+from dualign.intervals import known, plus_minus, too_few
 
 if TYPE_CHECKING:
     from dualign.engine import Engine
-    from dualign.heldout import HeldOut
     from dualign.runs import Run
 
 SHOWN = 12  # latest batches in the live table
@@ -26,7 +27,7 @@ COLLAPSED = 0.5  # of the share of different answers at π_0: a person should be
 COLUMNS = {  # column: (key, format); shown when the key is there
     "batch": ("step", "{:d}"),
     "reward": ("reward", "{:+.3f}"),
-    "KL(π_t‖π_0)": ("kl", "{:.2f}"),
+    "KL to π_0": ("kl", "{:.2f}"),
     "clipped": ("clip_rate", "{:.0%}"),
     "ess": ("ess", "{:.0%}"),
     "tied": ("tied", "{:.0%}"),
@@ -35,6 +36,8 @@ COLUMNS = {  # column: (key, format); shown when the key is there
     "different": ("distinct", "{:.0%}"),
     "absent": ("absent", "{:d}"),
     "loss": ("loss", "{:.3g}"),
+    "margin": ("margin", "{:+.3g}"),
+    "accuracy": ("accuracy", "{:.0%}"),
     "grad": ("grad_norm", "{:.2g}"),
 }
 
@@ -44,6 +47,7 @@ class View:
 
     def __init__(self, config: Config, quiet: bool = False) -> None:
         self.config = config
+        self.columns = columns_of(config)
         self.console = Console(quiet=quiet, highlight=False, markup=False, emoji=False)
         self.rows: list[dict[str, Any]] = []
         self.said: set[str] = set()
@@ -75,7 +79,7 @@ class View:
     def batch(self, record: dict[str, Any], warnings: list[str]) -> None:
         self.rows.append(record)
         if self.live is None:
-            cells = [f"{name} {text}" for name, text in _cells(record).items()]
+            cells = [f"{name} {text}" for name, text in self._cells(record).items()]
             self.say(f"{'  '.join(cells)}  | {_seconds(record)}  {self._eta()}")
         for warning in warnings:
             if warning not in self.said:
@@ -83,11 +87,14 @@ class View:
                 self.say(f"note (batch {record['step']}): {warning}")
 
     def evaluation(self, result: HeldOut) -> None:
+        absent = f", absent {result.absent:.0%} of the labels" if result.absent else ""
+        of = f" of {result.asked}" if result.asked is not None and result.asked > result.prompts else ""
         self.say(
-            f"held-out after {result.batches} batches: reward {result.reward:+.3f} ± {result.reward_ci:.3f}, "
-            f"KL to π_0 {result.kl:.2f} ± {result.kl_ci:.2f} nats, length {result.length:.1f}, "
-            f"no EOS {result.missing_eos:.0%}, different {result.distinct:.0%} "
-            f"({result.prompts} prompts, {result.seconds:.1f} s)"
+            f"held-out after {result.batches} batches: "
+            f"reward {plus_minus(result.reward, result.reward_ci, result.prompts, '{:+.3f}')}, "
+            f"{_kl(result.record())}, length {result.length:.1f}, "
+            f"no EOS {result.missing_eos:.0%}, different {_text(result.distinct, '{:.0%}')}{absent} "
+            f"({result.prompts}{of} prompts, {result.seconds:.1f} s)"
         )
 
     def finish(self, summary: dict[str, Any], run: Run) -> None:
@@ -111,20 +118,29 @@ class View:
 
     def _render(self) -> Group:
         shown = self.rows[-SHOWN:]
-        names = [name for name, (key, _) in COLUMNS.items() if any(r.get(key) is not None for r in shown)]
+        names = [name for name, (key, _) in self.columns.items() if any(r.get(key) is not None for r in shown)]
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in names:
             table.add_column(name, justify="right")
         table.add_column("seconds")
         for record in shown:
-            cells = _cells(record)
+            cells = self._cells(record)
             table.add_row(*(cells.get(name, "") for name in names), _seconds(record))
         progress = f"{len(self.rows)} batches  {self._eta()}" if self.rows else ""
         return Group(table, Text(f"{self.doing}  {progress}".strip(), style="dim"))
 
+    def _cells(self, record: dict[str, Any]) -> dict[str, str]:
+        shown = {name: (record.get(key), form) for name, (key, form) in self.columns.items()}
+        return {name: form.format(value) for name, (value, form) in shown.items() if value is not None}
 
-def _cells(record: dict[str, Any]) -> dict[str, str]:
-    return {name: form.format(record[key]) for name, (key, form) in COLUMNS.items() if record.get(key) is not None}
+
+def columns_of(config: Config) -> dict[str, tuple[str, str]]:
+    """COLUMNS by the names that they have under the run's sampling and reward."""
+    r = config.rollout
+    names = {"KL to π_0": kl_name({"temperature": r.temperature, "top_p": r.top_p})}
+    if r.missing_eos_penalty:
+        names["reward"] = "reward less penalty"
+    return {names.get(name, name): column for name, column in COLUMNS.items()}
 
 
 def _seconds(record: dict[str, Any]) -> str:
@@ -181,23 +197,29 @@ def warnings_of(record: dict[str, Any], algo: Algorithm) -> list[str]:
 
 def verdict(summary: dict[str, Any]) -> list[str]:
     """Did it get better, by how much, and at what price, in words."""
-    before, after, gain, ci = summary["before"], summary["after"], summary["gain_sd"], summary["gain_sd_ci"]
-    clear = "better" if gain - ci > 0 else "worse" if gain + ci < 0 else "no clear change"
-    if math.isnan(ci):
-        clear = "one prompt says nothing about others"
+    before, after = summary["before"], summary["after"]
+    n = summary.get("n", after["prompts"])  # a run of before does not say how many prompts have both labels
+    gain, half, scale = summary["gain_sd"], summary["gain_sd_ci"], "standard deviations"
+    if gain is None or (half is not None and not summary["sd"]):  # rewards of π_0 that are all equal have none
+        gain, half, scale = summary["gain"], summary["gain_ci"], "in the reward's own units"
     lines = [
-        f"held-out reward {before['reward']:+.3f} -> {after['reward']:+.3f}: {gain:+.2f} ± {ci:.2f} standard deviations "
-        f"(95 % interval over {after['prompts']} prompts): {clear}",
+        f"held-out reward {before['reward']:+.3f} -> {after['reward']:+.3f}: {plus_minus(gain, half, n)} {scale} "
+        f"(95 % interval over {n} prompts): {_better(gain, half, n)}",
         *(f"  {name} {_change(each)}" for name, each in summary.get("rewards", {}).items()),
         *(
             f"as trained, an answer that is cut off worth {summary['penalty']:g} less: {_change(each)}"
             for each in [summary.get("trained")]
             if each
         ),
-        f"KL to π_0 {after['kl']:.2f} ± {after['kl_ci']:.2f} nats; length {before['length']:.1f} -> {after['length']:.1f}; "
+        f"{_kl(after)}; length {before['length']:.1f} -> {after['length']:.1f}; "
         f"no EOS {before['missing_eos']:.0%} -> {after['missing_eos']:.0%}",
     ]
-    if "distinct" in before and after["distinct"] < COLLAPSED * before["distinct"]:
+    if before.get("absent") or after.get("absent"):
+        lines.append(
+            f"of the held-out labels, {before.get('absent', 0):.0%} before and {after.get('absent', 0):.0%} after are absent"
+        )
+    different = before.get("distinct"), after.get("distinct")
+    if different[0] is not None and different[1] is not None and different[1] < COLLAPSED * different[0]:
         lines.append(
             f"only {after['distinct']:.0%} of the answers differ ({before['distinct']:.0%} before): the policy has collapsed "
             "to what the reward likes best; lower train.lr, raise algo.beta, or bound the reward (reward.N.clip)"
@@ -205,8 +227,33 @@ def verdict(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _change(each: dict[str, float]) -> str:
-    return f"{each['before']:+.3f} -> {each['after']:+.3f}: {each['gain_sd']:+.2f} ± {each['gain_sd_ci']:.2f}"
+def _better(gain: float | None, half: float | None, n: int) -> str:
+    """The verdict in a word, where there are prompts enough for one."""
+    if not n or gain is None:
+        return "no prompt has a label both before and after"
+    if few := too_few(n):
+        return few
+    if half is None or math.isnan(half):
+        return "the differences are all equal" if gain else "no change"
+    return "better" if gain - half > 0 else "worse" if gain + half < 0 else "no clear change"
+
+
+def _change(each: dict[str, Any]) -> str:
+    before, after = (_text(each[key], "{:+.3f}") for key in ("before", "after"))
+    gain, half = (each["gain_sd"], each["gain_sd_ci"]) if each["sd"] else (each["gain"], each["gain_ci"])
+    n = f" (n={each['n']})" if "n" in each and half is not None else ""
+    return f"{before} -> {after}: {plus_minus(gain, half, each.get('n'))}{n}"
+
+
+def _kl(record: dict[str, Any]) -> str:
+    """The distance to π_0 by the name of what was measured."""
+    if record.get("batches") == 0 and record["kl"] == 0:
+        return f"{kl_name(record)} 0"
+    return f"{kl_name(record)} {plus_minus(record['kl'], record['kl_ci'], record['prompts'], '{:.2f}')} nats"
+
+
+def _text(value: float | None, form: str) -> str:
+    return form.format(value) if value is not None and known(value) else "–"
 
 
 def _answers(run: Run, done: int, count: int = 6) -> Table:

@@ -5,6 +5,7 @@ import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -13,10 +14,11 @@ import dualign
 from dualign.cli import application
 from dualign.data import load_prompts
 from dualign.errors import UserError
-from dualign.eval import cost, rewards
+from dualign.eval import alpaca, cost, rewards, show
 from dualign.eval.judges import judge_pairs, open_judge
 from dualign.eval.outputs import Generation, Outputs, generate, grouped, points, read
 from dualign.eval.winrate import measure
+from dualign.intervals import FEW
 from dualign.schema import ModelConfig
 from fault_server import FaultServer
 from runs_common import tree, vowels, write_prompts
@@ -168,6 +170,26 @@ def test_several_runs_are_seeds(run, tmp_path):
     seeds = json.loads(out.read_text())["seeds"]
     assert seeds["over_seeds"]["n"] == 2 and seeds["over_seeds"]["low"] == seeds["over_seeds"]["high"]  # equal seeds
     assert seeds["over_prompts"]["n"] == 12 and seeds["over_prompts"]["low"] < seeds["over_prompts"]["high"]
+
+
+@pytest.mark.parametrize("prompts", [FEW - 1, FEW])
+def test_few_prompts_have_no_length_control_price_or_verdict(prompts, tmp_path, run, capsys):
+    """And the output says why."""
+    a = outputs(tmp_path, "a", ["a" * (i % 7 + 3) for i in range(prompts)])
+    b = outputs(tmp_path, "b", ["b" * (i % 5 + 2) for i in range(prompts)])
+    point = measure(a, b, judge_pairs(open_judge(LENGTH), a, b))
+    few = prompts < FEW
+    assert bool(point["by_length"]) != few and (point["length_controlled"]["n"] == prompts)
+    assert np.isnan(point["length_controlled"]["value"]) == few
+    assert point["win_rate"]["low"] < point["win_rate"]["value"] < point["win_rate"]["high"] <= 1
+    system = {"source": "a", "points": [point], **cost.of_system(str(run), point)}
+    assert (system["cost_per_point"] is None) == few and system["cost"]["labels"] == 320
+    show.winrate({"systems": [system], "judge": {"name": "length"}}, tmp_path / "x.json")
+    said = capsys.readouterr().out
+    told = f"{prompts} prompts are too few for a verdict ({FEW} are needed)"
+    assert (f"no length control: {told}" in said) == (f"no cost per point of win rate: {told}" in said) == few
+    assert (told in rewards.survival({str(i): 1.0 + i for i in range(prompts)})) == few
+    assert (told in alpaca.headline(point)) == few
 
 
 def test_cost_reads_the_account(run):

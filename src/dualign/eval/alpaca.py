@@ -15,6 +15,7 @@ from typing import Any
 
 from dualign.errors import UserError
 from dualign.eval.outputs import Answer, Outputs, grouped, read
+from dualign.intervals import bracket, too_few
 from dualign.types import Prompt
 
 BASELINES = ("reference_gpt4_1106_preview", "reference_text_davinci_003")  # AlpacaEval 2's, AlpacaEval 1's
@@ -57,5 +58,10 @@ def official(model: Path, reference: Path, config: str) -> int:
 
 
 def headline(point: dict[str, Any]) -> str:
-    lc, raw = point["length_controlled"], point["win_rate"]
-    return f"length-controlled {lc['value']:.1%} [{lc['low']:.1%}, {lc['high']:.1%}], raw {raw['value']:.1%}"
+    raw = bracket(point["win_rate"], "{:.1%}")
+    few = too_few(point["win_rate"]["n"])
+    return (
+        f"raw {raw}; no length control: {few}"
+        if few
+        else (f"length-controlled {bracket(point['length_controlled'], '{:.1%}')}, raw {raw}")
+    )

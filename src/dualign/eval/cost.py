@@ -8,6 +8,7 @@ from typing import Any
 
 from dualign.errors import UserError
 from dualign.eval.outputs import is_run
+from dualign.intervals import FEW
 
 COLUMNS = ("calls", "prompt_tokens", "completion_tokens", "picodollars")
 
@@ -28,11 +29,12 @@ def cost_of(folder: Path) -> dict[str, Any]:
 
 
 def of_system(source: str, point: dict[str, Any]) -> dict[str, Any]:
-    """The cost of a run, and per point of the win rate of `point`; nothing for what is no run."""
+    """The cost of a run, and per point of the win rate of `point` (None of fewer than FEW prompts); nothing for what is
+    no run."""
     if not is_run(source):
         return {}
-    cost = cost_of(Path(source))
-    return {"cost": cost, "cost_per_point": per_point(cost, point["win_rate"]["value"])}
+    cost, rate = cost_of(Path(source)), point["win_rate"]
+    return {"cost": cost, "cost_per_point": per_point(cost, rate["value"]) if rate["n"] >= FEW else None}
 
 
 def _bought(path: Path) -> tuple[int, ...]:

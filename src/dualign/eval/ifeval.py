@@ -11,6 +11,7 @@ from typing import Any
 from dualign.errors import UserError
 from dualign.eval.outputs import Answer
 from dualign.eval.statistics import share
+from dualign.intervals import bracket
 
 MISSING = "counting sentences needs NLTK's data: python -m nltk.downloader punkt punkt_tab"
 
@@ -54,8 +55,5 @@ def table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         every = [ok for r in checked for ok in r[kind]]
         result[f"instruction_{kind}"] = sum(every) / len(every) if every else None
     result["absent_reasons"] = sorted({r["reason"] for r in rows if r["reason"]})[:3]
-    strict = result["prompt_strict"]
-    result["headline"] = (
-        f"prompt-level strict accuracy {strict['value']:.1%} [{strict['low']:.1%}, {strict['high']:.1%}]"
-    )
+    result["headline"] = f"prompt-level strict accuracy {bracket(result['prompt_strict'], '{:.1%}')}"
     return result

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from dualign.eval.statistics import NOTHING, RESAMPLES, Array, Estimate, counts, percentile, share
+from dualign.intervals import FEW
 
 RIDGE = (
     0.01  # on both coefficients, per fit (not per row): keeps a separable sample finite, moves others by ~0.1 points
@@ -34,11 +35,13 @@ def length_controlled(
     fitted by maximum likelihood on the scores as soft labels; its value at Δ = 0 is σ(θ). The paper's third term, the
     instruction's difficulty, is estimated from a leaderboard of many models and does not exist for one pair of them.
     The interval is a bootstrap over prompts that fits anew in every resample; equal outcomes get what `share` gives.
+    Of fewer than FEW prompts there is no value: two coefficients would fit nearly anything.
     """
     score, delta = np.asarray(score_n, float), np.asarray(chars_a_n, float) - np.asarray(chars_b_n, float)
     n = len(score)
-    if not n:
-        return LengthControlled(NOTHING, NOTHING)
+    if n < FEW:
+        nothing = replace(NOTHING, n=n)
+        return LengthControlled(nothing, nothing)
     if score.min() == score.max():  # nothing to tell length's part by
         return LengthControlled(share(score, seed), NOTHING)
     (theta, phi), draws_B2 = _fit(score, delta, np.ones((1, n)))[0], _fit(score, delta, counts(n, RESAMPLES, seed))

@@ -20,6 +20,7 @@ from dualign.annotate.settings import JudgeSampling
 from dualign.errors import UserError
 from dualign.eval.outputs import Generation, generate, key_of
 from dualign.eval.statistics import t_interval
+from dualign.intervals import bracket
 from dualign.schema import ModelConfig
 from dualign.types import Label, Message, Prompt
 
@@ -149,5 +150,5 @@ def table(questions: Sequence[Question], ratings: Sequence[tuple[Label, Label]])
     overall = rows["all"]["both"]
     headline = "no rating in any reply of the judge"
     if overall["n"]:
-        headline = f"{overall['value']:.2f} [{overall['low']:.2f}, {overall['high']:.2f}] of 10"
+        headline = f"{bracket(overall, '{:.2f}')} of 10"
     return {"rows": rows, "absent": absent, "headline": headline}

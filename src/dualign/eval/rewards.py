@@ -10,6 +10,7 @@ import numpy as np
 from dualign.eval.judges import Judge, score
 from dualign.eval.outputs import Answer, Outputs
 from dualign.eval.statistics import correlation, t_interval
+from dualign.intervals import too_few
 
 SHOWN = 20  # disagreements that are listed
 
@@ -73,6 +74,8 @@ def swap(points: Sequence[Outputs], first: Sequence[Scored], second: Sequence[Sc
 def survival(second_gain: dict[str, float]) -> str:
     """Does the gain show under the second judge?"""
     gain = t_interval(list(second_gain.values()))
+    if few := too_few(gain.n):
+        return few
     return "yes" if gain.low > 0 else "no: it fell" if gain.high < 0 else "not clearly"
 
 

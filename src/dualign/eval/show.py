@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dualign.errors import clean
+from dualign.intervals import bracket, known, too_few
 
 
 def _console() -> Console:
@@ -27,11 +28,11 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def percent(e: dict[str, Any]) -> str:
-    return f"{e['value']:.1%} [{e['low']:.0%}, {e['high']:.0%}]" if e["n"] else "-"
+    return bracket(e, "{:.1%}", "{:.0%}")
 
 
 def number(e: dict[str, Any]) -> str:
-    return f"{e['value']:+.3f} [{e['low']:+.3f}, {e['high']:+.3f}]" if e["n"] else "-"
+    return bracket(e, "{:+.3f}")
 
 
 def winrate(result: dict[str, Any], path: Path) -> None:
@@ -46,7 +47,10 @@ def winrate(result: dict[str, Any], path: Path) -> None:
                           f"{p['won']}/{p['tied']}/{p['lost']}", str(p["absent"]),
                           f"{p['chars_a'] or 0:.0f}/{p['chars_b'] or 0:.0f}", same)  # fmt: skip
         console.print(table)
-        console.print(_lengths(system["points"][-1]))
+        if (last := system["points"][-1])["by_length"]:
+            console.print(_lengths(last))
+        else:
+            console.print(f"no length control: {too_few(last['win_rate']['n'])}")
         if "cost" in system:
             console.print(Text(_cost(system)))
     if "seeds" in result:
@@ -66,9 +70,11 @@ def _lengths(point: dict[str, Any]) -> Table:
 
 
 def _cost(system: dict[str, Any]) -> str:
-    cost, each = system["cost"], system["cost_per_point"]
+    cost, each, n = system["cost"], system["cost_per_point"], system["points"][-1]["win_rate"]["n"]
     spent = f"{cost['labels']:,} labels, {cost['calls']:,} judge calls, {cost['tokens']:,} tokens"
     text = f"cost: {spent}, ${cost['dollars']:.2f}, {cost['hours']:.2f} h"
+    if each is None:
+        return f"{text}; no cost per point of win rate: {too_few(n)}"
     if each["labels"] is None:
         return f"{text}; the win rate is not above 50 %"
     price = f"{each['labels']:.0f} labels, {each['tokens']:.0f} tokens, ${each['dollars']:.4f}, {each['hours']:.3f} h"
@@ -100,7 +106,7 @@ def reward(result: dict[str, Any], path: Path) -> None:
 
 
 def _r(c: dict[str, float]) -> str:
-    return f"{c['pearson']:.2f} [{c['low']:.2f}, {c['high']:.2f}]"
+    return bracket(c | {"value": c["pearson"]}, "{:.2f}") if known(c["pearson"]) else f"– (n={c['n']})"
 
 
 def cheat(result: dict[str, Any], path: Path) -> None:
@@ -122,8 +128,8 @@ def mtbench(result: dict[str, Any], path: Path) -> None:
     table = _table(f"MT-Bench: {result['source']}", "category", "turn 1", "turn 2", "both [95 %]", "questions")
     for name, row in result["rows"].items():
         both = row["both"]
-        interval = f"{both['value']:.2f} [{both['low']:.2f}, {both['high']:.2f}]" if both["n"] else "-"
-        table.add_row(name, _plain(row["turn_1"]["value"]), _plain(row["turn_2"]["value"]), interval, str(both["n"]))
+        turns = (_plain(row[turn]["value"]) for turn in ("turn_1", "turn_2"))
+        table.add_row(name, *turns, bracket(both, "{:.2f}"), str(both["n"]))
     console.print(table)
     console.print(f"{result['headline']}; {result['absent']} ratings absent; in {path}")
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+
+from dualign.intervals import FEW, all_equal, bracket, half_width
 
 Array = NDArray[np.float64]
 RESAMPLES = 2000
@@ -18,7 +20,8 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval; `n`: prompts, or seeds, that it rests on. All nan where n is 0."""
+    """A value with its 95 % interval, infinite where there is none; `n`: prompts, or seeds, that it rests on. nan where
+    there is no value."""
 
     value: float
     low: float
@@ -29,21 +32,21 @@ class Estimate:
         return asdict(self)
 
     def text(self, form: str = "{:+.2f}") -> str:
-        return f"{form.format(self.value)} [{form.format(self.low)}, {form.format(self.high)}]"
+        return bracket(self.record(), form)
 
 
 NOTHING = Estimate(float("nan"), float("nan"), float("nan"), 0)
 
 
 def t_interval(values: ArrayLike) -> Estimate:
-    """Mean of independent values with Student's interval; a single value has an infinite one."""
+    """Mean of independent values with Student's interval. A single value has an infinite one, and so have equal values:
+    they do not tell how much others would differ."""
     x = np.asarray(values, float)
     if not len(x):
         return NOTHING
-    mean = float(x.mean())
-    if len(x) == 1:
-        return Estimate(mean, float("-inf"), float("inf"), 1)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
+    mean, half = float(x.mean()), half_width(x)
+    if np.isnan(half):
+        return Estimate(mean, float("-inf"), float("inf"), len(x))
     return Estimate(mean, mean - half, mean + half, len(x))
 
 
@@ -74,8 +77,9 @@ def bootstrap(
 
 def percentile(value: float, draws: Array, n: int) -> Estimate:
     """Efron's percentile interval at Hesterberg's expanded level Φ(−t √(n/(n−1))) (2015, The American Statistician 69(4),
-    section 5.3): the plain one is as much too narrow in small samples as a normal interval is."""
-    if n < 2:
+    section 5.3): the plain one is as much too narrow in small samples as a normal interval is. Infinite for a single
+    prompt, and where all draws are equal."""
+    if n < 2 or all_equal(draws):
         return Estimate(value, float("-inf"), float("inf"), n)
     tail = float(stats.norm.cdf(stats.t.ppf((1 - LEVEL) / 2, n - 1) * np.sqrt(n / (n - 1))))
     low, high = np.quantile(draws, [tail, 1 - tail])
@@ -90,22 +94,26 @@ def weighted_mean(values: Array, weight_Bn: Array) -> Array:
 def share(score_n: ArrayLike, seed: int = 0) -> Estimate:
     """A win rate: the mean of per-prompt scores in [0, 1] (1 won, 0.5 tie, 0 lost, or means of several pairs).
 
-    Bootstrap, except where all scores are equal: there a bootstrap would say that nothing is uncertain, and Wilson's
-    interval (1927) of n equal outcomes is given instead.
+    Bootstrap from FEW prompts on. Of fewer, and where all scores are equal, Wilson's interval (1927), as if every score
+    were won or lost, which is never narrower: a bootstrap would say that of six wins nothing is uncertain.
     """
     from dualign.annotate.agreement import wilson
 
     x = np.asarray(score_n, float)
-    if not len(x) or x.min() < x.max():
-        return bootstrap(x, seed=seed)
-    return Estimate(float(x[0]), *wilson(float(x.sum()), len(x)), len(x))
+    if not len(x):
+        return NOTHING
+    if len(x) < FEW or all_equal(x):
+        return Estimate(float(x.mean()), *wilson(float(x.sum()), len(x)), len(x))
+    return bootstrap(x, seed=seed)
 
 
 def over_seeds(score_Sn: list[dict[str, float]]) -> tuple[Estimate, Estimate]:
     """Several seeds, each a score per prompt id: the mean over seeds with Student's interval between seeds (how much a
-    new seed may differ), and with the bootstrap over prompts, each prompt's scores averaged over the seeds that have it
-    (how much new prompts may)."""
+    new seed may differ; no win rate lies outside 0 and 1), and with the bootstrap over prompts, each prompt's scores
+    averaged over the seeds that have it (how much new prompts may)."""
     between = t_interval([float(np.mean(list(s.values()))) for s in score_Sn if s])
+    if np.isfinite(between.low):
+        between = replace(between, low=max(0.0, between.low), high=min(1.0, between.high))
     prompts = sorted({p for s in score_Sn for p in s})
     return between, share([np.mean([s[p] for s in score_Sn if p in s]) for p in prompts])
 

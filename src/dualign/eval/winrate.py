@@ -12,6 +12,7 @@ from dualign.eval.judges import Judge, Pair, judge_pairs
 from dualign.eval.length import by_length, length_controlled
 from dualign.eval.outputs import Outputs
 from dualign.eval.statistics import over_seeds, share
+from dualign.intervals import FEW
 
 
 def sides(source: str, points: list[Outputs], other: Outputs | None) -> tuple[list[Outputs], Outputs]:
@@ -35,7 +36,8 @@ def per_prompt(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def measure(a: Outputs, b: Outputs, pairs: Sequence[Pair], seed: int = 0) -> dict[str, Any]:
-    """One point: the win rate of a over b, raw and length-controlled, by length, and how consistent the judge was."""
+    """One point: the win rate of a over b, raw and (from FEW prompts on) length-controlled and by length, and how
+    consistent the judge was."""
     judged = [p for p in pairs if p.value is not None]
     score = per_prompt(pairs)
     chars_a, chars_b = (_mean_chars(judged, side) for side in ("a", "b"))
@@ -49,7 +51,7 @@ def measure(a: Outputs, b: Outputs, pairs: Sequence[Pair], seed: int = 0) -> dic
         "won": won, "tied": len(judged) - won - lost, "lost": lost, "absent": len(pairs) - len(judged),
         "absent_reasons": sorted({p.reason for p in pairs if p.reason})[:5],
         "chars_a": float(np.mean(long_a)) if score else None, "chars_b": float(np.mean(long_b)) if score else None,
-        "by_length": by_length(values, long_a, long_b), **consistency(pairs),
+        "by_length": by_length(values, long_a, long_b) if len(score) >= FEW else [], **consistency(pairs),
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pyarrow.parquet as pq
 
 from dualign.errors import UserError
 from dualign.eval import results
+from dualign.heldout import kl_name
 from dualign.runs import Run, read_table
+from dualign.yaml_text import parse_yaml
 
 TEXT_BUDGET = 2_400_000  # characters of prompts and completions in one page, all runs together
 LONGEST = 4000  # characters shown of one text
@@ -36,6 +39,23 @@ class RunData:
     weights: dict[int, np.ndarray]  # positive weights of some batches
     results: list[Json] = field(default_factory=list)
 
+    @cached_property
+    def config(self) -> Json:
+        """As it stands in the folder: a run of before lacks sections and keys."""
+        tree = parse_yaml(self.config_text, str(self.folder / "config.yaml"))
+        return tree if isinstance(tree, dict) else {}
+
+    @property
+    def sampling(self) -> Json:
+        """Of training: temperature, top-p, the penalty for a missing EOS."""
+        found: Json = self.config.get("rollout") or {}
+        return found
+
+    @property
+    def eval_sampling(self) -> Json:
+        temperature = (self.config.get("eval") or {}).get("temperature")
+        return self.sampling if temperature is None else self.sampling | {"temperature": temperature}
+
     def of_kind(self, kind: str) -> list[Json]:
         return [r for r in self.results if r["kind"] == kind]
 
@@ -47,6 +67,12 @@ class RunData:
                 if Path(system["source"]).resolve().name == self.folder.resolve().name and system.get("cost"):
                     found.append((result["judge"]["name"], [p for p in system["points"] if p["labels"] is not None]))
         return [(judge, points) for judge, points in found if points]
+
+
+def heldout_kl_name(runs: Sequence[RunData]) -> str:
+    """What the runs' distance to π_0 on held-out prompts is, where it is the same for all."""
+    names = {kl_name(run.eval_sampling) for run in runs}
+    return names.pop() if len(names) == 1 else kl_name({})
 
 
 def collect(folders: Sequence[Path]) -> list[RunData]:

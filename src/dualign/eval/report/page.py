@@ -11,8 +11,9 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from dualign.eval.report.data import Json, RunData
+from dualign.eval.report.data import Json, RunData, heldout_kl_name
 from dualign.eval.report.figures import Drawn
+from dualign.intervals import FEW, bracket, known, plus_minus
 from dualign.view import verdict
 
 
@@ -64,9 +65,10 @@ def _summary(runs: Sequence[RunData]) -> tuple[list[str], list[list[str]]]:
         "labels",
         "held-out reward",
         "gain in sd [95 %]",
-        "KL, nats",
+        f"{heldout_kl_name(runs)}, nats",
         "length",
         "no EOS",
+        "labels absent",
         "hours",
     ]
     rows = []
@@ -78,21 +80,26 @@ def _summary(runs: Sequence[RunData]) -> tuple[list[str], list[list[str]]]:
         rows.append([
             run.name, str(s.get("algo", "unfinished")), str(len(run.metrics)), f"{labels:,}",
             _change(first, last, "reward", "{:+.2f}"),
-            f"{s['gain_sd']:+.2f} ± {s['gain_sd_ci']:.2f}" if "gain_sd" in s else "–",
+            f"{plus_minus(s['gain_sd'], s['gain_sd_ci'], s.get('n'))}{_over(s)}" if "gain_sd" in s else "–",
             _number(last.get("kl"), "{:.2f}"), _change(first, last, "length", "{:.0f}"),
-            _change(first, last, "missing_eos", "{:.0%}"), f"{hours:.2f}",
+            _change(first, last, "missing_eos", "{:.0%}"), _change(first, last, "absent", "{:.0%}"), f"{hours:.2f}",
         ])  # fmt: skip
     return header, rows
 
 
+def _over(summary: Json) -> str:
+    """How many prompts a gain with an interval rests on; a run of before does not say."""
+    return f", n={summary['n']}" if "n" in summary and known(summary["gain_sd_ci"]) else ""
+
+
 def _change(first: Json, last: Json, key: str, form: str) -> str:
-    if first.get(key) is None or last.get(key) is None:
+    if not (known(first.get(key)) and known(last.get(key))):
         return "–"
     return f"{form.format(first[key])} → {form.format(last[key])}"
 
 
 def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)
+    return form.format(value) if value is not None and known(value) else "–"
 
 
 def _evaluations(runs: Sequence[RunData]) -> str:
@@ -119,9 +126,9 @@ def _winrates(runs: Sequence[RunData]) -> tuple[str, list[str], list[list[str]]]
     for run in runs:
         for judge, points in run.winrates():
             p = points[-1]
-            above = 100 * (p["win_rate"]["value"] - 0.5)
+            above = 100 * (p["win_rate"]["value"] - 0.5) if p["win_rate"]["n"] >= FEW else 0.0
             rows.append([run.name, judge, f"{p['labels']:,}",
-                         _interval(p["win_rate"]), _interval(p["length_controlled"]),
+                         bracket(p["win_rate"], "{:.1%}"), bracket(p["length_controlled"], "{:.1%}"),
                          f"{p['won']} / {p['tied']} / {p['lost']}", _number(p["swap_consistency"], "{:.0%}"),
                          f"{p['labels'] / above:.0f}" if above > 0 else "–"])  # fmt: skip
     return "Win rate against π_0, last policy", header, rows
@@ -148,12 +155,6 @@ def _benchmarks(runs: Sequence[RunData]) -> tuple[str, list[str], list[list[str]
         for kind in ("mtbench", "alpaca", "ifeval"):
             rows += [[run.name, kind, str(r["headline"])] for r in run.of_kind(kind)]
     return "Benchmarks", ["run", "benchmark", "result"], rows
-
-
-def _interval(e: Json) -> str:
-    if e["value"] is None:
-        return "–"
-    return f"{e['value']:.1%} [{_number(e['low'], '{:.1%}')}, {_number(e['high'], '{:.1%}')}]"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dualign.eval.report.data import Json, RunData, evenly
+from dualign.eval.report.data import Json, RunData, evenly, heldout_kl_name
 from dualign.eval.report.figures import COLOURS, Plot, Rows, legend, series, style_of
+from dualign.heldout import kl_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Series = tuple[np.ndarray, np.ndarray]
 HATCHES = ("", "//", "..", "xx", "--", "++")
 
 
-def _lines(axes: Axes, runs: Sequence[RunData], key: str, label: str) -> Rows:
-    """A line over batches per run, with the held-out means and their intervals on top."""
+def _lines(
+    axes: Axes, runs: Sequence[RunData], key: str, label: str, training: Callable[[RunData], Series] | None = None
+) -> Rows:
+    """A line over batches per run (of `training`, by default the metric `key`), with the held-out means and their
+    intervals on top."""
     rows: Rows = [["run", "kind", "batches", key, "half_width_95"]]
     for i, run in enumerate(runs):
-        x, y = series(run.metrics, key)
+        x, y = training(run) if training else series(run.metrics, key)
         name = f"{run.name}, in training" if run.heldout else run.name
         look = style_of(i) | {"markersize": 2.5, "alpha": 0.75, "linewidth": 1.2, "markevery": max(1, len(x) // 12)}
         axes.plot(x, y, label=name if len(runs) == 1 else None, **look)
@@ -29,11 +34,13 @@ def _lines(axes: Axes, runs: Sequence[RunData], key: str, label: str) -> Rows:
         held = [h for h in run.heldout if h.get(key) is not None]
         if held:
             at, mean = [h["batches"] for h in held], [h[key] for h in held]
-            half = [h.get(f"{key}_ci") or 0.0 for h in held]
+            half = [np.nan if h.get(f"{key}_ci") is None else h[f"{key}_ci"] for h in held]
             shape = style_of(i) | {"markersize": 6}
             name = f"{run.name}, held out" if len(runs) == 1 else run.name
             axes.errorbar(at, mean, half, label=name, capsize=4, linewidth=2, **shape)
-            rows += [[run.name, "held out", a, m, h] for a, m, h in zip(at, mean, half, strict=True)]
+            rows += [
+                [run.name, "held out", a, m, "" if np.isnan(h) else h] for a, m, h in zip(at, mean, half, strict=True)
+            ]
         elif len(runs) > 1:
             axes.plot([], [], label=run.name, **style_of(i))
     axes.set(xlabel="online batches", ylabel=label)
@@ -42,11 +49,39 @@ def _lines(axes: Axes, runs: Sequence[RunData], key: str, label: str) -> Rows:
 
 
 def reward(figure: Figure, runs: Sequence[RunData]) -> Rows:
-    return _lines(figure.subplots(), runs, "reward", "mean reward")
+    """The reward itself, in training as on held-out prompts. What training saw of it where a missing EOS costs something
+    is another number, in a panel of its own."""
+    penalised = [run for run in runs if run.sampling.get("missing_eos_penalty")]
+    panels = figure.subplots(2, sharex=True) if penalised else [figure.subplots()]
+    rows = _lines(panels[0], runs, "reward", "mean reward", _reward_itself)
+    if penalised:
+        figure.set_figheight(5.2)
+        panels[0].set_xlabel("")
+        panels[1].set(xlabel="online batches", ylabel="reward less penalty")
+        for run in penalised:
+            x, y = series(run.metrics, "reward")
+            look = style_of(list(runs).index(run)) | {"markersize": 2.5, "markevery": max(1, len(x) // 12)}
+            panels[1].plot(x, y, **look)
+            rows += [[run.name, "training batch, less penalty", int(a), b, ""] for a, b in zip(x, y, strict=True)]
+    return rows
+
+
+def _reward_itself(run: RunData) -> Series:
+    """The mean reward of training batches, without the penalty for a missing EOS. A run of before logged it with the
+    penalty alone, from which it follows where every completion had its label."""
+    penalty = run.sampling.get("missing_eos_penalty") or 0.0
+    found = []
+    for m in run.metrics:
+        cut = penalty * m["missing_eos"]
+        value = m.get("reward_unpenalised", m.get("reward"))
+        if value is not None and ("reward_unpenalised" in m or not (cut and m["absent"])):
+            found.append((m["step"], value if "reward_unpenalised" in m else value + cut))
+    return np.array([s for s, _ in found]), np.array([float(v) for _, v in found])
 
 
 def kl(figure: Figure, runs: Sequence[RunData]) -> Rows:
-    return _lines(figure.subplots(), runs, "kl", "KL to π_0, nats")
+    names = {kl_name(how) for run in runs for how in (run.sampling, run.eval_sampling)}
+    return _lines(figure.subplots(), runs, "kl", f"{names.pop() if len(names) == 1 else kl_name({})}, nats")
 
 
 def length(figure: Figure, runs: Sequence[RunData]) -> Rows:
@@ -71,13 +106,14 @@ def pareto(figure: Figure, runs: Sequence[RunData]) -> Rows:
         x, y = [h["kl"] for h in held], [h["reward"] for h in held]
         axes.plot(x, y, label=run.name, **style_of(i))
         last = held[-1]
-        axes.errorbar(x[-1], y[-1], last["reward_ci"], last["kl_ci"], capsize=4, **style_of(i) | {"markersize": 9})
+        up, along = (np.nan if last[key] is None else last[key] for key in ("reward_ci", "kl_ci"))
+        axes.errorbar(x[-1], y[-1], up, along, capsize=4, **style_of(i) | {"markersize": 9})
         for h in evenly(held, 5):
             axes.annotate(
                 str(h["batches"]), (h["kl"], h["reward"]), xytext=(5, -11), textcoords="offset points", fontsize=9
             )
         rows += [[run.name, h["batches"], h["kl"], h["kl_ci"], h["reward"], h["reward_ci"]] for h in held]
-    axes.set(xlabel="KL to π_0, nats", ylabel="held-out reward")
+    axes.set(xlabel=f"{heldout_kl_name(runs)}, nats", ylabel="held-out reward")
     legend(axes, runs)
     return rows
 
@@ -210,8 +246,12 @@ def second(figure: Figure, runs: Sequence[RunData]) -> Rows:
 PLOTS: dict[str, tuple[str, str, Plot]] = {
     "reward": ("Reward", "Mean reward over online batches, and on held-out prompts with 95 % intervals", reward),
     "winrate": ("Win rate against π_0", "Win rate against labels bought, raw and length-controlled", winrate),
-    "pareto": ("Reward against KL", "Held-out reward against KL to π_0; numbers are online batches", pareto),
-    "kl": ("KL to π_0", "KL divergence to the initial policy over online batches", kl),
+    "pareto": ("Reward against KL", "Held-out reward against the distance to π_0; numbers are online batches", pareto),
+    "kl": (
+        "Distance to π_0",
+        "Mean of log π/π_0 over completions, by online batches: KL to the initial policy where sampled at temperature 1",
+        kl,
+    ),
     "second": ("An independent reward", "The reward trained on beside a second one that was not", second),
     "length": ("Length", "Tokens per completion over online batches", length),
     "missing_eos": ("Completions without EOS", "Share of completions that were cut off", missing_eos),
