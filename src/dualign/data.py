@@ -204,22 +204,24 @@ def _json(text: str, where: str) -> Any:
         raise UserError(f"{where}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
 
 
-def _dataset_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
+def load_dataset(name: str, subset: str | None, split: str) -> Any:
     """A data set by name or folder, through Hugging Face `datasets`. No code that comes with it is run."""
     import datasets
 
     try:
         if (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(name)
-            loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            loaded = datasets.load_dataset(name, subset, split=split)
+            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        return datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"data set {name!r} (subset {subset}, split {split!r}): {type(error).__name__}: {error}. "
             f"For a local file the name must end with {', '.join(FILE_SUFFIXES)}."
         ) from error
-    for number, values in enumerate(loaded, 1):
+
+
+def _dataset_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
+    for number, values in enumerate(load_dataset(name, subset, split), 1):
         yield Row(f"{name} [{split}], row {number}", f"{name}:{split}:{number}", dict(values))
 
 

@@ -143,7 +143,7 @@ def load_function(path: str) -> RewardFunction:
 def _load_file(file: Path) -> ModuleType:
     if not file.is_file():
         raise UserError(f"reward function: no such file {file}")
-    _importable(file.resolve().parent)  # it may import its neighbours
+    importable(file.resolve().parent)  # it may import its neighbours
     spec = importlib.util.spec_from_file_location(f"dualign_reward_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -153,11 +153,12 @@ def _load_file(file: Path) -> ModuleType:
 
 
 def _load_module(name: str) -> ModuleType:
-    _importable(Path(os.getcwd()))
+    importable(Path(os.getcwd()))
     return importlib.import_module(name)
 
 
-def _importable(folder: Path) -> None:
+def importable(folder: Path) -> None:
+    """From here on, modules in `folder` can be imported by name."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 

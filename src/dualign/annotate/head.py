@@ -65,7 +65,7 @@ def load_head(path: str) -> Head:
     """The head in a file, or a shipped one by builtin:NAME. Raises UserError for anything that is not a head."""
     from safetensors import SafetensorError, safe_open
 
-    file = _find(path)
+    file = file_of(path)
     try:
         with safe_open(file, "numpy") as opened:
             about = json.loads((opened.metadata() or {}).get("dualign", "null"))
@@ -81,7 +81,8 @@ def load_head(path: str) -> Head:
     return Head(**tensors, about=about)
 
 
-def _find(path: str) -> Path:
+def file_of(path: str) -> Path:
+    """The file of a head, also of a shipped one. Raises UserError where there is none."""
     if not path.startswith("builtin:"):
         if not Path(path).expanduser().is_file():
             raise UserError(f"reward head {path}: no such file; make one with `dualign reward fit`")

@@ -1,0 +1,159 @@
+"""What tells a function, a reward, a model or data from another of the same name."""
+
+import functools
+import json
+import os
+import shutil
+
+import pytest
+
+from dualign import digests
+from dualign.annotate.settings import FunctionReward, HeadReward, JudgeReward
+from dualign.code_digest import of_function
+from runs_common import reward_file, write_prompts
+
+SOURCE = '''
+import re
+K, seen, WEIGHTS = 2.0, [], {"a": 1.0}
+def helper(x):
+    return x * K
+def scored(completions, **columns):
+    """The reward."""
+    seen.append(len(completions))
+    out = []
+    for c in completions:
+        out.append(helper(len(c)) * WEIGHTS["a"])
+    return out
+def make(scale, settings):
+    calls = 0
+    def reward(completions, **columns):
+        nonlocal calls
+        calls += 1
+        return [scale * len(c) * settings["w"] for c in completions]
+    return reward
+class Reward:
+    def __init__(self, scale):
+        self.scale, self.calls = scale, 0
+    def __call__(self, completions, **columns):
+        self.calls += 1
+        return [self.scale * len(c) for c in completions]
+ones = lambda completions, **columns: [1.0 for c in completions]
+'''
+
+
+def module(source=SOURCE):
+    found = {"__name__": "a_users_module"}
+    exec(compile(source, "a_users_module.py", "exec"), found)
+    return found
+
+
+CHANGES = [("K, seen, WEIGHTS = 2.0", "K, seen, WEIGHTS = 3.0"), ('{"a": 1.0}', '{"a": 2.0}'), ("x * K", "x + K"),
+           ("helper(len(c)) *", "helper(len(c)) +"), ('WEIGHTS["a"])', 'WEIGHTS["a"] + 1)')]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new"), CHANGES)
+def test_a_function_is_its_code_its_helpers_and_their_constants(old, new):
+    assert of_function(module(SOURCE.replace(old, new))["scored"]) != of_function(module()["scored"])
+
+
+def test_comments_lines_and_what_a_function_counts_are_no_part_of_it():
+    one, other = module(), module("# a note\n" + SOURCE.replace("out = []", "out = []  # all of them"))
+    one["scored"](["a"])
+    assert one["seen"] and of_function(one["scored"]) == of_function(other["scored"])
+    reward, called = one["make"](2, {"w": 1}), one["Reward"](2)
+    before = of_function(reward), of_function(called)
+    reward(["a"]), called(["a"])
+    assert (of_function(reward), of_function(called)) == before
+
+
+def test_what_a_function_closes_over_or_holds_is_part_of_it():
+    one, other = module(), module()
+    same = [("make", (2, {"w": 1})), ("Reward", (2,))]
+    assert all(of_function(one[name](*given)) == of_function(other[name](*given)) for name, given in same)
+    kinds = [one["make"](2, {"w": 1}), one["make"](3, {"w": 1}), one["make"](2, {"w": 2}), one["Reward"](2),
+             one["Reward"](3), functools.partial(one["scored"], n=1), functools.partial(one["scored"], n=2),
+             one["ones"], module(SOURCE.replace("1.0 for c", "2.0 for c"))["ones"], one["scored"]]  # fmt: skip
+    assert len({of_function(kind) for kind in kinds}) == len(kinds)
+
+
+def test_a_reward_is_what_decides_its_labels(tmp_path):
+    file = tmp_path / "rewards.py"
+    file.write_text(SOURCE)
+    reward = FunctionReward(path=f"{file}:scored")
+    found = digests.of_reward(reward)
+    shutil.copy(file, tmp_path / "elsewhere.py")
+    assert digests.of_reward(FunctionReward(path=f"{tmp_path / 'elsewhere.py'}:scored", timeout=3.0)) == found
+    assert digests.of_reward(FunctionReward(path=f"{file}:ones")) != found
+    assert digests.of_reward(FunctionReward(path=f"{file}:scored", weight=2.0)) != found
+    file.write_text(SOURCE.replace("x * K", "x + K"))
+    assert digests.of_reward(reward) != found
+    packaged = FunctionReward(path="dualign.rewards:relevance")
+    assert len({digests.of_reward(r) for r in (packaged, HeadReward(), HeadReward(path="builtin:helpful"))}) == 3
+
+
+def test_a_judge_is_its_name_and_its_rubric(tmp_path):
+    from importlib import resources
+
+    shipped = resources.files("dualign.annotate") / "rubrics" / "helpfulness.yaml"
+    (tmp_path / "mine.yaml").write_text(shipped.read_text())
+    asked = {"base_url": "http://localhost/v1", "model": "m"}
+    found = digests.of_reward(JudgeReward(**asked, rubric="helpfulness"))
+    mine = JudgeReward(**asked, rubric=str(tmp_path / "mine.yaml"), concurrency=3)
+    assert (
+        digests.of_reward(mine)
+        == found
+        != digests.of_reward(JudgeReward(**asked | {"model": "n"}, rubric="helpfulness"))
+    )
+    (tmp_path / "mine.yaml").write_text(shipped.read_text() + "\n# other words\n")
+    assert digests.of_reward(mine) != found
+
+
+def test_a_model_is_its_weights_settings_tokenizer_and_template(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    found = digests.of_model(str(tiny))
+    (folder / "state.json").write_text("{}")
+    (folder / "README.md").write_text("of no weight")
+    assert digests.of_model(str(folder)) == found and {"model.safetensors", "config.json"} < set(found)
+    for name in found:
+        kept = (folder / name).read_bytes()
+        (folder / name).write_bytes(kept + b" ")
+        assert digests.changed(found, digests.of_model(str(folder))).startswith(
+            f"{name} (sha256 {found[name][:12]} then"
+        )
+        (folder / name).write_bytes(kept)
+
+
+def test_data_are_their_bytes_or_their_rows(tmp_path):
+    import datasets
+
+    file = write_prompts(tmp_path)
+    found = digests.of_data(str(file))
+    moved = shutil.copy(file, tmp_path / "moved.jsonl")
+    assert digests.changed(found, digests.of_data(str(moved))) is None
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for name, given in (("one", rows), ("same", rows), ("other", [*rows[:-1], {**rows[-1], "id": "x"}])):
+        datasets.Dataset.from_list(given).save_to_disk(tmp_path / name)
+    one, same, other = (digests.of_data(str(tmp_path / name)) for name in ("one", "same", "other"))
+    assert one == same and "rows" in digests.changed(one, other)
+    file.write_text(file.read_text() + "\n")
+    assert "prompts.jsonl has changed" in digests.changed(found, digests.of_data(str(file)))
+
+
+def test_a_large_file_is_hashed_once_and_again_where_it_may_have_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("DUALIGN_CACHE", str(tmp_path / "cache"))
+    read = []
+    whole = digests.sha256_of
+    monkeypatch.setattr(digests, "sha256_of", lambda path: read.append(path) or whole(path))
+    monkeypatch.setattr(digests, "SETTLED", -1.0)
+    file = tmp_path / "large.safetensors"
+    file.write_bytes(b"a" * digests.LARGE)
+    first = digests.of_file(file)
+    assert digests.of_file(file) == first and len(read) == 1
+    times = os.stat(file)
+    file.write_bytes(b"b" * digests.LARGE)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copy that keeps times
+    assert digests.of_file(file) != first and len(read) == 2
+
+
+def test_the_suites_own_reward_has_a_digest():
+    assert len(digests.of_reward(FunctionReward(**reward_file()))) == 64
