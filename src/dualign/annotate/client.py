@@ -2,9 +2,9 @@
 
 Requests run on an event loop in a thread of their own, so `submit` returns at once and a trainer decodes while a judge
 answers. What went wrong is sorted into three: passing faults (429, 5xx, time-outs, cut connections, replies that are
-not what was asked for) are tried again with back-off; faults of one request (a prompt too long for the judge) make that
-label absent; lasting faults (a wrong key, an unknown model, a judge that is down, a spent budget) stop the run with
-every label so far kept.
+not what was asked for) are tried again with back-off; faults of one request (a prompt too long for the judge, a content
+filter) make that label absent; lasting faults (a wrong key, an unknown model, a judge that is down, a spent budget) stop
+the run with every label so far kept.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import math
 import os
 import random
@@ -25,7 +26,7 @@ from typing import Any
 
 from dualign.annotate.budget import Hold, Ledger, Spent, prompt_bound
 from dualign.annotate.cache import Cache, Row, canonical, default_path, key_of
-from dualign.annotate.faults import AttemptError, MalformedError, of_exception
+from dualign.annotate.faults import AttemptError, MalformedError, NoAnswerError, of_exception, of_payload, shown_url
 from dualign.annotate.settings import Endpoint
 from dualign.errors import StopRun, UserError
 from dualign.types import Label
@@ -49,7 +50,9 @@ class Request:
 
     def bounds(self) -> tuple[int, int]:
         """The most prompt and completion tokens that it can take."""
-        texts = [m["content"] for m in self.body.get("messages", [])] or [self.body.get("input", "")]
+        messages = self.body.get("messages", [])
+        texts = [m["content"] if m.keys() == {"role", "content"} else canonical(m) for m in messages]
+        texts = texts or [self.body.get("input", "")]
         return prompt_bound(texts), int(self.body.get("max_tokens", 0))
 
 
@@ -78,7 +81,7 @@ class Client:
 
     def __init__(self, settings: Endpoint, *, ledger: Path | None = None) -> None:
         if not re.match(r"https?://", settings.base_url):
-            raise UserError(f"base_url: {shown(settings.base_url)!r} is not a URL such as http://localhost:8000/v1")
+            raise UserError(f"base_url: {shown_url(settings.base_url)!r} is not a URL such as http://localhost:8000/v1")
         self.settings = settings
         self._key = os.environ.get(settings.api_key_env, "").strip() or "none"
         if not (self._key.isascii() and self._key.isprintable()):
@@ -172,7 +175,7 @@ class Client:
     async def _label(self, content: str, request: Request, read: Callable[[Payload], Label]) -> Label:
         key = key_of(content)
         kept = self._cache.get(key)
-        if kept is not None and (label := read(kept)).value is not None:
+        if kept is not None and (label := _read_kept(kept, read)).value is not None:
             self._cache.count_hit(key)
             self._remembered += 1
             return label
@@ -210,11 +213,11 @@ class Client:
         try:
             async with asyncio.timeout(self.settings.timeout):
                 body = {"model": self.settings.model, **request.body}
-                payload = await next(self._turns).post(request.path, body=body, cast_to=object)
-            if not isinstance(payload, dict):
-                raise MalformedError("the reply is not a JSON object")
-            billed = usage(payload) or billed
-            return payload, read(payload), billed
+                payload = _parsed(await next(self._turns).post(request.path, body=body, cast_to=str))
+            billed = (usage(payload) if isinstance(payload, dict) else None) or billed
+            if fault := of_payload(payload, self._key, self.settings):
+                raise fault
+            return payload, _read(payload, read), billed
         except UserError as error:
             raise self._end(error) from None
         except Exception as error:
@@ -272,7 +275,7 @@ class Client:
         self._given_up += 1
         silent = self._answers == answers_before
         if silent and (fault.down or self._given_up >= GIVEN_UP_IN_A_ROW):
-            where = f"{self.settings.model} at {shown(self.settings.base_url)}"
+            where = f"{self.settings.model} at {shown_url(self.settings.base_url)}"
             message = f"the judge {where} does not work: {fault} ({tries} attempts, no answer in between)"
             raise self._end(StopRun(f"{message}. Go on when it is back: every label so far is kept"))
         return Label.absent(f"{fault} ({tries} attempts)" if tries else str(fault))
@@ -282,6 +285,30 @@ class Client:
         self._settled.set()
         self._ended.set()
         return self._stopped
+
+
+def _parsed(text: str) -> Any:
+    """A reply's JSON; its text where it is none, whatever its headers call it."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _read(payload: Payload, read: Callable[[Payload], Label]) -> Label:
+    """The label of a payload: absent for a reply that holds no answer, however often it is asked for."""
+    try:
+        return read(payload)
+    except NoAnswerError as nothing:
+        return Label.absent(nothing.reason, note=nothing.words)
+
+
+def _read_kept(kept: Payload, read: Callable[[Payload], Label]) -> Label:
+    """The label of a reply in the cache; absent where it can no longer be read, and is asked for again."""
+    try:
+        return _read(kept, read)
+    except MalformedError as error:
+        return Label.absent(str(error))
 
 
 def backoff(tries: int) -> float:
@@ -299,8 +326,3 @@ def usage(payload: Payload) -> tuple[int, int] | None:
     if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in found):
         return None
     return found[0], found[1]
-
-
-def shown(base_url: str) -> str:
-    """A URL without the name and password that it may hold."""
-    return re.sub(r"//[^/@]*@", "//", base_url)

@@ -11,15 +11,18 @@ outside the scale make the reply absent, with that reason. Within a text, a numb
 reports ("does not deserve a 10", "to reach a score of 9", "it claims that its score is 10") is no statement.
 
 Before the rules: reasoning blocks are removed (an unclosed one is a cut-off reply), as are quoted text, block quotes,
-code blocks, and everything between the request's own fence marks: what a judge quotes is not what it says.
+code blocks, and everything between the request's own fence marks: what a judge quotes is not what it says. A reply that
+is JSON, fenced or not, is read by its keys; one that states nothing else, by a JSON block that begins or ends it.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+
+from dualign.annotate import statements
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 WORDS = {name: number for number, name in enumerate(NAMES)}
@@ -56,6 +59,7 @@ class Extracted:
     value: float | None
     reason: str | None = None  # why there is none
     rule: str | None = None  # which rule found it
+    silent: bool = False  # the reply states nothing: there is none, and none that was turned down
 
 
 Rules = dict[str, re.Pattern[str]]
@@ -89,9 +93,26 @@ PROSE = _compile(
 def score(reply: str, *, low: float = 1, high: float = 10, cut: bool = False, echo: str = "") -> Extracted:
     """The one score that `reply` states on the scale low..high. `cut`: the server stopped at max_tokens.
     `echo`: the text that was judged; a judge that repeats it whole is not speaking for itself."""
-    text, reason = clean(reply, echo)
+    return _read_by(lambda text, cut: _score(text, low, high, cut), reply, cut, [echo])
+
+
+def _read_by(rules: Callable[[str, bool], Extracted], reply: str, cut: bool, echoes: Sequence[str]) -> Extracted:
+    """What `rules` find in a reply: in its JSON, where it is nothing else; in its words; in a JSON block beside them.
+    JSON that can be read is whole, wherever the reply was cut off."""
+    own, reason = _own_words(reply, echoes)
     if reason:
         return Extracted(None, reason)
+    answers = statements.whole(own)
+    if answers is not None:
+        return rules(answers, False)
+    text = _unquoted(own)
+    nothing = Extracted(None, "cut off before an answer" if cut else "nothing but quoted text", silent=True)
+    found = rules(text, cut) if text else nothing
+    answers = statements.block(own, echoes) if found.silent else None
+    return found if answers is None else rules(answers, False)
+
+
+def _score(text: str, low: float, high: float, cut: bool) -> Extracted:
     text = _without_scale(text, high)
     found = [*_find(text, PLACES, spoken=False), *_find(text, FORMAL)]
     if found:
@@ -100,7 +121,7 @@ def score(reply: str, *, low: float = 1, high: float = 10, cut: bool = False, ec
     else:
         found = list(_find(text, PROSE))
     if not found:
-        return Extracted(None, _why_nothing(text, cut, "no score in the reply"))
+        return Extracted(None, _why_nothing(text, cut, "no score in the reply"), silent=True)
     read = [_read(text, m, high) for _, m in found]
     if reasons := [why for _, why in read if why]:
         return Extracted(None, reasons[0])
@@ -214,9 +235,10 @@ def choice(reply: str, *, asks: str = "winner", cut: bool = False, echoes: Seque
     verdict of the text ("Response 1 is better", "I prefer the second"), else a single aspect of it. Both named, or an
     answer that the text's verdict contradicts: absent.
     """
-    text, reason = clean(reply, *echoes)
-    if reason:
-        return Extracted(None, reason)
+    return _read_by(lambda text, cut: _choice(text, asks, cut), reply, cut, echoes)
+
+
+def _choice(text: str, asks: str, cut: bool) -> Extracted:
     text = _ordinals(text)
     if re.search(r"(?i)^\W*(?:both|neither|tie|equal|none)\b|\b(?:it'?s a tie|equally (?:good|harmful|helpful))", text):
         return Extracted(None, "the judge named neither")
@@ -236,7 +258,7 @@ def choice(reply: str, *, asks: str = "winner", cut: bool = False, echoes: Seque
     other = "loser" if asks == "winner" else "winner"
     if any(True for rules in CHOICE_RULES[other][2:] for _ in _find(text, rules)):
         return Extracted(None, "answers another question")
-    return Extracted(None, _why_nothing(text, cut, "no choice in the reply"))
+    return Extracted(None, _why_nothing(text, cut, "no choice in the reply"), silent=True)
 
 
 def _ordinals(text: str) -> str:
@@ -252,8 +274,8 @@ def _ordinals(text: str) -> str:
     return text
 
 
-def clean(reply: str, *echoes: str) -> tuple[str, str | None]:
-    """The judge's own words, and the reason why there are none."""
+def _own_words(reply: str, echoes: Sequence[str]) -> tuple[str, str | None]:
+    """The reply without its reasoning and the judged texts that it repeats, and the reason why nothing is left."""
     text = _normal(reply).replace("\u200b", "").replace("，", ",").replace("−", "-")
     if not text.strip():
         return "", "empty reply"
@@ -268,10 +290,14 @@ def clean(reply: str, *echoes: str) -> tuple[str, str | None]:
         return "", "cut off while reasoning"
     # single blanks: rules may step over white space in several ways, and a run of it would try them all
     text = re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", "\n", text))
-    if not text.strip():
-        return "", "empty reply"
+    text = re.sub(r"(?:<\|\w+\|>|</s>|\s)+\Z", "", text)  # a closing token that the server left
+    return text, None if text.strip() else "empty reply"
+
+
+def _unquoted(text: str) -> str:
+    """The judge's own words, without what it quotes and the marks that set a text."""
     text = re.sub(r"\\boxed\{([^{}]*)\}", r"\1", text)
-    if not re.fullmatch(r"(?s)\s*```\w*\n?[^`]{0,80}```\s*", text):
+    if not re.fullmatch(r"(?s)\s*```\w*\n?(?:[^`]{0,80}|\s*\{[^`]*\}\s*)```\s*", text):
         text = re.sub(r"(?s)```.*?(?:```|$)", " ", text)
     text = re.sub(r"(?m)^\s*>.*$", " ", text)
     if not re.fullmatch(r"\W*[\w./ ]{1,12}\W*", text):  # a short reply may itself stand in quotes
@@ -279,7 +305,7 @@ def clean(reply: str, *echoes: str) -> tuple[str, str | None]:
         text = re.sub(r"(?<!\w)'[^'\n]*\d[^'\n]*'(?!\w)", " ", text)
     text = re.sub(r"[*_`#~$]+", "", text)
     text = re.sub(r"(\d),(\d)(?=\s*/|\s*(?:von|sur|de|su|из)\b)|(\d),(5)\b", r"\1\3.\2\4", text)  # 7,5: a decimal
-    return text.strip(), None if text.strip() else "nothing but quoted text"
+    return text.strip()
 
 
 def _normal(text: str) -> str:

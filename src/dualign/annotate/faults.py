@@ -13,12 +13,46 @@ from typing import Any
 from dualign.annotate.settings import Endpoint
 
 TOO_LONG = re.compile(r"context[ _]length|maximum.{0,20}(?:length|context)|too (?:long|many tokens)|input length", re.I)
-FILTERED = re.compile(r"content[ _](?:filter|policy|management)|safety", re.I)
-NO_CREDIT = re.compile(r"insufficient_quota|billing|exceeded your current quota|payment", re.I)
+FILTERED = re.compile(
+    r"content[ _-]?(?:filter|policy|management|exists risk)|safety|moderation|flagged|data_inspection|ResponsibleAI",
+    re.I,
+)
+NO_CREDIT = re.compile(
+    r"insufficient[_ ](?:quota|credit|balance|funds)|billing|exceeded your current quota|payment|credit balance|"
+    r"out of credits|arrear",
+    re.I,
+)
+FILTER = "refused by the provider's content filter"
+STATUS = {  # of an error that says in words only what an HTTP status would
+    402: NO_CREDIT,
+    400: FILTERED,
+    413: TOO_LONG,
+    401: re.compile(r"api[ _-]?key|authenti|unauthori[sz]ed", re.I),
+    403: re.compile(r"permission|forbidden|access denied", re.I),
+    429: re.compile(r"rate[ _-]?limit|too[ _]?many[ _]?requests|throttl", re.I),
+    404: re.compile(r"not[ _]?found|does not exist|no such model|unknown model", re.I),
+    503: re.compile(
+        r"overload|unavailable|server[ _]?error|internal|time[d -]*out|capacity|try again|retry|temporar|upstream|"
+        r"provider returned error|busy|bad gateway",
+        re.I,
+    ),
+}
 
 
 class MalformedError(Exception):
     """A payload that is no answer: not an object, no choices, no text."""
+
+
+@dataclass
+class NoAnswerError(Exception):
+    """A reply that holds no answer, and would hold none if it were asked for again: a content filter, a refusal,
+    reasoning alone. `str()` is the reason of the absent label, `words` what the judge said."""
+
+    reason: str
+    words: str | None = None
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass
@@ -41,8 +75,13 @@ def of_exception(error: Exception, key: str, settings: Endpoint) -> AttemptError
     """What the network and the server did; None for anything else (a mistake of ours)."""
     import openai
 
+    if isinstance(error, AttemptError):
+        return error
     if isinstance(error, openai.APIStatusError):
-        return _of_status(error, key, settings)
+        said = re.sub(r"^Error code: \d+ - ", "", str(error.message))
+        wait = retry_after(error.response.headers.get("retry-after"))
+        status = error.status_code
+        return _of_status(status, f"HTTP {status}", _clean(said, key), f"{said} {error.body}", settings, wait)
     if isinstance(error, (TimeoutError, openai.APITimeoutError)):
         return AttemptError(f"no answer within {settings.timeout:g} s", passing=True)
     if isinstance(error, openai.APIConnectionError):
@@ -54,33 +93,84 @@ def of_exception(error: Exception, key: str, settings: Endpoint) -> AttemptError
     return None
 
 
-def _of_status(error: Any, key: str, settings: Endpoint) -> AttemptError:
-    status = error.status_code
-    said = _clean(re.sub(r"^Error code: \d+ - ", "", str(error.message)), key)
-    where = f"{settings.model} at {re.sub(r'//[^/@]*@', '//', settings.base_url)}"
-    if status == 402 or (status == 429 and NO_CREDIT.search(str(error.body))):
-        return AttemptError(
-            f"{where}: the account has no credit left ({status}: {said})", lasting=True, turned_away=True
-        )
+def of_payload(payload: Any, key: str, settings: Endpoint) -> AttemptError | None:
+    """The fault of a reply that arrived as HTTP 200 and is no answer: an error object, a stream of events, a page."""
+    if isinstance(payload, str) and payload.lstrip().startswith("data:"):
+        what = "answers with a stream of events, which nobody asked for; a judge's server must answer in one piece"
+        return AttemptError(f"{settings.model} at {shown_url(settings.base_url)}: the server {what}", suspect=True)
+    if isinstance(payload, str) and payload.lstrip().startswith("<"):
+        page = _clean(re.sub(r"<[^>]*>", " ", payload), key)[:80].strip()
+        return AttemptError(f"malformed reply: a web page instead of JSON ({page}); is base_url right?", passing=True)
+    if not isinstance(payload, dict):
+        return AttemptError("malformed reply: the reply is not a JSON object", passing=True)
+    error = _error_in(payload)
+    if error is None:
+        return None
+    status, said = _status_of(error), _clean(_message_of(error), key)
+    return _of_status(
+        status, f"error {status} in an HTTP 200", said, str(error), settings, None, not payload.get("usage")
+    )
+
+
+def _error_in(payload: dict[str, Any]) -> Any:
+    """The error that a reply or its first choice holds, in the forms that servers give it; None where there is none."""
+    choices = payload.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    if found := payload.get("error") or choice.get("error"):
+        return payload if found is True else found
+    bare = not ({"choices", "data"} & payload.keys()) and "code" in payload and _message_of(payload)
+    return payload if payload.get("object") == "error" or bare else None
+
+
+def _status_of(error: Any) -> int:
+    """The HTTP status that an error object stands for: its own number, else by its words; 400 where they say nothing."""
+    fields = error if isinstance(error, dict) else {}
+    for name in ("code", "status", "status_code", "http_code"):
+        number = str(fields.get(name))
+        if re.fullmatch(r"[45]\d\d", number):
+            return int(number)
+    words = " ".join(str(fields.get(name, "")) for name in ("code", "status", "type")) + " " + _message_of(error)
+    return next((status for status, pattern in STATUS.items() if pattern.search(words)), 400)
+
+
+def _message_of(error: Any) -> str:
+    if not isinstance(error, dict):
+        return str(error)
+    found = next((error[name] for name in ("message", "msg", "detail") if error.get(name)), "")
+    return found if isinstance(found, str) else json.dumps(found)
+
+
+def _of_status(
+    status: int, shown: str, said: str, body: str, settings: Endpoint, wait: float | None, unbilled: bool = True
+) -> AttemptError:
+    """`shown`: the status for people; `said`: the server's words, cleaned; `body`: all that it sent."""
+    where = f"{settings.model} at {shown_url(settings.base_url)}"
+
+    def fault(message: str, **kind: Any) -> AttemptError:
+        return AttemptError(message, turned_away=unbilled, **kind)
+
+    if status == 402 or (status in (400, 403, 429) and NO_CREDIT.search(body)):
+        return fault(f"{where}: the account has no credit left ({status}: {said})", lasting=True)
     if status in (408, 409, 425, 429) or status >= 500:
-        down = status in (429, 502, 503, 504)
-        wait = retry_after(error.response.headers.get("retry-after"))
-        return AttemptError(f"HTTP {status}: {said}", passing=True, down=down, turned_away=True, wait=wait)
+        return fault(f"{shown}: {said}", passing=True, down=status in (429, 502, 503, 504), wait=wait)
+    if status in (400, 403) and FILTERED.search(body) and not TOO_LONG.search(said):
+        return fault(FILTER)
     if status in (401, 403):
         advice = f"put a valid key in the environment variable {settings.api_key_env}"
-        return AttemptError(
-            f"{where}: the server refuses the key (HTTP {status}); {advice}", lasting=True, turned_away=True
-        )
+        return fault(f"{where}: the server refuses the key ({shown}); {advice}", lasting=True)
     if status == 404:
         advice = "check `model` and `base_url` (most servers want it to end in /v1)"
-        return AttemptError(f"{where}: not found (HTTP 404: {said}); {advice}", lasting=True, turned_away=True)
+        return fault(f"{where}: not found ({shown}: {said}); {advice}", lasting=True)
     if status == 413 or TOO_LONG.search(said):
-        return AttemptError("the prompt is too long for the judge", turned_away=True)
-    if FILTERED.search(str(error.body)):
-        return AttemptError("refused by the provider's content filter", turned_away=True)
-    return AttemptError(
-        f"{where}: the server rejects the request (HTTP {status}: {said})", suspect=True, turned_away=True
-    )
+        return fault("the prompt is too long for the judge")
+    if FILTERED.search(body):
+        return fault(FILTER)
+    return fault(f"{where}: the server rejects the request ({shown}: {said})", suspect=True)
+
+
+def shown_url(base_url: str) -> str:
+    """A URL without the name and password that it may hold."""
+    return re.sub(r"//[^/@]*@", "//", base_url)
 
 
 def retry_after(header: str | None) -> float | None:

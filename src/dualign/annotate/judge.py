@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from dualign.annotate import extract
 from dualign.annotate.base import Item
 from dualign.annotate.client import Client, Payload, Request
-from dualign.annotate.faults import MalformedError
+from dualign.annotate.reply import read_reply
 from dualign.annotate.rubric import Rubric, load
 from dualign.annotate.settings import JudgeReward, JudgeSampling
 from dualign.types import Label, Message
@@ -93,19 +93,6 @@ def chat(
 ) -> Request:
     sampling = {"temperature": settings.temperature, "max_tokens": settings.max_tokens, **(more or {})}
     return Request("chat/completions", {"messages": messages, **sampling}, rubric, sample)
-
-
-def read_reply(payload: Payload) -> tuple[str, bool, list[Mapping[str, Any]]]:
-    """(text, cut off?, tokens with log-probs) of a chat completion. Raises MalformedError for what is no reply."""
-    try:
-        choice = payload["choices"][0]
-        text, finish = choice["message"].get("content") or "", choice.get("finish_reason")
-        tokens = (choice.get("logprobs") or {}).get("content") or []
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise MalformedError("no choice with a message") from None
-    if not isinstance(text, str) or (not text.strip() and finish != "length" and not choice["message"].get("refusal")):
-        raise MalformedError("an empty message")
-    return text or str(choice["message"].get("refusal") or ""), finish == "length", tokens
 
 
 def read_score(payload: Payload, rubric: Rubric, completion: str, *, expected: bool = False) -> Label:

@@ -15,7 +15,8 @@ from typing import Literal
 from dualign.annotate import extract
 from dualign.annotate.base import Item
 from dualign.annotate.client import Client, Payload
-from dualign.annotate.judge import chat, read_reply
+from dualign.annotate.judge import chat
+from dualign.annotate.reply import read_reply
 from dualign.annotate.rubric import load
 from dualign.annotate.settings import PreferenceReward
 from dualign.types import Label, Prompt

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dualign.annotate.client import Client, Payload
-from dualign.annotate.judge import chat, read_reply
+from dualign.annotate.judge import chat
+from dualign.annotate.reply import read_reply
 from dualign.annotate.settings import JudgeSampling
 from dualign.errors import UserError
 from dualign.eval.outputs import Generation, generate, key_of
