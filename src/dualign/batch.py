@@ -86,8 +86,16 @@ def weigh(
         },
     )
     columns, stats = algo.prepare(precise) if len(b.tokens) else ({}, {})
+    if not has_signal(b, algo):
+        stats = {**stats, "without_signal": 1.0}
     single = {k: v.float() if v.is_floating_point() else v for k, v in columns.items()}
     return replace(b, batch=replace(whole, reward_N=whole.reward_N.float(), columns=single), stats=stats)
+
+
+def has_signal(b: WeightedBatch, algo: Algorithm) -> bool:
+    """Whether the rewards of the batch tell the system anything. A fixed set always does; so does, for want of a step, a
+    batch without rows."""
+    return algo.source != "online" or not len(b.tokens) or algo.has_signal(b.batch)
 
 
 def check_finite(b: WeightedBatch) -> None:

@@ -191,13 +191,17 @@ class Engine:
         keep = batch.columns.get("keep")
         rows = list(range(len(tokens))) if keep is None else keep.nonzero()[:, 0].tolist()
         if denominator == 0 or not rows:
-            return {"loss": 0.0, "grad_norm": 0.0, "lr": lr, "skipped": 1.0}
+            return self.left_out()
         sums = begun or self._gradients(algo, tokens, rows, batch, denominator)
         self._exchange_gradients()
         sums = self._sum(sums)
         loss = sums.pop("loss") / denominator
         norm = self._step(loss)
         return {"loss": loss, "grad_norm": norm, "lr": lr} | {k: v / len(rows) for k, v in sums.items()}
+
+    def left_out(self) -> dict[str, float]:
+        """What is logged of an update without a step."""
+        return {"loss": 0.0, "grad_norm": 0.0, "lr": float(self.optimizer.param_groups[0]["lr"]), "skipped": 1.0}
 
     def _gradients(self, algo: Algorithm, tokens: Tokens, rows: Sequence[int], batch: Rows, denominator: float) -> Sums:
         """Adds up the gradient of the loss of `rows`, a micro-batch at a time; returns sums over this process's rows."""

@@ -100,7 +100,14 @@ class TrainConfig(Settings):
     decay: float = Field(0.0, ge=0, le=1, description="share of the updates, the last, in which it falls linearly to 0")
     weight_decay: float = Field(0.0, ge=0, description="decoupled, times the learning rate")
     max_grad_norm: float = Field(1.0, gt=0, description="a larger gradient is scaled down to it")
-    max_absent: float = Field(0.2, ge=0, le=1, description="stop when a larger share of a batch has no label")
+    no_signal: Literal["train", "skip"] = Field(
+        "train",
+        description="a batch whose rewards tell no completion from another: make the system's step all the same (of DAR: "
+        "SFT on its own samples, pulled to π_0), or leave it out",
+    )
+    max_absent: float = Field(
+        0.2, ge=0, le=1, description="stop when a larger share of a batch or an evaluation has no label"
+    )
 
 
 class EvalConfig(Settings):

@@ -23,6 +23,7 @@ from dualign.batch import (
     Row,
     WeightedBatch,
     check_finite,
+    has_signal,
     labelled,
     part_of,
     recorded_logp,
@@ -166,7 +167,10 @@ class Trainer:
         with clock("score"):
             ref_NT = engine.score_reference(b.tokens) if algo.needs_ref else None
             value_NT = engine.score(engine.critic, b.tokens) if engine.critic else None
-        old_NT, begun = log_pi_t(self.config, engine, b, ref_NT, value_NT, clock) if algo.needs_old else (None, None)
+        begins = has_signal(b, algo) or self.config.train.no_signal == "train"
+        old_NT, begun = (
+            log_pi_t(self.config, engine, b, ref_NT, value_NT, clock, begins) if algo.needs_old else (None, None)
+        )
         with clock("score"):
             b = weigh(b, algo, old_NT, ref_NT, value_NT)
         check_finite(b)
@@ -209,6 +213,8 @@ class Trainer:
                 losses.append(self._one_update(b, tokens, rows, begun if u == 0 else None))
 
     def _one_update(self, b: WeightedBatch, tokens: Any, rows: Any, begun: Sums | None) -> dict[str, float]:
+        if self.config.train.no_signal == "skip" and b.stats.get("without_signal"):
+            return self.engine.left_out()
         try:
             return self.engine.update(self.algo, tokens, rows, begun)
         except StopRun as stop:
@@ -329,15 +335,22 @@ class Trainer:
 
 
 def log_pi_t(
-    config: Config, engine: Engine, b: WeightedBatch, ref_NT: Tensor | None, value_NT: Tensor | None, clock: Phases
+    config: Config,
+    engine: Engine,
+    b: WeightedBatch,
+    ref_NT: Tensor | None,
+    value_NT: Tensor | None,
+    clock: Phases,
+    begins: bool = True,
 ) -> tuple[Tensor, Sums | None]:
     """(N, T) log π_t. Where a prompt's weights rest on its own rows and nothing in the forward pass is random, the rows of
-    the first update are scored by that update's own forward pass; its gradient is made with it, for `Engine.update`."""
+    the first update are scored by that update's own forward pass; its gradient is made with it, for `Engine.update`.
+    Not where the batch `begins` no update."""
     algo: Algorithm = config.algo
     if config.rollout.log_probs == "recorded" and algo.source == "online":
         return recorded_logp(b), None
     first: list[int] = []
-    if algo.by_prompt and not engine.drops:
+    if begins and algo.by_prompt and not engine.drops:
         first = next(update_rows(b, algo, config.train.update_size, config.run.seed), first)
     with clock("score"):
         old_NT = engine.score(engine.policy, b.tokens, but=set(first))

@@ -178,7 +178,14 @@ def warnings_of(record: dict[str, Any], algo: Algorithm) -> list[str]:
         found.append(
             f"{record['clip_rate']:.0%} of weights are clipped: they no longer tell completions apart; raise algo.beta"
         )
-    if record["reward_std"] == 0 and algo.source == "online":
+    if record.get("without_signal"):
+        flat = record["reward_std"] <= 1e-6 * abs(record["reward"])  # single precision's rounding
+        equal = "all rewards are equal" if flat else "the completions of each prompt have equal rewards"
+        step = (
+            "the batch was left out" if record.get("skipped") == 1 else f"what its step is then: {algo.without_signal}"
+        )
+        found.append(f"{equal}: there is nothing to learn from; check the reward. {step} (train.no_signal)")
+    elif record["reward_std"] == 0 and algo.source == "online":
         found.append("all rewards are equal: there is nothing to learn from; check the reward")
     if record.get("tied", 0) > 0.8:
         found.append(

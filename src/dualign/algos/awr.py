@@ -25,6 +25,10 @@ class RWR(Algorithm):
     beta: float = Field(1.0, gt=0, description="temperature of the exponential")
 
     @property
+    def without_signal(self) -> str:
+        return "all weights are equal: SFT on its own samples"
+
+    @property
     def needs_ref(self) -> bool:
         return False
 

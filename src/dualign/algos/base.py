@@ -11,6 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from dualign.algos.advantages import Baseline, advantages
+
 Columns = dict[str, Tensor]  # one value (or one row of T values) per completion; first dimension N
 Stats = dict[str, float]
 
@@ -98,6 +100,16 @@ class Algorithm(BaseModel):
     def compares(self) -> bool:
         """Whether it learns from the difference between completions of one prompt, so that one alone says nothing."""
         return False
+
+    def has_signal(self, batch: Batch) -> bool:
+        """Whether the rewards tell any completion from those that it is held against."""
+        baseline: Baseline = "group" if self.compares else "batch"
+        return bool(advantages(batch.reward_N, batch.group_N, baseline).any())
+
+    @property
+    def without_signal(self) -> str:
+        """What a step on a batch without signal is, for people."""
+        return "only its KL to the references moves it"
 
     def check(self, k: int) -> None:
         """Raise ValueError (naming the key, and what to do) where `k` completions per prompt cannot serve."""

@@ -30,6 +30,10 @@ class DAO(Algorithm):
         return self.baseline == "group"
 
     @property
+    def without_signal(self) -> str:
+        return "only its KL to π_0 and π_t moves it"
+
+    @property
     def needs_ref(self) -> bool:
         return self.alpha > 0
 

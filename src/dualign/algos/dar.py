@@ -46,6 +46,12 @@ class DAR(Algorithm):
         return self.baseline == "group"
 
     @property
+    def without_signal(self) -> str:
+        if self.alpha == 0:
+            return "every weight is 1: SFT on its own samples"
+        return f"w = (π_0/π_t)^{self.alpha:g}: SFT on its own samples, pulled to π_0"
+
+    @property
     def needs_ref(self) -> bool:
         return self.alpha > 0
 

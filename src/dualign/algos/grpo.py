@@ -30,6 +30,10 @@ class GRPO(Algorithm):
         return self.beta > 0
 
     @property
+    def without_signal(self) -> str:
+        return "only its KL to π_0 moves it" if self.beta else "its gradient is 0"
+
+    @property
     def by_prompt(self) -> bool:
         return True
 

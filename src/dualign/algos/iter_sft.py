@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from dualign.algos.advantages import best_and_worst
+from dualign.algos.advantages import advantages, best_and_worst
 from dualign.algos.base import Algorithm, Batch, Columns, Stats
 
 
@@ -21,6 +21,13 @@ class IterSFT(Algorithm):
     @property
     def needs_old(self) -> bool:
         return False
+
+    def has_signal(self, batch: Batch) -> bool:
+        return bool(advantages(batch.reward_N, batch.group_N, "group").any())
+
+    @property
+    def without_signal(self) -> str:
+        return "the first of equals is taken for the best: SFT on its own samples"
 
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         best_N, _ = best_and_worst(batch.reward_N, batch.group_N)

@@ -26,6 +26,10 @@ class Pairs(Algorithm):
     def compares(self) -> bool:
         return True
 
+    @property
+    def without_signal(self) -> str:
+        return "no pair is left, and no step is made"
+
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         best_N, worst_N = best_and_worst(batch.reward_N, batch.group_N)
         role_N = best_N.to(batch.reward_N.dtype) - worst_N.to(batch.reward_N.dtype)  # a tied group's best is its worst

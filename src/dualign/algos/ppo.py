@@ -3,6 +3,7 @@ token, the KL to π_0 as a reward of every token, GAE, clipped ratio and clipped
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -28,6 +29,19 @@ class PPO(Algorithm):
     def needs_ref(self) -> bool:
         return self.beta > 0
 
+    def has_signal(self, batch: Batch) -> bool:
+        return super().has_signal(replace(batch, reward_N=self.reward_of(batch)))
+
+    @property
+    def without_signal(self) -> str:
+        return "only its KL to the references and the value model's errors move it"
+
+    def reward_of(self, rows: Batch) -> Tensor:
+        """The reward, less the penalty of a completion that was cut off. (N,)"""
+        if rows.missing_eos_N is None:
+            return rows.reward_N
+        return rows.reward_N - self.missing_eos_penalty * rows.missing_eos_N.to(rows.reward_N.dtype)
+
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         assert batch.logp_old_NT is not None and batch.value_old_NT is not None
         columns = self.estimate(batch, batch.logp_old_NT)  # π_θ = π_t at a batch's first update
@@ -41,9 +55,7 @@ class PPO(Algorithm):
         """Advantages, whitened over all tokens of `rows`, and returns, for the policy that gives `logp_NT`. (N, T)"""
         assert rows.value_old_NT is not None
         mask_NT = rows.mask_NT.to(logp_NT.dtype)
-        reward_N = rows.reward_N
-        if rows.missing_eos_N is not None:
-            reward_N = reward_N - self.missing_eos_penalty * rows.missing_eos_N.to(reward_N.dtype)
+        reward_N = self.reward_of(rows)
         # r_k = -β · penalty_k, and the scalar reward at the last token
         last_N1 = (rows.mask_NT.sum(-1, keepdim=True).long() - 1).clamp(min=0)
         reward_NT = (-self.beta * self.penalty(rows, logp_NT)).scatter_add(1, last_N1, reward_N[:, None]) * mask_NT
