@@ -1,7 +1,8 @@
 """Prompts and fixed completions from files and data sets: rows of any Hugging Face layout -> Prompt, Example.
 
 Layouts are Hugging Face TRL's (docs "Dataset formats and types"): prompt-only, prompt-completion and preference, each
-plain (text) or conversational (a list of {role, content}); and hh-rlhf's transcripts ("\\n\\nHuman: ...").
+plain (text) or conversational (a list of messages); whole conversations under `messages`; and hh-rlhf's transcripts
+("\\n\\nHuman: ...").
 """
 
 from __future__ import annotations
@@ -11,35 +12,23 @@ import gzip
 import json
 import logging
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from dualign.conversation import kind_of, without_nulls
 from dualign.errors import UserError
+from dualign.layouts import TEMPLATE_COLUMNS, Row, layout_of, parse, prompt_of
 from dualign.schema import DataConfig
-from dualign.types import Example, Finish, Message, Prompt
+from dualign.types import Example, Finish, Message, Prompt, text_of
 
 log = logging.getLogger(__name__)
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-Content = str | tuple[Message, ...]
-FOREIGN_ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant"}  # templates take any
 X = TypeVar("X")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row as it was read. `where` names its file and 1-based row for people."""
-
-    where: str
-    default_id: str
-    values: Mapping[str, Any]
 
 
 def load_prompts(source: str, config: DataConfig | None = None, split: str | None = None) -> list[Prompt]:
@@ -50,21 +39,22 @@ def load_prompts(source: str, config: DataConfig | None = None, split: str | Non
     """
     config = config or DataConfig(train=source)
     rows, layout = _read(source, config, split)
-    return [_prompt(row, content, config) for row, content, _ in _parsed(source, rows, layout, config)]
+    return [example.prompt for example in _examples(source, rows, layout, config, prompts_only=True)]
 
 
 def load_examples(source: str, config: DataConfig | None = None, split: str | None = None) -> list[Example]:
-    """The rows of a preference set, completions = (chosen, rejected), or of a prompt-completion set, completions =
+    """The rows of a preference set, completions = (chosen, rejected), or of demonstrations, completions =
     (completion,), in its order. Raises UserError as load_prompts, and where rows hold prompts only."""
     config = config or DataConfig(train=source)
     rows, layout = _read(source, config, split)
+    if layout == "prompt" and config.format == "auto" and "messages" in rows[0].values:
+        layout = "messages"
     if layout == "prompt":
         have = ", ".join(rows[0].values)
-        raise UserError(f"{source}: needs chosen and rejected, or completion, in every row; its columns are {have}")
-    return [
-        Example(_prompt(row, content, config), completions, _finish(row, len(completions)))
-        for row, content, completions in _parsed(source, rows, layout, config)
-    ]
+        raise UserError(
+            f"{source}: needs chosen and rejected, or completion, or messages, in every row; its columns are {have}"
+        )
+    return list(_examples(source, rows, layout, config))
 
 
 def draw(items: Sequence[X], limit: int | None, seed: int = 0) -> list[X]:
@@ -86,25 +76,47 @@ def _finish(row: Row, count: int) -> tuple[Finish, ...]:
     return cast(tuple[Finish, ...], tuple(reasons))
 
 
-def _parsed(
-    source: str, rows: list[Row], layout: str, config: DataConfig
-) -> Iterator[tuple[Row, Content, tuple[str, ...]]]:
+def _examples(
+    source: str, rows: list[Row], layout: str, config: DataConfig, prompts_only: bool = False
+) -> Iterator[Example]:
     """Each row's prompt and completions. A row that is not of the layout stops it, or is left out and counted."""
     first: UserError | None = None
-    skipped = 0
+    skipped = several = 0
     for row in rows:
         try:
-            content, completions = _parse(row, layout, config)
+            content, answers = parse(row, layout, config, prompts_only)
+            example = _example(row, prompt_of(row, content, config), [] if prompts_only else answers)
         except UserError as error:
             if config.bad_rows == "stop":
                 raise UserError(f"{error} (data.bad_rows=skip leaves such rows out)") from None
             first, skipped = first or error, skipped + 1
             continue
-        yield row, content, completions
+        several += layout in ("completion", "messages") and _several(row, example, config)
+        yield example
     if skipped == len(rows):
         raise UserError(f"{source}: none of its {skipped:,} rows can be used; the first: {first}")
     if skipped:
         log.warning("%s: %s of %s rows left out; the first: %s", source, f"{skipped:,}", f"{len(rows):,}", first)
+    if several:
+        what = "the assistant's last turn is trained on, its earlier ones are context"
+        log.warning("%s: %s of %s rows are longer conversations: %s", source, f"{several:,}", f"{len(rows):,}", what)
+
+
+def _example(row: Row, prompt: Prompt, answers: list[str | Message]) -> Example:
+    texts = tuple(x if isinstance(x, str) else text_of(x) for x in answers)
+    turns = tuple(x for x in answers if not isinstance(x, str))
+    return Example(prompt, texts, _finish(row, len(texts)) if texts else (), turns)
+
+
+def _several(row: Row, example: Example, config: DataConfig) -> bool:
+    """Whether turns of the assistant that were given to be trained on are context now."""
+    own, whole = (row.values.get(config.prompt_column), example.prompt.content) if example.completions else ("", "")
+    before = own if isinstance(own, list) and config.prompt_column != "messages" else ()
+    return _spoken(whole) > _spoken(before)
+
+
+def _spoken(messages: Any) -> int:
+    return sum(m["role"] == "assistant" for m in messages) if not isinstance(messages, str) else 0
 
 
 # ---- rows of a source ------------------------------------------------------------------------------------------------
@@ -115,7 +127,7 @@ def _read(source: str, config: DataConfig, split: str | None) -> tuple[list[Row]
     rows = list(_rows(source, config, split or config.split))
     if not rows:
         raise UserError(f"{source}: holds no rows")
-    return rows, _layout(rows[0].values, config) if config.format == "auto" else config.format
+    return rows, layout_of(rows[0].values, config) if config.format == "auto" else config.format
 
 
 def local_file(source: str, split: str = "train") -> Path | None:
@@ -167,7 +179,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
     try:
         for number, values in _file_values(path):
             if not isinstance(values, dict):
-                raise UserError(f"{path}, row {number}: expected an object of columns, got {_kind(values)}")
+                raise UserError(f"{path}, row {number}: expected an object of columns, got {kind_of(values)}")
             yield Row(f"{path}, row {number}", f"{path.name}:{number}", values)
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
@@ -180,7 +192,8 @@ def _file_values(path: Path) -> Iterator[tuple[int, Any]]:
         import pyarrow.parquet as pq
 
         try:
-            yield from enumerate(pq.read_table(path).to_pylist(), 1)
+            for number, values in enumerate(pq.read_table(path).to_pylist(), 1):
+                yield number, _from_arrow(values)
         except pa.ArrowInvalid as error:
             raise UserError(f"{path}: not a readable Parquet file: {error}") from error
         return
@@ -222,139 +235,14 @@ def load_dataset(name: str, subset: str | None, split: str) -> Any:
 
 def _dataset_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
     for number, values in enumerate(load_dataset(name, subset, split), 1):
-        yield Row(f"{name} [{split}], row {number}", f"{name}:{split}:{number}", dict(values))
+        yield Row(f"{name} [{split}], row {number}", f"{name}:{split}:{number}", _from_arrow(dict(values)))
 
 
-# ---- a row's layout --------------------------------------------------------------------------------------------------
+def _from_arrow(values: dict[str, Any]) -> dict[str, Any]:
+    """A row as JSON has it: messages and tools without the fields of other rows' messages and tools."""
 
+    def padded(name: str, value: Any) -> bool:
+        messages = isinstance(value, list) and any(isinstance(x, dict) and "role" in x for x in value)
+        return messages or name in TEMPLATE_COLUMNS
 
-def _layout(values: Mapping[str, Any], config: DataConfig) -> str:
-    if "chosen" in values and "rejected" in values:
-        raw = isinstance(values["chosen"], str) and values["chosen"].lstrip().startswith("Human:")
-        return "hh" if raw and config.prompt_column not in values else "preference"
-    return "completion" if "completion" in values else "prompt"
-
-
-def _parse(row: Row, layout: str, config: DataConfig) -> tuple[Content, tuple[str, ...]]:
-    """The prompt, and the completions the layout promises: none, (completion,) or (chosen, rejected)."""
-    names = {"prompt": (), "completion": ("completion",), "preference": ("chosen", "rejected")}
-    if layout == "hh":
-        return _parse_transcripts(row, config)
-    given = [_value(row, name) for name in names[layout]]
-    if config.prompt_column in row.values or layout != "preference":
-        prompt = _value(row, config.prompt_column)
-    else:
-        prompt, given = _split_common(row, given)
-    if isinstance(prompt, str) and given and not any(isinstance(x, str) for x in given):
-        prompt = [{"role": "user", "content": prompt}]
-    content = _content(row, config.prompt_column, prompt)
-    return content, tuple(_completion(row, name, x) for name, x in zip(names[layout], given, strict=True))
-
-
-def _value(row: Row, column: str) -> Any:
-    if column not in row.values:
-        near = difflib.get_close_matches(column, row.values, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        if column not in {"chosen", "rejected", "completion"}:
-            hint += ". Which one holds the prompt: data.prompt_column in a recipe, --prompt-column of a command"
-        raise UserError(f"{row.where}: no column {column!r}; its columns are {', '.join(row.values) or 'none'}{hint}")
-    return row.values[column]
-
-
-def _content(row: Row, column: str, value: Any) -> Content:
-    if isinstance(value, str):
-        if not value.strip():
-            raise UserError(f"{row.where}: {column!r} is empty")
-        return encodable(row.where, column, value)
-    messages = _messages(row, column, value)
-    if messages[-1]["role"] == "assistant":
-        raise UserError(f"{row.where}: {column!r} ends with the assistant's turn; a prompt ends where it is to speak")
-    if not messages[-1]["content"].strip():
-        raise UserError(f"{row.where}: {column!r} ends with an empty message")
-    return tuple(messages)
-
-
-def _messages(row: Row, column: str, value: Any) -> list[Message]:
-    if not isinstance(value, list):
-        raise UserError(f"{row.where}: {column!r} must be text or a list of messages, got {_kind(value)}")
-    if not value:
-        raise UserError(f"{row.where}: {column!r} is empty")
-    for n, message in enumerate(value, 1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise UserError(f"{row.where}: {column!r}, message {n}: expected text under 'role' and 'content'")
-        if known := FOREIGN_ROLES.get(message["role"].lower()):
-            raise UserError(f"{row.where}: {column!r}, message {n}: the role {message['role']!r} must be {known!r}")
-        encodable(row.where, column, message["content"])
-    return [{"role": m["role"], "content": m["content"]} for m in value]
-
-
-def _completion(row: Row, column: str, value: Any) -> str:
-    """A completion's text. A conversation must end with the assistant; what stands before was the prompt."""
-    if not isinstance(value, str):
-        messages = _messages(row, column, value)
-        if messages[-1]["role"] != "assistant":
-            raise UserError(f"{row.where}: {column!r} must end with the assistant's message")
-        value = messages[-1]["content"]
-    if not value.strip():
-        raise UserError(f"{row.where}: {column!r} is empty")
-    return encodable(row.where, column, value)
-
-
-def encodable(where: str, column: str, text: str) -> str:
-    """`text` as it is. Raises UserError where it holds half of a surrogate pair, which JSON can, and no tokenizer, file
-    or request."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {column!r} holds {text[error.start]!a}, half of a character") from None
-    return text
-
-
-def _split_common(row: Row, given: list[Any]) -> tuple[Any, list[Any]]:
-    """The implicit prompt: what two whole conversations, or two texts (to the last whole word), have in common."""
-    if all(isinstance(x, str) for x in given):
-        same = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*given, strict=False)))
-        common: Any = re.sub(r"\S*\Z", "", same).rstrip()
-        parts: list[Any] = [x[len(common) :] for x in given]
-    else:
-        chosen, rejected = (_messages(row, c, x) for c, x in zip(("chosen", "rejected"), given, strict=True))
-        if chosen[:-1] != rejected[:-1]:
-            raise UserError(f"{row.where}: 'chosen' and 'rejected' differ before their last message")
-        common, parts = chosen[:-1], [chosen[-1:], rejected[-1:]]
-    if not common:
-        raise UserError(f"{row.where}: no prompt column, and 'chosen' and 'rejected' have no beginning in common")
-    return common, parts
-
-
-def _parse_transcripts(row: Row, config: DataConfig) -> tuple[Content, tuple[str, ...]]:
-    """hh-rlhf: whole dialogues under chosen and rejected, or one that ends with "Assistant:" in the prompt column."""
-    if config.prompt_column in row.values:
-        return _content(row, config.prompt_column, _transcript(row, config.prompt_column)), ()
-    prompt, parts = _split_common(row, [_transcript(row, "chosen"), _transcript(row, "rejected")])
-    chosen, rejected = (_completion(row, c, x) for c, x in zip(("chosen", "rejected"), parts, strict=True))
-    return _content(row, "chosen", prompt), (chosen, rejected)
-
-
-def _transcript(row: Row, column: str) -> list[Message]:
-    text = _value(row, column)
-    if not isinstance(text, str):
-        raise UserError(f"{row.where}: {column!r} must be a transcript, got {_kind(text)}")
-    parts = re.split(r"(?:\A|\n\n)(Human|Assistant):", text)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    messages = [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[1::2], parts[2::2], strict=True)]
-    if parts[0].strip() or not messages:
-        raise UserError(f"{row.where}: {column!r} must begin with 'Human:' or 'Assistant:' on a paragraph of its own")
-    return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages
-
-
-def _prompt(row: Row, content: Content, config: DataConfig) -> Prompt:
-    if config.chat and isinstance(content, str):
-        content = ({"role": "user", "content": content},)
-    if config.system_prompt and not isinstance(content, str) and content[0]["role"] != "system":
-        content = ({"role": "system", "content": config.system_prompt}, *content)
-    columns = {k: v for k, v in row.values.items() if k != config.prompt_column}
-    return Prompt(str(row.values.get("id", row.default_id)), content, columns)
-
-
-def _kind(value: Any) -> str:
-    return "nothing (null)" if value is None else f"a value of type {type(value).__name__}"
+    return {k: without_nulls(v) if padded(k, v) else v for k, v in values.items()}

@@ -43,7 +43,7 @@ class DataConfig(Settings):
     split: str = Field("train", description="split of a data set taken by name")
     eval_split: str = Field("test", description="the same of the held-out prompts")
     subset: str | None = Field(None, description="configuration of a data set taken by name")
-    format: Literal["auto", "prompt", "completion", "preference", "hh"] = Field(
+    format: Literal["auto", "prompt", "completion", "messages", "preference", "hh"] = Field(
         "auto", description="auto: by the columns"
     )
     prompt_column: str = Field("prompt", description="the column that holds the prompt")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
+Message = dict[str, Any]  # {"role": text, "content": text, and what else a chat template reads: tool_calls, name, ...}
 Finish = Literal["eos", "length"]
 
 
@@ -14,7 +15,8 @@ Finish = Literal["eos", "length"]
 class Prompt:
     """One prompt: a conversation that ends where the assistant is to speak, or plain text to continue.
 
-    `columns` holds whatever else the data row had; reward functions receive it by keyword.
+    `columns` holds whatever else the data row had; reward functions receive it by keyword. Of a conversation's, `tools`
+    and `chat_template_kwargs` are for the chat template.
     """
 
     id: str
@@ -35,17 +37,35 @@ class Prompt:
     @property
     def text(self) -> str:
         """The prompt for people and logs: the plain text, or the last user turn of a conversation."""
-        return self.content if isinstance(self.content, str) else self.content[-1]["content"]
+        return self.content if isinstance(self.content, str) else str(self.content[-1]["content"])
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """What a conversation's assistant can call, as chat templates list it."""
+        tools = self.columns.get("tools") if self.conversational else None
+        return tools if isinstance(tools, list) and tools else None
+
+
+def text_of(message: Message) -> str:
+    """A message for those who read text: its content, then a line for each tool call."""
+    calls = [call.get("function") or call for call in message.get("tool_calls") or ()]
+    lines = [f"{c.get('name')}({json.dumps(c.get('arguments', {}), ensure_ascii=False)})" for c in calls]
+    return "\n".join([message["content"], *lines] if message["content"] else lines)
 
 
 @dataclass(frozen=True)
 class Example:
     """One row of a fixed data set: a prompt with one completion (demonstration) or two (chosen, rejected), and how each
-    of them ended."""
+    of them ended. `turns`: a conversation's completions as the assistant's messages, where they hold more than text."""
 
     prompt: Prompt
     completions: tuple[str, ...]
     finish: tuple[Finish, ...]
+    turns: tuple[Message, ...] = ()
+
+    def turn(self, i: int) -> Message:
+        """Completion i of a conversation, as the assistant's message."""
+        return self.turns[i] if self.turns else {"role": "assistant", "content": self.completions[i]}
 
 
 @dataclass(frozen=True)

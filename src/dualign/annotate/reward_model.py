@@ -10,7 +10,7 @@ from dualign.annotate.base import BatchSession, Item, Session
 from dualign.annotate.settings import ClassifierReward
 from dualign.assets import resolve
 from dualign.errors import UserError
-from dualign.types import Label
+from dualign.types import Label, text_of
 
 
 class ClassifierAnnotator:
@@ -54,7 +54,7 @@ class ClassifierAnnotator:
     def _tokens(self, item: Item) -> dict[str, list[int]]:
         if self._tokenizer.chat_template:
             messages = [*item.prompt.messages, {"role": "assistant", "content": item.completion}]
-            encoded = self._tokenizer.apply_chat_template(messages, return_dict=True)
+            encoded = self._tokenizer.apply_chat_template(messages, tools=item.prompt.tools, return_dict=True)
         else:
             encoded = self._tokenizer(_plain(item), item.completion)
         return {key: list(encoded[key]) for key in self._tokenizer.model_input_names if key in encoded}
@@ -71,7 +71,7 @@ def _plain(item: Item) -> str:
     """A prompt for models without a chat template: the text itself, or the turns of a conversation."""
     if isinstance(item.prompt.content, str):
         return item.prompt.content
-    return "\n\n".join(message["content"] for message in item.prompt.content)
+    return "\n\n".join(text_of(message) for message in item.prompt.content)
 
 
 def _load(settings: ClassifierReward) -> tuple[Any, Any]:

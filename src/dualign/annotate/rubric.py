@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from dualign.annotate.settings import Settings
 from dualign.errors import UserError
-from dualign.types import Message, Prompt
+from dualign.types import Message, Prompt, text_of
 from dualign.yaml_text import parse_yaml
 
 BUILT_IN = ("summarization", "helpfulness", "harmlessness")
@@ -61,7 +61,7 @@ def context_text(prompt: Prompt) -> str:
     """A prompt as the judge reads it: plain text as it is, a conversation with a line per speaker."""
     if not prompt.conversational:
         return str(prompt.content)
-    return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in prompt.messages)
+    return "\n\n".join(f"{m['role'].capitalize()}: {text_of(m)}" for m in prompt.messages)
 
 
 def fill(template: str, texts: Mapping[str, str]) -> str:

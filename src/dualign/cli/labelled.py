@@ -68,14 +68,13 @@ def load_pairs(source: str, limit: int | None = None) -> list[Pair]:
 
 
 def _text(prompt: Prompt, column: str, source: str) -> str:
-    from dualign.data import encodable
+    from dualign.conversation import check_text, read_messages
+    from dualign.types import text_of
 
-    value = prompt.columns.get(column)
-    try:
-        text = value if isinstance(value, str) else str(value[-1]["content"])  # type: ignore[index]
-    except (TypeError, KeyError, IndexError):
-        raise UserError(f"{source}: row {prompt.id}: {column}: expected a text or a list of messages") from None
-    return encodable(f"{source}: row {prompt.id}", column, text)
+    where, value = f"{source}: row {prompt.id}", prompt.columns.get(column)
+    text = value if isinstance(value, str) else text_of(read_messages(where, column, value)[-1])
+    check_text(f"{where}: {column!r}", text)
+    return text
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
