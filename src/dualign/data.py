@@ -38,7 +38,7 @@ def load_prompts(source: str, config: DataConfig | None = None, split: str | Non
     counts for the last three. Raises UserError naming the file, the row and the column.
     """
     config = config or DataConfig(train=source)
-    rows, layout = _read(source, config, split)
+    rows, layout = read_rows(source, config, split)
     return [example.prompt for example in _examples(source, rows, layout, config, prompts_only=True)]
 
 
@@ -46,7 +46,7 @@ def load_examples(source: str, config: DataConfig | None = None, split: str | No
     """The rows of a preference set, completions = (chosen, rejected), or of demonstrations, completions =
     (completion,), in its order. Raises UserError as load_prompts, and where rows hold prompts only."""
     config = config or DataConfig(train=source)
-    rows, layout = _read(source, config, split)
+    rows, layout = read_rows(source, config, split)
     if layout == "prompt" and config.format == "auto" and "messages" in rows[0].values:
         layout = "messages"
     if layout == "prompt":
@@ -122,7 +122,7 @@ def _spoken(messages: Any) -> int:
 # ---- rows of a source ------------------------------------------------------------------------------------------------
 
 
-def _read(source: str, config: DataConfig, split: str | None) -> tuple[list[Row], str]:
+def read_rows(source: str, config: DataConfig, split: str | None = None) -> tuple[list[Row], str]:
     """All rows, and their layout: that of the first row where the format is "auto"."""
     rows = list(_rows(source, config, split or config.split))
     if not rows:

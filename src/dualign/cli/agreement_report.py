@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from dualign.annotate import agreement
 from dualign.annotate.settings import HeadReward, JudgeReward, PreferenceReward
-from dualign.cli.labelled import load_pairs
-from dualign.errors import UserError
+from dualign.cli.labelled import labelled_pairs
+from dualign.errors import UserError, clean
 
 Report = dict[str, Any]
 
@@ -18,8 +18,9 @@ Report = dict[str, Any]
 def measure_file(
     file: str, limit: int | None, heads: Sequence[str], judge: JudgeReward | None, preference: PreferenceReward | None
 ) -> Report:
-    """{"file", "labellers": [Agreement ...], "orders": Orders | None} as plain values."""
-    pairs = load_pairs(file, limit)
+    """{"file", "rows", "labellers": [Agreement ...], "orders": Orders | None, "left_out": why some pairs cannot be
+    compared, with how many} as plain values. Those pairs count as absent for every labeller."""
+    pairs, left_out = labelled_pairs(file, limit)
     found = [agreement.measure("longer answer", pairs, agreement.longer(pairs))]
     if ceiling := agreement.human_ceiling(pairs):
         found.append(ceiling)
@@ -35,7 +36,10 @@ def measure_file(
         values = [None if v.value is None else v.value - 0.5 for v in verdicts]
         found.append(agreement.measure(f"AI preference ({judge.model})", pairs, values))
         orders = asdict(agreement.by_order(pairs, verdicts))
-    return {"file": file, "rows": len(pairs), "labellers": [asdict(f) for f in found], "orders": orders}
+    missing = left_out.total()
+    labellers = [asdict(replace(f, absent=f.absent + missing)) for f in found]
+    return {"file": file, "rows": len(pairs) + missing, "labellers": labellers, "orders": orders,
+            "left_out": dict(left_out)}  # fmt: skip
 
 
 def _rewards(settings: JudgeReward, pairs: Sequence[agreement.Pair]) -> list[float | None]:
@@ -74,6 +78,8 @@ def print_report(reports: Sequence[Report]) -> None:
                 found = [f"{100 * row['share']:.1f} %", between, f"{100 * row['ties']:.1f} %", f"{row['kappa']:.3f}"]
             table.add_row(row["labeller"], f"{row['pairs']:,}", *found, f"{row['absent']:,}")
         console.print(table)
+        for reason, count in report["left_out"].items():
+            console.print(f"{count} of {report['rows']} pairs cannot be compared: {clean(reason)}", markup=False)
         orders = report["orders"]
         if orders and not orders["pairs"]:
             console.print("AI preference by order: no pair was answered in both")

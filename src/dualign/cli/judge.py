@@ -59,16 +59,22 @@ def _rewarded(rows: Sequence[Any], settings: dict[str, Any]) -> Iterator[dict[st
     """A row per response, in order. Raises StopRun where the judge or the budget ends it."""
     from dualign.annotate.base import Item
     from dualign.annotate.judge import JudgeAnnotator, windowed
+    from dualign.types import Label
 
     judge = JudgeAnnotator(_validated("judge", settings))
     responses = [(row, name) for row in rows for name in row.texts]
-    items = (Item(i, i, row.prompt, row.texts[name]) for i, (row, name) in enumerate(responses))
+
+    def ask(response: tuple[Any, str]) -> Any:
+        row, name = response
+        text = row.texts[name]
+        return None if text is None else judge.ask(Item(0, 0, row.prompt, text))
+
     try:
-        for item, asked in windowed(items, judge.ask, 4 * judge.settings.concurrency):
-            (row, name), label = responses[item.index], judge.combine(asked)
-            yield {"id": row.id, "response": name, "prompt": row.prompt.messages, "completion": item.completion,
+        for (row, name), asked in windowed(responses, ask, 4 * judge.settings.concurrency):
+            label = Label.absent(row.reasons[name]) if asked is None else judge.combine(asked)
+            yield {"id": row.id, "response": name, "prompt": row.prompt.messages, "completion": row.texts[name],
                    "reward": label.value, "reason": label.reason, "note": label.note}  # fmt: skip
-        _answered(judge.client, len(responses))
+        _answered(judge.client, sum(text is not None for row in rows for text in row.texts.values()))
     finally:
         judge.close()
 
@@ -76,21 +82,25 @@ def _rewarded(rows: Sequence[Any], settings: dict[str, Any]) -> Iterator[dict[st
 def _compared(rows: Sequence[Any], settings: dict[str, Any], file: str) -> Iterator[dict[str, Any]]:
     """A row per pair: value 1 where the first response won, 0 where it lost, 0.5 for a tie."""
     from dualign.annotate.judge import windowed
-    from dualign.annotate.preference import PreferenceAnnotator
+    from dualign.annotate.preference import PreferenceAnnotator, Verdict
     from dualign.errors import UserError
 
     if any(len(row.texts) != 2 for row in rows):
         raise UserError(f"{file}: --pairs needs two responses in every row (chosen/rejected or response_a/response_b)")
     judge = PreferenceAnnotator(_validated("preference", settings))
-    asked = windowed(rows, lambda row: judge.compare(row.prompt, *row.texts.values()), 2 * judge.settings.concurrency)
+
+    def ask(row: Any) -> Any:
+        return None if row.absent else judge.compare(row.prompt, *row.texts.values())
+
     try:
-        for row, pair in asked:
-            verdict, names = pair.verdict(), dict(zip("ab", row.texts, strict=True))
+        for row, pair in windowed(rows, ask, 2 * judge.settings.concurrency):
+            verdict = pair.verdict() if pair else Verdict(None, None, row.absent)
+            names = dict(zip("ab", row.texts, strict=True))
             better = {1.0: names["a"], 0.0: names["b"], 0.5: "tie", None: None}[verdict.value]
             yield {"id": row.id, "prompt": row.prompt.messages, **row.texts, "value": verdict.value, "better": better,
                    "first_order": verdict.ab and names[verdict.ab], "second_order": verdict.ba and names[verdict.ba],
                    "reason": verdict.reason, "note": verdict.note}  # fmt: skip
-        _answered(judge.client, len(rows))
+        _answered(judge.client, sum(not row.absent for row in rows))
     finally:
         judge.close()
 

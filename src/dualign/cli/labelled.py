@@ -1,56 +1,38 @@
-"""Files of prompts with responses, in every layout that has them, and files of labels, written whole or not at all."""
+"""Pairs that people labelled, and files of labels, written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dualign.annotate.agreement import Pair
 from dualign.errors import UserError
-from dualign.types import Prompt
+from dualign.responses import Responses, load_responses
 
-
-@dataclass(frozen=True)
-class Responses:
-    """One row: a prompt and its responses by name (a, b; chosen, rejected; completion)."""
-
-    id: str
-    prompt: Prompt
-    texts: Mapping[str, str]
-
-
-def load_responses(source: str, limit: int | None = None) -> list[Responses]:
-    """Rows of `source`, `limit` of them drawn at random (always the same ones). Raises UserError for rows that have no
-    response_a/response_b, chosen/rejected or completion."""
-    from dualign.data import load_examples, load_prompts
-
-    prompts = load_prompts(source)
-    if {"response_a", "response_b"} <= set(prompts[0].columns):
-        rows = [Responses(p.id, p, {s: _text(p, f"response_{s}", source) for s in "ab"}) for p in prompts]
-    else:
-        names = {1: ("completion",), 2: ("chosen", "rejected")}
-        rows = [
-            Responses(e.prompt.id, e.prompt, dict(zip(names[len(e.completions)], e.completions, strict=True)))
-            for e in load_examples(source)
-        ]
-    if limit is not None and limit < len(rows):
-        rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), limit))]
-    return rows
+__all__ = ["Responses", "load_pairs", "load_responses", "read_rewards", "write_rows"]
 
 
 def load_pairs(source: str, limit: int | None = None) -> list[Pair]:
     """Pairs that people labelled: response_a, response_b with `label` (a, b, tie) and perhaps `votes`, or chosen and
-    rejected. Raises UserError naming the row."""
+    rejected. A pair that lacks a response is left out. Raises UserError naming the row."""
+    return labelled_pairs(source, limit)[0]
+
+
+def labelled_pairs(source: str, limit: int | None = None) -> tuple[list[Pair], Counter[str]]:
+    """Those pairs, and why others were left out."""
     pairs = []
+    absent: Counter[str] = Counter()
     for row in load_responses(source, limit):
         if len(row.texts) != 2:
             raise UserError(f"{source}: row {row.id}: needs two responses and which one people preferred")
-        a, b = row.texts.values()
+        if row.absent:
+            absent[row.absent] += 1
+            continue
+        a, b = (text or "" for text in row.texts.values())
         if "chosen" in row.texts:
             pairs.append(Pair(row.id, row.prompt, a, b, "a"))
             continue
@@ -64,17 +46,9 @@ def load_pairs(source: str, limit: int | None = None) -> list[Pair]:
         ):
             raise UserError(f"{source}: row {row.id}: votes: expected counts of a, b and tie, found {votes!r}")
         pairs.append(Pair(row.id, row.prompt, a, b, label, votes))
-    return pairs
-
-
-def _text(prompt: Prompt, column: str, source: str) -> str:
-    from dualign.conversation import check_text, read_messages
-    from dualign.types import text_of
-
-    where, value = f"{source}: row {prompt.id}", prompt.columns.get(column)
-    text = value if isinstance(value, str) else text_of(read_messages(where, column, value)[-1])
-    check_text(f"{where}: {column!r}", text)
-    return text
+    if not pairs:
+        raise UserError(f"{source}: no row has both responses: {next(iter(absent))}")
+    return pairs, absent
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

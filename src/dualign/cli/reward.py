@@ -7,6 +7,7 @@ import hashlib
 import json
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -75,26 +76,32 @@ def score(
     out: Annotated[Path, typer.Option(help="where the rewards go (.jsonl)")],
     head: Annotated[str, typer.Option(help="a head file, or builtin:NAME")] = "builtin:harmless",
 ) -> None:
-    """Score every completion of a file: one JSON line per row, {"id", "reward"} or {"id", "chosen", "rejected"}."""
+    """Score every completion of a file: one JSON line per row, {"id", "reward"} or {"id", "chosen", "rejected"}; null for
+    an answer that is absent."""
     import numpy as np
 
     from dualign.annotate.head import load_head
-    from dualign.data import load_examples
+    from dualign.responses import load_responses
 
-    loaded, rows = load_head(head), load_examples(file)
-    names = ("chosen", "rejected") if len(rows[0].completions) == 2 else ("reward",)
-    texts = [text for row in rows for text in row.completions]
-    reward_NC = loaded.score_texts([row.prompt.text for row in rows for _ in names], texts).reshape(-1, len(names))
+    loaded, rows = load_head(head), load_responses(file)
+    texts = [(row.prompt.text, text) for row in rows for text in row.texts.values() if text is not None]
+    scores = iter(loaded.score_texts([prompt for prompt, _ in texts], [text for _, text in texts]).tolist())
+    rewards = [{name: None if text is None else next(scores) for name, text in row.texts.items()} for row in rows]
     lines = [
-        json.dumps({"id": row.prompt.id, **dict(zip(names, map(float, rewards), strict=True))})
-        for row, rewards in zip(rows, reward_NC, strict=True)
+        json.dumps(
+            {"id": row.id, **{"reward" if name == "completion" else name: value for name, value in each.items()}}
+        )
+        for row, each in zip(rows, rewards, strict=True)
     ]
     _save(out, ("\n".join(lines) + "\n").encode())
-    print(
-        f"{reward_NC.size} completions: mean reward {reward_NC.mean():+.3f}, standard deviation {reward_NC.std():.3f}"
-    )
-    if len(names) == 2:
-        print(f"chosen scores higher in {np.mean(reward_NC[:, 0] > reward_NC[:, 1]):.1%} of {len(rows)} pairs")
+    found = np.array([value for each in rewards for value in each.values() if value is not None])
+    print(f"{found.size} completions: mean reward {found.mean():+.3f}, standard deviation {found.std():.3f}")
+    for reason, count in Counter(reason for row in rows for reason in row.reasons.values()).items():
+        print(f"  {count} absent: {reason}")
+    whole = [tuple(v for v in each.values() if v is not None) for each in rewards if "chosen" in each]
+    higher = [pair[0] > pair[1] for pair in whole if len(pair) == 2]
+    if higher:
+        print(f"chosen scores higher in {np.mean(higher):.1%} of {len(higher)} pairs")
     print(f"wrote {out}")
 
 
