@@ -9,7 +9,8 @@ from pathlib import Path
 from dualign import cpu, data
 from dualign.errors import UserError, clean
 from dualign.models.policy import Policy, load_model
-from dualign.rollout.base import Sampling
+from dualign.models.tokenizer import Tokenizer
+from dualign.rollout.base import Request, Sampling
 from dualign.rollout.hf import HFSampler
 from dualign.runs import write_text
 from dualign.schema import DataConfig, ModelConfig
@@ -17,8 +18,15 @@ from dualign.source import requests_of
 from dualign.types import Prompt, Rollout
 
 
-def sample_from(model: ModelConfig, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[Rollout]:
-    """K rollouts of each prompt, in order."""
+def sample_from(
+    model: ModelConfig,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seed: int,
+    left_out: dict[int, str] | None = None,
+) -> list[Rollout]:
+    """K rollouts of each prompt, in order. A prompt that the model cannot be asked is left out and its number and the
+    reason put into `left_out`; without one it raises UserError."""
     import torch
 
     hf, tokenizer = load_model(model)
@@ -28,10 +36,39 @@ def sample_from(model: ModelConfig, prompts: Sequence[Prompt], sampling: Samplin
         cpu.keep_memory()
     policy = Policy(hf, model.precision).frozen_copy()
     context = int(getattr(hf.config, "max_position_embeddings", None) or 1 << 30)
-    requests = requests_of(prompts, tokenizer, context, sampling.max_new_tokens, None, print)
+    if left_out is None:
+        requests = requests_of(prompts, tokenizer, context, sampling.max_new_tokens, None, print)
+    else:
+        requests = askable(prompts, tokenizer, context, sampling.max_new_tokens, left_out)
     rollouts: list[Rollout] = []
-    HFSampler(policy, tokenizer, 256).sample(requests, sampling, (seed, 0), rollouts.append)
+    if requests:
+        HFSampler(policy, tokenizer, 256).sample(requests, sampling, (seed, 0), rollouts.append)
     return sorted(rollouts, key=lambda r: r.index)
+
+
+def askable(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, context: int, new_tokens: int, left_out: dict[int, str]
+) -> list[Request]:
+    """The prompts that the model can be asked, each under its number among all, so that no other one's random numbers
+    move. Of the others, `left_out` gets the reason by number."""
+    if tokenizer.hf.chat_template is None and any(prompt.conversational for prompt in prompts):
+        raise UserError(
+            "the prompts are conversations and the model has no chat template: put one into its folder "
+            "(chat_template.jinja), or ask in plain text"
+        )
+    requests = []
+    for i, prompt in enumerate(prompts):
+        try:
+            ids = tokenizer.prompt(prompt)
+        except UserError as error:  # its template objects
+            left_out[i] = str(error)
+            continue
+        if len(ids) + new_tokens > context:
+            tokens = f"{len(ids)} tokens and {new_tokens} new ones"
+            left_out[i] = f"its {tokens} exceed the model's context of {context} (fewer new ones: --max-new-tokens)"
+        else:
+            requests.append(Request(i, prompt, ids))
+    return requests
 
 
 def sample_to(
@@ -57,7 +94,14 @@ def sample_to(
         else [Prompt("prompt", ({"role": "user", "content": source},))]
     )
     sampling = Sampling(k, max_new_tokens, temperature, top_p)
-    rollouts = sample_from(ModelConfig(name=model), prompts[:limit], sampling, seed)
+    prompts, left_out = prompts[:limit], dict[int, str]()
+    rollouts = sample_from(ModelConfig(name=model), prompts, sampling, seed, left_out)
+    if left_out:
+        i, reason = next(iter(left_out.items()))
+        told = f"{len(left_out)} of {len(prompts)} prompts cannot be asked; the first, {prompts[i].id}: {reason}"
+        if not rollouts:
+            raise UserError(told)
+        print(clean(told))
     if out is None:
         for r in rollouts:
             print(

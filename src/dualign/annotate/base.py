@@ -11,13 +11,14 @@ from dualign.types import Label, Prompt
 
 @dataclass(frozen=True)
 class Item:
-    """One completion to be labelled. `index` orders the answers; items of one `group` share a prompt."""
+    """One completion to be labelled. `index` orders the answers; items of one `group` share a prompt.
+    `completion_ids`: its tokens; None where they are not known."""
 
     index: int
     group: int
     prompt: Prompt
     completion: str
-    completion_ids: tuple[int, ...] = ()
+    completion_ids: tuple[int, ...] | None = ()
 
 
 class Session(Protocol):

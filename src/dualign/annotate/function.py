@@ -106,18 +106,19 @@ class FunctionAnnotator:
 
 def arguments(items: Sequence[Item]) -> dict[str, list[Any]]:
     """The keyword arguments of one call; rows that lack a column have None there. As in TRL, columns called prompt,
-    completion or completion_ids are not passed on."""
+    completion or completion_ids are not passed on. Without the tokens of every row there are no `completion_ids`."""
     chat = [item.prompt.conversational for item in items]
     columns = dict.fromkeys(key for item in items for key in item.prompt.columns)
     for reserved in ("prompt", "completion", "prompts", "completions", "completion_ids"):
         columns.pop(reserved, None)
+    ids = [None if item.completion_ids is None else list(item.completion_ids) for item in items]
     return {
         "prompts": [item.prompt.messages if c else item.prompt.content for c, item in zip(chat, items, strict=True)],
         "completions": [
             [{"role": "assistant", "content": item.completion}] if c else item.completion
             for c, item in zip(chat, items, strict=True)
         ],
-        "completion_ids": [list(item.completion_ids) for item in items],
+        **({"completion_ids": ids} if None not in ids else {}),
         **{key: [item.prompt.columns.get(key) for item in items] for key in columns},
     }
 

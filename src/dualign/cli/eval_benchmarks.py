@@ -9,13 +9,17 @@ import typer
 
 if TYPE_CHECKING:
     from dualign.eval.outputs import Generation, Outputs
-    from dualign.schema import ModelConfig
+    from dualign.schema import DataConfig, ModelConfig
 
 Source = Annotated[str, typer.Argument(help="a run (its last checkpoint), a checkpoint, a model")]
 JudgeModel = Annotated[
     str, typer.Option("--judge", help="a YAML file or an inline mapping: {base_url: ..., model: ...}")
 ]
 Chat = Annotated[bool, typer.Option("--chat/--no-chat", help="ask in the model's chat template, or in plain text")]
+SystemPrompt = Annotated[
+    str | None,
+    typer.Option(help="put before every conversation that has none; default: the run's data.system_prompt; '': none"),
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="so many, always the same draw")]
 Tokens = Annotated[int, typer.Option(min=1, help="longest answer")]
 Out = Annotated[Path | None, typer.Option(help="a .json file; default: RUN/eval/NAME.json, or eval/NAME.json")]
@@ -31,6 +35,7 @@ def mtbench(
     judge: JudgeModel,
     questions: Annotated[Path, typer.Option(help="FastChat's question.jsonl")],
     judge_prompts: Annotated[Path, typer.Option(help="FastChat's judge_prompts.jsonl")],
+    system_prompt: SystemPrompt = None,
     max_new_tokens: Tokens = 1024,
     limit: Limit = None,
     out: Out = None,
@@ -39,7 +44,8 @@ def mtbench(
     from dualign import data
     from dualign.eval import judges, mtbench, results, show
 
-    path, how = _setting(source, "mtbench", max_new_tokens, out)
+    asked = _put(source, str(questions), True, system_prompt)
+    path, how = _setting(source, "mtbench", max_new_tokens, out, asked)
     prompts = mtbench.load_prompts(judge_prompts)
     chosen = data.draw(mtbench.load_questions(questions), limit)
     answers = mtbench.answer(_model(source), chosen, how)
@@ -48,10 +54,10 @@ def mtbench(
         ratings = mtbench.grade(client, settings, prompts, chosen, answers)
     finally:
         client.close()
-    result = results.provenance("mtbench", settings.model_dump(mode="json"), 0) | {"source": source}
+    result = results.provenance("mtbench", settings.model_dump(mode="json"), 0) | _about(source, path, how)
     result |= mtbench.table(chosen, ratings)
     rows = [
-        {"id": q.id, "category": q.category, "turn": t + 1, "answer": a[t], "rating": r[t].value, "reason": r[t].reason,
+        {"id": q.id, "category": q.category, "turn": t + 1, "answer": a[t].given, "rating": r[t].value, "reason": r[t].reason,
          "note": r[t].note}
         for q, a, r in zip(chosen, answers, ratings, strict=True) for t in (0, 1)
     ]  # fmt: skip
@@ -69,6 +75,7 @@ def alpaca(
     column: Annotated[str | None, typer.Option(help="or the column of the instructions that holds them")] = None,
     prompt_column: Annotated[str, typer.Option(help="the column that holds the instruction")] = "instruction",
     chat: Chat = True,
+    system_prompt: SystemPrompt = None,
     official: Annotated[
         str | None, typer.Option(help="run the installed alpaca_eval package with this annotators_config")
     ] = None,
@@ -78,28 +85,29 @@ def alpaca(
 ) -> None:
     """AlpacaEval: outputs in its JSON format, win rate against the baseline, raw and length-controlled."""
     from dualign import data
-    from dualign.eval import alpaca, judges, results, show, winrate
-    from dualign.schema import DataConfig
+    from dualign.eval import alpaca, judges, outputs, results, show, winrate
 
-    path, how = _setting(source, "alpaca", max_new_tokens, out)
-    setting = DataConfig(train=instructions, prompt_column=prompt_column, chat=chat)
-    prompts = data.draw(data.load_prompts(instructions, setting, "eval"), limit)
-    theirs = alpaca.baseline(prompts, column, reference)
+    asked = _put(source, instructions, chat, system_prompt, prompt_column)
+    prompts = data.draw(data.load_prompts(instructions, asked, "eval"), limit)
+    theirs = alpaca.baseline(prompts, column, reference, asked)
+    name = "-against-".join(["alpaca", *([alpaca.slug(column, reference)] if column or reference else [])])
+    path, how = _setting(source, name, max_new_tokens, out, asked)
     ours = _answers(source, prompts, how)
     files = path.with_name(f"{path.stem}-outputs.json"), path.with_name(f"{path.stem}-reference.json")
-    for file, outputs in zip(files, (ours, theirs), strict=True):
-        alpaca.write_outputs(file, outputs)
+    for file, answers in zip(files, (ours, theirs), strict=True):
+        alpaca.write_outputs(file, answers)
     print(f"outputs in AlpacaEval's format: {files[0]}, {files[1]}")
     if official is not None:
         raise typer.Exit(alpaca.official(*files, official))
     if judge is None:
         return
-    with judges.open_judge(judge, ledger=path.parent) as chosen:
+    with judges.open_judge(judge, source if outputs.is_run(source) else None, path.parent) as chosen:
         pairs = judges.judge_pairs(chosen, ours, theirs)
     point = winrate.measure(ours, theirs, pairs)
-    result = results.provenance("alpaca", {"name": chosen.name, "settings": chosen.settings}, 0)
-    result |= {"prompts": len(prompts), "headline": alpaca.headline(point)}
-    result["systems"] = [{"source": source, "points": [point]}]
+    about = _about(source, path, how) | {"judge": chosen.record(), "against": {"source": None, "name": theirs.name}}
+    result = results.provenance("alpaca", chosen.record(), 0)
+    result |= {"prompts": len(prompts), "headline": f"{alpaca.headline(point)} against {theirs.name}"}
+    result["systems"] = [about | {"points": [point]}]
     results.write(path, result, [winrate.row(ours.name, pair) for pair in pairs])
     show.winrate(result, path)
 
@@ -108,6 +116,7 @@ def ifeval(
     source: Source,
     prompts: Annotated[str, typer.Option(help="IFEval's prompts, with instruction_id_list and kwargs")],
     chat: Chat = True,
+    system_prompt: SystemPrompt = None,
     max_new_tokens: Tokens = 512,
     limit: Limit = None,
     out: Out = None,
@@ -115,24 +124,44 @@ def ifeval(
     """IFEval: instructions that a program checks; no judge (needs lm-eval[ifeval])."""
     from dualign import data
     from dualign.eval import ifeval, results, show
-    from dualign.schema import DataConfig
 
-    path, how = _setting(source, "ifeval", max_new_tokens, out)
-    chosen = data.draw(data.load_prompts(prompts, DataConfig(train=prompts, chat=chat), "train"), limit)
+    ifeval.library()
+    asked = _put(source, prompts, chat, system_prompt)
+    path, how = _setting(source, "ifeval", max_new_tokens, out, asked)
+    chosen = data.draw(data.load_prompts(prompts, asked, "train"), limit)
     ours = _answers(source, chosen, how)
     rows = ifeval.check([a for answers in ours.answers.values() for a in answers])
-    result = results.provenance("ifeval", None, 0) | {"source": source, **ifeval.table(rows)}
+    result = results.provenance("ifeval", None, 0) | _about(source, path, how) | ifeval.table(rows)
     results.write(path, result, rows)
     show.ifeval(result, path)
 
 
-def _setting(source: str, name: str, max_new_tokens: int, out: Path | None) -> tuple[Path, Generation]:
+def _put(source: str, prompts: str, chat: bool, system_prompt: str | None, prompt_column: str = "prompt") -> DataConfig:
+    """How the benchmark's prompts are put to the model: by its own rules, with the run's system prompt."""
+    from dualign.eval.asking import Asking, put
+
+    return put([source], prompts, Asking(chat=chat, system_prompt=system_prompt, prompt_column=prompt_column))
+
+
+def _setting(
+    source: str, name: str, max_new_tokens: int, out: Path | None, asked: DataConfig
+) -> tuple[Path, Generation]:
     from dualign.eval import outputs
 
     folder = Path(source) / "eval" if outputs.is_run(source) else Path("eval")
     path = out or folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path, outputs.Generation(None, max_new_tokens, 0.0, 1, 0, path.parent / "outputs")
+    return path, outputs.Generation(None, max_new_tokens, 0.0, 1, 0, path.parent / "outputs", asked)
+
+
+def _about(source: str, path: Path, how: Generation) -> dict[str, Any]:
+    """For results: whose answers they are, and how it was asked."""
+    from dualign.eval import results
+
+    assert how.data is not None
+    asked = {"prompts": how.data.train, "chat": how.data.chat, "system_prompt": how.data.system_prompt,
+             "max_new_tokens": how.max_new_tokens, "temperature": how.temperature}  # fmt: skip
+    return {"source": source, "run": results.away(source, path), "sampling": asked}
 
 
 def _model(source: str) -> ModelConfig:
@@ -152,12 +181,10 @@ def _model(source: str) -> ModelConfig:
 
 
 def _answers(source: str, prompts: list[Any], how: Generation) -> Outputs:
-    """Greedy answers, carrying the prompts' own columns (a kept file of outputs does not)."""
+    """Greedy answers. Raises UserError where there is none at all."""
     from dataclasses import replace
 
     from dualign.eval import outputs
 
-    found = outputs.grouped(outputs.generate(_model(source), replace(how, prompts=prompts)))
-    by_key = {outputs.key_of(p): p for p in prompts}
-    named = {key: tuple(replace(a, prompt=by_key[key]) for a in answers) for key, answers in found.items()}
-    return outputs.Outputs(Path(source).name, named)
+    found = outputs.generate(_model(source), replace(how, prompts=prompts))
+    return outputs.Outputs(Path(source).name, outputs.grouped(found)).checked(source)

@@ -6,6 +6,7 @@ pairs with any annotator; its numbers are not the leaderboard's, whose annotator
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -16,32 +17,46 @@ from typing import Any
 from dualign.errors import UserError
 from dualign.eval.outputs import Answer, Outputs, grouped, read
 from dualign.intervals import bracket, too_few
+from dualign.responses import answer_text
+from dualign.schema import DataConfig
 from dualign.types import Prompt
 
 BASELINES = ("reference_gpt4_1106_preview", "reference_text_davinci_003")  # AlpacaEval 2's, AlpacaEval 1's
 
 
-def baseline(prompts: Sequence[Prompt], column: str | None, file: Path | None) -> Outputs:
-    """The baseline's answers: an AlpacaEval JSON file, or a column of the instructions. Raises UserError."""
+def baseline(
+    prompts: Sequence[Prompt], column: str | None, file: Path | None, asked: DataConfig | None = None
+) -> Outputs:
+    """The baseline's answers: an AlpacaEval JSON file (`asked`: how its instructions are put), or a column of the
+    instructions. A null one is absent. Raises UserError."""
     if file is not None:
-        return Outputs(file.stem, grouped(read(file)))
-    name = column or next((c for c in BASELINES if c in prompts[0].columns), None)
-    if name is None or any(not isinstance(p.columns.get(name), str) for p in prompts):
+        return Outputs(file.stem, grouped(read(file, asked))).checked(str(file))
+    name = column or next((c for c in BASELINES if any(c in p.columns for p in prompts)), None)
+    if name is None or all(name not in p.columns for p in prompts):
         raise UserError(
             f"the instructions have no column {name or ' or '.join(BASELINES)}: name the baseline's outputs with "
             "--reference FILE.json, or their column with --column"
         )
-    return Outputs(name.removeprefix("reference_"), grouped(Answer(p, str(p.columns[name])) for p in prompts))
+    given = [(p, *answer_text(p.columns.get(name))) for p in prompts]
+    found = [Answer(p, text or "", absent=reason and f"{name} {reason}") for p, text, reason in given]
+    return Outputs(name.removeprefix("reference_"), grouped(found)).checked(f"column {name}")
+
+
+def slug(column: str | None, file: Path | None) -> str:
+    """The baseline as part of a file's name."""
+    if file is None:
+        return str(column).removeprefix("reference_")
+    return f"{file.stem}-{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:6]}"
 
 
 def write_outputs(path: Path, outputs: Outputs) -> None:
-    """AlpacaEval's format: a list of {instruction, output, generator, dataset}."""
+    """AlpacaEval's format: a list of {instruction, output, generator, dataset}. Absent answers are left out."""
     from dualign.runs import write_text
 
     rows = [
         {"instruction": a.prompt.text, "output": a.text, "generator": outputs.name,
          "dataset": str(a.prompt.columns.get("subset", "alpaca_eval"))}
-        for a in outputs
+        for a in outputs if not a.absent
     ]  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")

@@ -20,6 +20,8 @@ from dualign.errors import UserError
 from dualign.eval.judges import Judge, score
 from dualign.eval.outputs import Answer
 from dualign.eval.statistics import correlation
+from dualign.source import PENALTY
+from dualign.types import Label
 
 Json = dict[str, Any]
 CLEAR = 1.96  # standard errors
@@ -63,8 +65,8 @@ def trace(run: Path, second: Judge, until: int | None = None) -> list[Json]:
     for step in steps[:until]:
         b = opened.read_batch(step)
         assert b is not None
-        answers = [Answer(r.rollout.prompt, r.rollout.text) for r in b.rows]
-        seen = {"reward": [r.label.value for r in b.rows], "second": [x.value for x in score(second, answers)]}
+        answers = [Answer(r.rollout.prompt, r.rollout.text, ids=r.rollout.completion_ids) for r in b.rows]
+        seen = {"reward": [unpenalised(r.label) for r in b.rows], "second": [x.value for x in score(second, answers)]}
         groups = [r.rollout.group for r in b.rows]
         row = {"batch": step, **texts([a.text for a in answers])}
         row["missing_eos"] = float(np.mean([r.rollout.finish == "length" for r in b.rows]))
@@ -76,6 +78,11 @@ def trace(run: Path, second: Judge, until: int | None = None) -> list[Json]:
         row["agreement"] = _correlation(seen["reward"], seen["second"])
         table.append(row)
     return table
+
+
+def unpenalised(label: Label) -> float | None:
+    """The reward itself, without what rollout.missing_eos_penalty took from a completion that was cut off."""
+    return None if label.value is None else label.value - (label.parts.get(PENALTY) or 0.0)
 
 
 def _kl(b: Any) -> float | None:

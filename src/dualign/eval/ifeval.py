@@ -13,10 +13,12 @@ from dualign.eval.outputs import Answer
 from dualign.eval.statistics import share
 from dualign.intervals import bracket
 
+COLUMNS = ("instruction_id_list", "kwargs")
 MISSING = "counting sentences needs NLTK's data: python -m nltk.downloader punkt punkt_tab"
 
 
-def _library() -> Any:
+def library() -> Any:
+    """Raises UserError where it is not installed."""
     try:
         from lm_eval.tasks.ifeval import utils
     except ImportError as error:
@@ -26,21 +28,23 @@ def _library() -> Any:
 
 def check(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Per answer: which of its instructions it follows, strictly and loosely (loosely: also without its first or last
-    line, or asterisks). `followed` is None, with the reason, where a check could not be run. Raises UserError for
-    prompts without IFEval's columns."""
-    library = _library()
-    return [_one(library, answer) for answer in answers]
+    line, or asterisks). Both are None, with the reason, where a check could not be run. Raises UserError where no prompt
+    has IFEval's columns."""
+    checks = library()
+    if not any(set(COLUMNS) <= set(answer.prompt.columns) for answer in answers):
+        raise UserError(f"IFEval's columns {' and '.join(COLUMNS)} are in no row of the prompts")
+    return [_one(checks, answer) for answer in answers]
 
 
-def _one(library: Any, answer: Answer) -> dict[str, Any]:
-    columns = answer.prompt.columns
-    if not {"instruction_id_list", "kwargs"} <= set(columns):
-        raise UserError(f"prompt {answer.prompt.id}: IFEval's columns instruction_id_list and kwargs are missing")
-    doc = {"key": answer.prompt.id, "prompt": answer.prompt.text,
-           "instruction_id_list": columns["instruction_id_list"], "kwargs": columns["kwargs"]}  # fmt: skip
-    row = {"id": answer.prompt.id, "instructions": list(columns["instruction_id_list"])}
+def _one(checks: Any, answer: Answer) -> dict[str, Any]:
+    given = {name: answer.prompt.columns.get(name) for name in COLUMNS}
+    row = {"id": answer.prompt.id, "instructions": list(given["instruction_id_list"] or ())}
+    missing = next((f"{name} is null or missing" for name, value in given.items() if value is None), None)
+    if reason := answer.absent or missing:
+        return row | {"strict": None, "loose": None, "reason": reason}
+    doc = {"key": answer.prompt.id, "prompt": answer.prompt.text, **given}
     try:
-        found = library.process_results(doc, [answer.text])
+        found = checks.process_results(doc, [answer.text])
     except LookupError:  # NLTK's sentence model, which the library fetches when it can
         return row | {"strict": None, "loose": None, "reason": MISSING}
     return row | {"strict": found["inst_level_strict_acc"], "loose": found["inst_level_loose_acc"], "reason": None}

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from dualign.annotate.base import Annotator, Item, label_all
+from dualign.annotate.function import RewardFunction, name_of
 from dualign.annotate.settings import JudgeSampling, RewardConfig
 from dualign.errors import UserError
-from dualign.eval.outputs import Answer, Outputs
+from dualign.eval.outputs import Answer, Outputs, is_run
 from dualign.types import Label, Prompt
 from dualign.yaml_text import parse_yaml
 
@@ -25,14 +31,42 @@ HELP = (
 )
 
 
+log = logging.getLogger(__name__)
+
+# columns that belong to an answer and not to its prompt
+ANSWERS_OWN = {"completion", "completion_ids", "finish", "tokens", "model", "output", "generator"}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What judges: settings as in a recipe's `reward` section, and Python functions beside them."""
+
+    settings: tuple[RewardConfig, ...]
+    functions: tuple[RewardFunction, ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """The same for the same rewards: their settings, and the files and functions that they name."""
+        from dualign.code_digest import of_function
+        from dualign.digests import of_reward
+
+        parts = [*map(of_reward, self.settings), *map(of_function, self.functions)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class Judge:
     annotator: Annotator
     settings: list[dict[str, Any]]  # as in a recipe's `reward` section
+    digest: str | None = None
 
     @property
     def name(self) -> str:
         return self.annotator.name
+
+    def record(self) -> dict[str, Any]:
+        """For results: who judged, and by what exactly."""
+        return {"name": self.name, "settings": self.settings, "digest": self.digest}
 
     def __enter__(self) -> Judge:
         return self
@@ -41,24 +75,103 @@ class Judge:
         self.annotator.close()
 
 
-def open_judge(spec: str, run: str | None = None, ledger: Path | None = None) -> Judge:
-    """The annotator that `spec` names (see HELP). `run`: a run's folder, for "run". Raises UserError."""
+def open_judge(
+    spec: str, run: str | None = None, ledger: Path | None = None, functions: Sequence[RewardFunction] = ()
+) -> Judge:
+    """The annotator that `spec` names (see HELP). `run`: a run's folder, for "run", and `functions` those that it was
+    given in Python. Raises UserError."""
+    return opened(choose(spec, run, functions), ledger)
+
+
+def opened(chosen: Chosen, ledger: Path | None) -> Judge:
     from dualign import annotate
 
-    settings = _settings(spec, run)
-    return Judge(annotate.build(settings, run_dir=ledger), [s.model_dump(mode="json") for s in settings])
+    settings = [s.model_dump(mode="json") for s in chosen.settings]
+    settings += [{"type": "python", "name": name_of(f)} for f in chosen.functions]
+    return Judge(annotate.build(chosen.settings, chosen.functions, run_dir=ledger), settings, chosen.digest)
 
 
-def _settings(spec: str, run: str | None) -> list[RewardConfig]:
+class Judges:
+    """Who judges each of several sources: with "run", each run by its own reward. Each is opened once."""
+
+    def __init__(
+        self, spec: str, sources: Sequence[str], ledger: Path, functions: Sequence[RewardFunction] = ()
+    ) -> None:
+        self.ledger = ledger
+        runs = {s: choose(spec, s, functions) for s in sources if is_run(s)} if spec == "run" else {}
+        self.chosen = [runs.get(s) or _shared(spec, s, runs) for s in sources]
+        self.open: dict[str, Judge] = {}
+
+    @property
+    def agree(self) -> bool:
+        """Whether one and the same reward judges all."""
+        return len({chosen.digest for chosen in self.chosen}) == 1
+
+    def __iter__(self) -> Iterator[Judge]:
+        """The judge of each source, in order."""
+        for chosen in self.chosen:
+            if chosen.digest not in self.open:
+                self.open[chosen.digest] = opened(chosen, self.ledger)
+            yield self.open[chosen.digest]
+
+    def __enter__(self) -> Judges:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with ExitStack() as stack:
+            for judge in self.open.values():
+                stack.callback(judge.annotator.close)
+
+    def record(self) -> dict[str, Any]:
+        """For the head of a result. Each source's own stands beside its numbers."""
+        judges = list(self)
+        return judges[0].record() if self.agree else {"name": "each run's own reward", "settings": None, "digest": None}
+
+
+def _shared(spec: str, source: str, runs: Mapping[str, Chosen]) -> Chosen:
+    """Who judges what is no run: with "run", the reward that all the runs beside it have."""
+    if spec != "run":
+        return choose(spec)
+    if not runs:
+        raise UserError("judge run: nothing that is evaluated is a run; name a judge")
+    if len({chosen.digest for chosen in runs.values()}) > 1:
+        raise UserError(
+            f"judge run: {source} is no run, and the runs beside it ({', '.join(runs)}) were trained on different rewards; "
+            "name a judge (--judge), or evaluate them apart"
+        )
+    return next(iter(runs.values()))
+
+
+def choose(spec: str, run: str | None = None, functions: Sequence[RewardFunction] = ()) -> Chosen:
+    """The rewards that `spec` names, not loaded yet. Raises UserError."""
+    if spec != "run":
+        return Chosen(tuple(_settings(spec)))
+    if run is None:
+        raise UserError("judge run: nothing that is evaluated is a run; name a judge")
+    return _own(run, {name_of(f): f for f in functions})
+
+
+def _own(run: str, given: Mapping[str, RewardFunction]) -> Chosen:
+    """All that the run was trained on: what its configuration names, and what it was given in Python."""
     from dualign.config import load
+    from dualign.runs import Run
 
-    if spec == "run":
-        if run is None:
-            raise UserError("judge run: nothing that is evaluated is a run; name a judge")
-        found = load(Path(run) / "config.yaml").reward
-        if not found:
-            raise UserError(f"judge run: {run} was trained with a Python function that its config does not name")
-        return list(found)
+    opened = Run.open(Path(run))
+    settings = tuple(load(opened.config_file).reward)
+    names = opened.functions
+    if names is None:  # run.json is lost
+        names = [] if settings else list(given)
+    missing = [name for name in names if name not in given]
+    if missing or not (settings or names):
+        told = f"the Python function{'s' * (len(missing) > 1)} {', '.join(missing)}" if missing else "a Python function"
+        raise UserError(
+            f"judge run: {run} was trained with {told}, which its config does not name: give each with "
+            "--function FILE.py:NAME (in Python: reward=NAME), or name another judge (--judge)"
+        )
+    return Chosen(settings, tuple(given[name] for name in names))
+
+
+def _settings(spec: str) -> list[RewardConfig]:
     if spec.startswith("builtin:") or spec.endswith(".safetensors"):
         tree: Any = {"type": "head", "path": spec}
     elif spec.endswith((".yaml", ".yml")):
@@ -101,10 +214,23 @@ def _faults(error: ValidationError, skip: int) -> list[str]:
 
 
 def score(judge: Judge, answers: Sequence[Answer]) -> list[Label]:
-    """A label for each answer. Raises UserError for a judge that only compares."""
+    """A label for each answer, with all that a reward may read of it; what is no answer is absent. Raises UserError for a
+    judge that only compares."""
     if hasattr(judge.annotator, "compare"):
         raise UserError(f"{judge.name}: an AI preference compares two answers and scores none; name a reward")
-    return label_all(judge.annotator, [Item(i, i, a.prompt, a.text) for i, a in enumerate(answers)])
+    _mention_columns(judge, answers)
+    items = [Item(i, i, a.prompt, a.text, a.ids) for i, a in enumerate(answers) if not a.absent]
+    labels = dict(zip([item.index for item in items], label_all(judge.annotator, items), strict=True))
+    return [labels[i] if i in labels else Label.absent(a.absent or "") for i, a in enumerate(answers)]
+
+
+def _mention_columns(judge: Judge, answers: Sequence[Answer]) -> None:
+    """Says where no prompt has a column that decides which rewards apply to it."""
+    read = {column for settings in judge.settings for column in settings.get("where") or {}}
+    for column in sorted(read - {column for a in answers for column in a.prompt.columns}):
+        log.warning(
+            "note: no prompt has the column %r, by which %s tells its rewards apart (where)", column, judge.name
+        )
 
 
 @dataclass(frozen=True)
@@ -127,14 +253,44 @@ class Pair:
 
 def judge_pairs(judge: Judge, a: Outputs, b: Outputs) -> list[Pair]:
     """The i-th answers of both to every prompt that both have. A reward's higher score wins, equal scores tie; an AI
-    preference is asked in both orders, and a pair on which they disagree is a tie."""
-    met = [(k, x, y) for k in a.answers if k in b.answers for x, y in zip(a.answers[k], b.answers[k], strict=False)]
+    preference is asked in both orders, and a pair on which they disagree is a tie. Both are judged as answers to the
+    same conversation; a pair that lacks an answer is absent."""
+    met = [
+        (k, x, y)
+        for k in a.answers
+        if k in b.answers
+        for x, y in (_alike(x, y) for x, y in zip(a.answers[k], b.answers[k], strict=False))
+    ]
     if not met:
-        raise UserError(f"{a.name} and {b.name}: no prompt in common")
+        raise UserError(f"{a.name} and {b.name}: no prompt in common{_unlike(a, b)}")
+    there = [m for m in met if not (m[1].absent or m[2].absent)]
+    absent = [Pair(k, x.prompt, x, y, None, x.absent or y.absent) for k, x, y in met if x.absent or y.absent]
     if hasattr(judge.annotator, "compare"):
-        return list(_preferred(judge.annotator, met))
-    labels = score(judge, [answer for _, x, y in met for answer in (x, y)])
-    return [_by_score(k, x, y, *labels[2 * i : 2 * i + 2]) for i, (k, x, y) in enumerate(met)]
+        return [*_preferred(judge.annotator, there), *absent]
+    labels = score(judge, [answer for _, x, y in there for answer in (x, y)])
+    return [*(_by_score(k, x, y, *labels[2 * i : 2 * i + 2]) for i, (k, x, y) in enumerate(there)), *absent]
+
+
+def _alike(x: Answer, y: Answer) -> tuple[Answer, Answer]:
+    """Both as answers to x's prompt. A column that only one of them has is the other's too: where it came from a file of
+    outputs, the prompts' own columns are not in it."""
+
+    def told(mine: Answer, other: Answer) -> Answer:
+        lent = {k: v for k, v in other.prompt.columns.items() if k not in ANSWERS_OWN}
+        return replace(mine, prompt=replace(x.prompt, columns={**lent, **mine.prompt.columns}))
+
+    return told(x, y), told(y, x)
+
+
+def _unlike(a: Outputs, b: Outputs) -> str:
+    """Why outputs that answer the same questions do not meet."""
+    asked = [{m["content"] for answer in o for m in answer.prompt.messages[-1:]} for o in (a, b)]
+    if not asked[0] & asked[1]:
+        return ""
+    return (
+        "; the same questions were asked in different conversations (another system prompt?): sample both alike with "
+        "--prompts"
+    )
 
 
 def _by_score(key: str, a: Answer, b: Answer, one: Label, two: Label) -> Pair:

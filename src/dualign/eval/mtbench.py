@@ -19,7 +19,7 @@ from dualign.annotate.judge import chat
 from dualign.annotate.reply import read_reply
 from dualign.annotate.settings import JudgeSampling
 from dualign.errors import UserError
-from dualign.eval.outputs import Generation, generate, key_of
+from dualign.eval.outputs import Answer, Generation, generate, user_prompt
 from dualign.eval.statistics import t_interval
 from dualign.intervals import bracket
 from dualign.schema import ModelConfig
@@ -75,20 +75,22 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}: not readable as JSON Lines: {error}") from None
 
 
-def answer(model: ModelConfig, questions: Sequence[Question], how: Generation) -> list[tuple[str, str]]:
-    """Both turns' answers; the second prompt holds the first answer."""
-    prompts = [Prompt(q.id, ({"role": "user", "content": q.turns[0]},)) for q in questions]
-    first = _texts(model, prompts, how)
+def answer(model: ModelConfig, questions: Sequence[Question], how: Generation) -> list[tuple[Answer, Answer]]:
+    """Both turns' answers; the second prompt holds the first answer. A second turn that does not fit into the model's
+    context is absent, and so is one after an absent first."""
+    system = how.data.system_prompt if how.data else None
+    greedy = replace(how, temperature=0.0, k=1)
+    first = generate(model, replace(greedy, prompts=[user_prompt(q.id, q.turns[0], system) for q in questions]))
     prompts = [
-        Prompt(q.id, (*p.messages, {"role": "assistant", "content": text}, {"role": "user", "content": q.turns[1]}))
-        for q, p, text in zip(questions, prompts, first, strict=True)
-    ]
-    return list(zip(first, _texts(model, prompts, how), strict=True))
-
-
-def _texts(model: ModelConfig, prompts: Sequence[Prompt], how: Generation) -> list[str]:
-    found = {key_of(a.prompt): a.text for a in generate(model, replace(how, prompts=prompts, temperature=0.0, k=1))}
-    return [found[key_of(p)] for p in prompts]
+        Prompt(q.id, (*a.prompt.messages, {"role": "assistant", "content": a.text},
+                      {"role": "user", "content": q.turns[1]}))
+        for q, a in zip(questions, first, strict=True) if not a.absent
+    ]  # fmt: skip
+    if not prompts:
+        raise UserError(f"{model.name}: none of the {len(first)} questions can be asked: {first[0].absent}")
+    second = iter(generate(model, replace(greedy, prompts=prompts)))
+    none = "there is no first answer"
+    return [(a, replace(a, absent=f"{none}: {a.absent}") if a.absent else next(second)) for a in first]
 
 
 def messages(
@@ -122,12 +124,16 @@ def grade(
     settings: JudgeSampling,
     prompts: Mapping[str, Mapping[str, str]],
     questions: Sequence[Question],
-    answers: Sequence[tuple[str, str]],
+    answers: Sequence[tuple[Answer, Answer]],
 ) -> list[tuple[Label, Label]]:
-    """Ratings of both turns of each question, all asked side by side."""
+    """Ratings of both turns of each question, all asked side by side. An absent answer has an absent rating."""
 
-    def ask(question: Question, texts: tuple[str, str], turn: int) -> Future[Label]:
-        name, asked = messages(prompts, question, texts, turn)
+    def ask(question: Question, answers: tuple[Answer, Answer], turn: int) -> Future[Label]:
+        if reason := answers[turn - 1].absent:
+            absent: Future[Label] = Future()
+            absent.set_result(Label.absent(reason))
+            return absent
+        name, asked = messages(prompts, question, (answers[0].text, answers[1].text), turn)
         return client.submit(chat(settings, asked, f"mt-bench {name}"), read_rating)
 
     futures = [[ask(q, a, turn) for turn in (1, 2)] for q, a in zip(questions, answers, strict=True)]
@@ -147,9 +153,9 @@ def table(questions: Sequence[Question], ratings: Sequence[tuple[Label, Label]])
         name: {"turn_1": mean(group, [0]), "turn_2": mean(group, [1]), "both": mean(group, [0, 1])}
         for name, group in {"all": list(ratings), **groups}.items()
     }
-    absent = sum(label.value is None for pair in ratings for label in pair)
+    reasons = [label.reason or "absent" for pair in ratings for label in pair if label.value is None]
     overall = rows["all"]["both"]
     headline = "no rating in any reply of the judge"
     if overall["n"]:
         headline = f"{bracket(overall, '{:.2f}')} of 10"
-    return {"rows": rows, "absent": absent, "headline": headline}
+    return {"rows": rows, "absent": len(reasons), "absent_reasons": sorted(set(reasons))[:5], "headline": headline}

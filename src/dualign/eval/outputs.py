@@ -8,24 +8,37 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dualign.errors import UserError
-from dualign.schema import ModelConfig
-from dualign.types import Prompt
+from dualign.schema import DataConfig, ModelConfig
+from dualign.types import Message, Prompt
+
+if TYPE_CHECKING:
+    from dualign.responses import Responses
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
 class Answer:
+    """One answer; an empty `text` is one. `absent`: why there is none."""
+
     prompt: Prompt
     text: str
     ended: bool | None = None  # closed with EOS? None: not known
     tokens: int | None = None
     reward: float | None = None  # what it was given when it was made
+    ids: tuple[int, ...] | None = None  # its tokens; None: not known
+    absent: str | None = None
+
+    @property
+    def given(self) -> str | None:
+        """Its text; None where it is absent."""
+        return None if self.absent else self.text
 
 
 @dataclass(frozen=True)
@@ -41,11 +54,19 @@ class Outputs:
         for answers in self.answers.values():
             yield from answers
 
+    def checked(self, source: str) -> Outputs:
+        """Raises UserError where nothing was answered at all."""
+        reasons = [answer.absent for answer in self]
+        if reasons and all(reasons):
+            raise UserError(f"{source}: none of the {len(reasons)} answers of {self.name} is there: {reasons[0]}")
+        return self
+
 
 @dataclass(frozen=True)
 class Generation:
     """How models are sampled: greedily, or with the same random numbers for all. `prompts`: on what, None where each
-    source brings its own; `folder`: where outputs are kept, so that nothing is sampled twice."""
+    source brings its own; `folder`: where outputs are kept, so that nothing is sampled twice. `data`: how files' prompts
+    are put to a model (data.chat, data.system_prompt)."""
 
     prompts: Sequence[Prompt] | None
     max_new_tokens: int
@@ -53,7 +74,7 @@ class Generation:
     k: int
     seed: int
     folder: Path
-    extra: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig | None = None
 
 
 def key_of(prompt: Prompt) -> str:
@@ -79,7 +100,7 @@ def points(source: str, how: Generation) -> list[Outputs]:
         return _checkpoints(Path(source), how) if how.prompts is not None else _evaluations(Path(source))
     path = Path(source)
     if path.name.endswith(SUFFIXES):
-        return [Outputs(path.name, grouped(read(path)))]
+        return [Outputs(path.name, grouped(read(path, how.data)))]
     return [Outputs(path.name if path.exists() else source, grouped(generate(ModelConfig(name=source), how)))]
 
 
@@ -129,86 +150,132 @@ def labels_at(metrics: Sequence[dict[str, Any]], step: int) -> int:
 
 def _answer(row: Any) -> Answer:
     r = row.rollout
-    return Answer(r.prompt, r.text, r.finish == "eos", len(r.completion_ids), row.label.value)
+    return Answer(r.prompt, r.text, r.finish == "eos", len(r.completion_ids), row.label.value, r.completion_ids)
 
 
 # --- files ---
 
 
-def read(path: Path) -> list[Answer]:
+def read(path: Path, config: DataConfig | None = None) -> list[Answer]:
     """Outputs in `dualign sample`'s form (prompt, completion), in AlpacaEval's (instruction, output), or a run's
-    evaluations/*.parquet. Raises UserError naming the row."""
-    from dualign import data
+    evaluations/*.parquet. `config`: how its prompts were put to the model. A row without an answer is absent. Raises
+    UserError for a file without any."""
+    from dualign.responses import load_responses
 
     if path.suffix == ".parquet" and path.parent.name == "evaluations":
         from dualign.runs import Run
 
         return list(map(_answer, Run(path.parent.parent).read_evaluation(int(path.stem))[0]))
     if path.suffix == ".json":
-        return _alpaca(path)
-    examples = data.load_examples(str(path))
-    return [
-        Answer(e.prompt, e.completions[0], _ended(e.prompt.columns), e.prompt.columns.get("tokens")) for e in examples
-    ]
+        return _alpaca(path, config)
+    asked = DataConfig(train=str(path))
+    if config:
+        asked = asked.model_copy(update={"chat": config.chat, "system_prompt": config.system_prompt})
+    rows = load_responses(str(path), config=asked)
+    return [_given(row) for row in rows]
 
 
-def _ended(columns: Any) -> bool | None:
-    finish = columns.get("finish")
-    return None if finish is None else finish == "eos"
+def _given(row: Responses) -> Answer:
+    (name, text), *_ = row.texts.items()
+    if name == "a":
+        raise UserError(f"row {row.id}: outputs are one completion a row; response_a and response_b are two")
+    columns = row.prompt.columns
+    ended = None if columns.get("finish") is None else columns["finish"] == "eos"
+    return Answer(row.prompt, text or "", ended, columns.get("tokens"), absent=row.reasons.get(name))
 
 
-def _alpaca(path: Path) -> list[Answer]:
+def _alpaca(path: Path, config: DataConfig | None) -> list[Answer]:
+    from dualign.responses import answer_text
+
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        texts = [(row["instruction"], row["output"]) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        asked = [(row["instruction"], *answer_text(row.get("output"))) for row in rows]
+        if not any(isinstance(text, str) for _, text, _ in asked):
+            raise ValueError("no row has an output")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: expected a list of objects with instruction and output, as AlpacaEval has them ({error!r})"
         ) from None
-    return [Answer(user_prompt(f"{path.name}:{i}", q), a) for i, (q, a) in enumerate(texts)]
+    system = config.system_prompt if config else None
+    return [
+        Answer(user_prompt(f"{path.name}:{i}", question, system), text or "", absent=reason and f"output {reason}")
+        for i, (question, text, reason) in enumerate(asked)
+    ]
 
 
-def user_prompt(id: str, text: str) -> Prompt:
-    return Prompt(id, ({"role": "user", "content": text},))
+def user_prompt(id: str, text: str, system: str | None = None) -> Prompt:
+    before: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
+    return Prompt(id, (*before, {"role": "user", "content": text}))
 
 
 # --- sampling ---
 
 
 def generate(model: ModelConfig, how: Generation) -> list[Answer]:
-    """Samples from `model`, once: the outputs are kept under what decides them. Raises UserError without prompts."""
-    from dualign.rollout.base import Sampling
+    """Samples from `model`, once: the outputs are kept under what decides them. A prompt that the model cannot be asked
+    (longer than its context) has absent answers. Raises UserError without prompts."""
     from dualign.runs import write_text
-    from dualign.sampling import sample_from
 
     if how.prompts is None:
         raise UserError(f"{model.name}: to sample from a model, name prompts with --prompts")
-    sampling = Sampling(how.k, how.max_new_tokens, how.temperature)
+    file = how.folder / f"{kept_under(model, how)}.jsonl"
+    if not file.is_file():
+        rows = _sampled(model, how, how.prompts)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    prompts = [prompt for prompt in how.prompts for _ in range(how.k)]  # with the columns that a reward may read
+    return [_kept(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def _sampled(model: ModelConfig, how: Generation, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """K rows for each prompt, in order."""
+    from dualign.rollout.base import Sampling
+    from dualign.sampling import sample_from
+
+    left_out: dict[int, str] = {}
+    found = sample_from(model, prompts, Sampling(how.k, how.max_new_tokens, how.temperature), how.seed, left_out)
+    rollouts = iter(found)
+    rows: list[dict[str, Any]] = []
+    for i, prompt in enumerate(prompts):
+        row = {"id": prompt.id, "prompt": prompt.messages, "model": model.name}
+        if i in left_out:
+            rows += [{**row, "completion": None, "absent": left_out[i]}] * how.k
+            continue
+        rows += [
+            {**row, "completion": [{"role": "assistant", "content": r.text}], "finish": r.finish,
+             "tokens": len(r.completion_ids), "completion_ids": r.completion_ids}
+            for r in islice(rollouts, how.k)
+        ]  # fmt: skip
+    return rows
+
+
+def _kept(prompt: Prompt, row: dict[str, Any]) -> Answer:
+    if row["completion"] is None:
+        return Answer(prompt, "", absent=row["absent"])
+    text = row["completion"][0]["content"]
+    return Answer(prompt, text, row["finish"] == "eos", row["tokens"], ids=tuple(row["completion_ids"]))
+
+
+def kept_under(model: ModelConfig, how: Generation) -> str:
+    """A digest of what decides the outputs: the model, how it is asked and on what, and this package's code."""
+    from dualign.runs import code_digest
+
     about = {
         "model": identity(model),
         "sampling": [how.k, how.max_new_tokens, how.temperature, how.seed],
-        "prompts": [p.content for p in how.prompts],  # plain text and one user turn are asked differently
+        "prompts": [p.content for p in how.prompts or ()],  # plain text and one user turn are asked differently
+        "code": code_digest(),
     }
-    file = how.folder / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.jsonl"
-    if not file.is_file():
-        rollouts = sample_from(model, how.prompts, sampling, how.seed)
-        lines = [
-            {"id": r.prompt.id, "prompt": r.prompt.messages, "completion": [{"role": "assistant", "content": r.text}],
-             "finish": r.finish, "tokens": len(r.completion_ids), "model": model.name}
-            for r in rollouts
-        ]  # fmt: skip
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    return read(file)
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
 def identity(model: ModelConfig) -> list[Any]:
-    """What tells a model from another of the same name: its settings, and its files' sizes and times. (Reading 15 GB
-    would take longer than judging.)"""
-    name, template = Path(model.name), Path(model.chat_template or "")
-    files = sorted(name.glob("*.safetensors")) if name.is_dir() else []
+    """What tells a model from another of the same name: its settings, and the digests of its files."""
+    from dualign.digests import of_model
+
+    template = Path(model.chat_template or "")
     return [
-        str(name.resolve()) if files else model.name,
-        *[model.revision, model.precision, template.read_text(encoding="utf-8") if template.is_file() else None],
-        *[[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        *[of_model(model.name, model.revision) or model.name, model.revision, model.precision, model.attention],
+        template.read_text(encoding="utf-8") if template.is_file() else None,
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -16,6 +17,26 @@ from typing import Any
 from dualign.errors import UserError
 
 VERSIONED = ("dualign", "torch", "transformers", "numpy", "scipy", "openai")
+
+
+def away(source: str | Path, result: Path) -> str | None:
+    """Where the run `source` lies, seen from the folder of its result, so that both can be moved together; None for what
+    is no run."""
+    from dualign.eval.outputs import is_run
+
+    return os.path.relpath(Path(source).resolve(), result.parent.resolve()) if is_run(str(source)) else None
+
+
+def system_of(result: Mapping[str, Any], run: Path) -> dict[str, Any] | None:
+    """The part of a result in RUN/eval that is about that run: by where its source lies, never by its name alone. A
+    result of an earlier version does not say; it was kept beside the first run that it names."""
+    for system in result.get("systems", [result]):
+        if "run" in system:
+            if system["run"] is not None and (run / "eval" / system["run"]).resolve() == run.resolve():
+                return dict(system)
+        elif "source" not in system or Path(system["source"]).resolve().name == run.resolve().name:
+            return dict(system)
+    return None
 
 
 def provenance(kind: str, judge: Mapping[str, Any] | None, seed: int) -> dict[str, Any]:

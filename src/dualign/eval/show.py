@@ -38,7 +38,8 @@ def number(e: dict[str, Any]) -> str:
 def winrate(result: dict[str, Any], path: Path) -> None:
     console = _console()
     for system in result["systems"]:
-        title = f"{system['source']} against {system['points'][0]['b']}, judged by {result['judge']['name']}"
+        judge = (system.get("judge") or result["judge"])["name"]
+        title = f"{system['source']} against {system['points'][0]['b']}, judged by {judge}"
         table = _table(title, "policy", "labels", "win rate [95 %]", "length-controlled", "won/tied/lost", "absent",
                        "characters", "orders agree")  # fmt: skip
         for p in system["points"]:
@@ -53,6 +54,9 @@ def winrate(result: dict[str, Any], path: Path) -> None:
             console.print(f"no length control: {too_few(last['win_rate']['n'])}")
         if "cost" in system:
             console.print(Text(_cost(system)))
+        console.print(Text(asked(system)))
+    if len(result["systems"]) > 1 and "seeds" not in result:
+        console.print("no mean over the sources: each is judged by its own reward, and they differ")
     if "seeds" in result:
         s = result["seeds"]
         console.print(f"mean of {len(result['systems'])} sources: {percent(s['over_seeds'])} between seeds, "
@@ -84,11 +88,12 @@ def _cost(system: dict[str, Any]) -> str:
 def reward(result: dict[str, Any], path: Path) -> None:
     console = _console()
     for system in result["systems"]:
-        for key, judge in (("points", "judge"), ("second_points", "second")):
+        for key, judge in (("points", "judge"), ("second_points", "second_judge")):
             if key not in system:
                 continue
-            table = _table(f"{system['source']} under {result['judge'][judge]}", "policy", "labels", "reward [95 %]",
-                           "gain over the first [95 %]", "in sd", "absent")  # fmt: skip
+            own = "its own reward, " if result["judge"][judge.removesuffix("_judge")] == "run" else ""
+            table = _table(f"{system['source']} under {own}{system[judge]['name']}", "policy", "labels",
+                           "reward [95 %]", "gain over the first [95 %]", "in sd", "absent")  # fmt: skip
             for p in system[key]:
                 sd = "-" if p["gain_sd"] is None else f"{p['gain_sd']:+.2f}"
                 table.add_row(
@@ -102,7 +107,19 @@ def reward(result: dict[str, Any], path: Path) -> None:
             if "survives" in swap:
                 console.print(f"does the gain survive the second judge? {swap['survives']}; "
                               f"{len(swap['disagreements'])} disagreements listed in the file")  # fmt: skip
+        console.print(Text(asked(system)))
     console.print(f"in {path}")
+
+
+def asked(system: dict[str, Any]) -> str:
+    """How a system's answers came about, and by what exactly they were judged; "unknown" where an earlier version did not
+    write it down."""
+    how, judge = dict(system.get("sampling") or {}), system.get("judge") or {}
+    words = [f"answers to {clean(str(how.pop('prompts')))}"] if how else ["how it was asked: unknown"]
+    system_prompt = how.pop("system_prompt", None)
+    words += [f"{key.replace('_', ' ')} {value}" for key, value in how.items() if value is not None]
+    words += [f"system prompt {clean(system_prompt)!r}"] if system_prompt else []
+    return f"{', '.join(words)}; reward {judge.get('digest') or 'unknown'}"
 
 
 def _r(c: dict[str, float]) -> str:

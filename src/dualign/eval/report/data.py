@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from dualign.errors import UserError
 from dualign.eval import results
+from dualign.eval.show import asked
 from dualign.heldout import kl_name
 from dualign.runs import Run, read_table
 from dualign.yaml_text import parse_yaml
@@ -23,6 +24,15 @@ LONGEST = 4000  # characters shown of one text
 HISTOGRAMS = 60  # batches in the figure of weights
 
 Json = dict[str, Any]
+PI_0 = "π_0"
+
+
+@dataclass(frozen=True)
+class WinRate:
+    judge: str
+    against: str
+    points: list[Json]  # over the labels bought
+    asked: str  # how the answers came about, in words
 
 
 @dataclass(frozen=True)
@@ -57,16 +67,20 @@ class RunData:
         return self.sampling if temperature is None else self.sampling | {"temperature": temperature}
 
     def of_kind(self, kind: str) -> list[Json]:
-        return [r for r in self.results if r["kind"] == kind]
+        """The results of a kind that are about this run; `system`: the part of each that is."""
+        found = [r | {"system": results.system_of(r, self.folder)} for r in self.results if r["kind"] == kind]
+        return [result for result in found if result["system"] is not None]
 
-    def winrates(self) -> list[tuple[str, list[Json]]]:
-        """(judge, points over the labels bought) of every win rate that was measured of this run."""
+    def winrates(self) -> list[WinRate]:
+        """Every win rate that was measured of this run, those against its π_0 first."""
         found = []
         for result in self.of_kind("winrate"):
-            for system in result["systems"]:
-                if Path(system["source"]).resolve().name == self.folder.resolve().name and system.get("cost"):
-                    found.append((result["judge"]["name"], [p for p in system["points"] if p["labels"] is not None]))
-        return [(judge, points) for judge, points in found if points]
+            system = result["system"]
+            points = [p for p in system["points"] if p["labels"] is not None]
+            if points and system.get("cost"):
+                judge = (system.get("judge") or result["judge"])["name"]
+                found.append(WinRate(judge, points[-1]["b"], points, asked(system)))
+        return sorted(found, key=lambda w: w.against != PI_0)
 
 
 def heldout_kl_name(runs: Sequence[RunData]) -> str:

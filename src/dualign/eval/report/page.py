@@ -11,8 +11,9 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from dualign.eval.report.data import Json, RunData, heldout_kl_name
+from dualign.eval.report.data import PI_0, Json, RunData, heldout_kl_name
 from dualign.eval.report.figures import Drawn
+from dualign.eval.show import asked
 from dualign.intervals import FEW, bracket, known, plus_minus
 from dualign.view import verdict
 
@@ -105,48 +106,58 @@ def _number(value: float | None, form: str) -> str:
 def _evaluations(runs: Sequence[RunData]) -> str:
     """What `dualign eval` measured of these runs."""
     parts = []
-    for title, header, rows in (_winrates(runs), _rewards(runs), _benchmarks(runs)):
+    for title, header, rows in (*_winrates(runs), _rewards(runs), _benchmarks(runs)):
         if rows:
             parts.append(f'<h3>{escape(title)}</h3><div class="scroll">{_table(header, rows)}</div>')
     for run in runs:
         for result in run.of_kind("cheat"):
             signs = "".join(f"<li>{escape(sign)}</li>" for sign in result["signs"])
-            parts.append(
-                f"<h3>{escape('Did it cheat? ' + run.name)}</h3><p>{escape(result['verdict'])}</p><ul>{signs}</ul>"
-            )
+            title = f"Did it cheat? {run.name}, by {result['second']}"
+            parts.append(f"<h3>{escape(title)}</h3><p>{escape(result['verdict'])}</p><ul>{signs}</ul>")
     inner = "".join(parts)
     heading = '<h2 id="h-eval">Evaluations</h2>'
     return f'<section aria-labelledby="h-eval">{heading}{inner}</section>' if inner else ""
 
 
-def _winrates(runs: Sequence[RunData]) -> tuple[str, list[str], list[list[str]]]:
-    header = ["run", "judge", "labels", "win rate [95 %]", "length-controlled [95 %]", "won / tied / lost",
-              "both orders agree", "labels per point"]  # fmt: skip
-    rows = []
+def _winrates(runs: Sequence[RunData]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """A table for each opponent, π_0 first."""
+    header = ["run", "judge", "labels", "win rate [95 %]", "prompts", "length-controlled [95 %]", "won / tied / lost",
+              "both orders agree", "labels per point", "asked"]  # fmt: skip
+    tables: dict[str, list[list[str]]] = {PI_0: []}
     for run in runs:
-        for judge, points in run.winrates():
-            p = points[-1]
+        for rate in run.winrates():
+            p = rate.points[-1]
             above = 100 * (p["win_rate"]["value"] - 0.5) if p["win_rate"]["n"] >= FEW else 0.0
-            rows.append([run.name, judge, f"{p['labels']:,}",
-                         bracket(p["win_rate"], "{:.1%}"), bracket(p["length_controlled"], "{:.1%}"),
-                         f"{p['won']} / {p['tied']} / {p['lost']}", _number(p["swap_consistency"], "{:.0%}"),
-                         f"{p['labels'] / above:.0f}" if above > 0 else "–"])  # fmt: skip
-    return "Win rate against π_0, last policy", header, rows
+            tables.setdefault(rate.against, []).append([
+                run.name, rate.judge, f"{p['labels']:,}", bracket(p["win_rate"], "{:.1%}"), str(p["win_rate"]["n"]),
+                bracket(p["length_controlled"], "{:.1%}"), f"{p['won']} / {p['tied']} / {p['lost']}",
+                _number(p["swap_consistency"], "{:.0%}"), f"{p['labels'] / above:.0f}" if above > 0 else "–",
+                rate.asked,
+            ])  # fmt: skip
+    return [(f"Win rate against {against}, last policy", header, rows) for against, rows in tables.items()]
 
 
 def _rewards(runs: Sequence[RunData]) -> tuple[str, list[str], list[list[str]]]:
-    header = ["run", "judge", "gain in sd", "second judge", "gain in sd", "r of all answers", "gain survives"]
+    header = ["run", "judge", "gain in sd", "second judge", "gain in sd", "r of all answers", "gain survives", "asked"]
     rows = []
     for run in runs:
         for result in run.of_kind("reward"):
-            system = result["systems"][0]
+            system = result["system"]
             second, swap = system.get("second_points"), system.get("swap", {})
             rows.append([
-                run.name, result["judge"]["judge"], _number(system["points"][-1]["gain_sd"], "{:+.2f}"),
-                result["judge"].get("second", "–"), _number(second[-1]["gain_sd"], "{:+.2f}") if second else "–",
+                run.name, _judge(result, "judge"), _number(system["points"][-1]["gain_sd"], "{:+.2f}"),
+                _judge(result, "second"), _number(second[-1]["gain_sd"], "{:+.2f}") if second else "–",
                 _number(swap["all"]["pearson"], "{:.2f}") if swap else "–", swap.get("survives", "–"),
+                asked(system),
             ])  # fmt: skip
     return "Reward on the evaluated answers, last policy against the first", header, rows
+
+
+def _judge(result: Json, which: str) -> str:
+    """What was said on the command line; for a run's own reward also its name."""
+    spec = str(result["judge"].get(which, "–"))
+    name = (result["system"].get({"judge": "judge", "second": "second_judge"}[which]) or {}).get("name")
+    return f"run: {name}" if spec == "run" and name else spec
 
 
 def _benchmarks(runs: Sequence[RunData]) -> tuple[str, list[str], list[list[str]]]:

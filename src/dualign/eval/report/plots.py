@@ -200,12 +200,13 @@ def _seconds(metrics: Sequence[Json]) -> dict[str, float]:
 
 
 def winrate(figure: Figure, runs: Sequence[RunData]) -> Rows:
-    """Win rate against π_0 over labels bought, raw and length-controlled, with 95 % intervals."""
+    """Win rate over labels bought, raw and length-controlled, with 95 % intervals."""
     axes = figure.subplots()
-    rows: Rows = [["run", "judge", "kind", "batches", "labels", "win_rate", "low", "high"]]
+    rows: Rows = [["run", "judge", "against", "kind", "batches", "labels", "win_rate", "low", "high"]]
     drawn = 0
     for run in runs:
-        for judge, points in run.winrates():
+        for rate in run.winrates():
+            judge, points = f"{rate.judge}, against {rate.against}", rate.points
             for kind, label in (("win_rate", "raw"), ("length_controlled", "length-controlled")):
                 e = np.array([[p["labels"], *(p[kind][k] for k in ("value", "low", "high"))] for p in points], float)
                 name = f"{judge}, {label}" if len(runs) == 1 else f"{run.name}, {judge}, {label}"
@@ -213,10 +214,13 @@ def winrate(figure: Figure, runs: Sequence[RunData]) -> Rows:
                 axes.errorbar(
                     at, e[:, 1], [e[:, 1] - e[:, 2], e[:, 3] - e[:, 1]], capsize=3, label=name, **style_of(drawn)
                 )
-                rows += [[run.name, judge, label, p["batches"], *v] for p, v in zip(points, e.tolist(), strict=True)]
+                rows += [
+                    [run.name, rate.judge, rate.against, label, p["batches"], *v]
+                    for p, v in zip(points, e.tolist(), strict=True)
+                ]
                 drawn += 1
     axes.axhline(0.5, color="#888888", linewidth=1)
-    axes.set(xlabel="labels bought", ylabel="win rate against π_0", ylim=(-0.03, 1.03))
+    axes.set(xlabel="labels bought", ylabel="win rate", ylim=(-0.03, 1.03))
     if drawn:
         axes.legend(fontsize=8 if drawn > 2 else 10)
     return rows
@@ -245,7 +249,7 @@ def second(figure: Figure, runs: Sequence[RunData]) -> Rows:
 
 PLOTS: dict[str, tuple[str, str, Plot]] = {
     "reward": ("Reward", "Mean reward over online batches, and on held-out prompts with 95 % intervals", reward),
-    "winrate": ("Win rate against π_0", "Win rate against labels bought, raw and length-controlled", winrate),
+    "winrate": ("Win rate", "Win rate against labels bought, raw and length-controlled", winrate),
     "pareto": ("Reward against KL", "Held-out reward against the distance to π_0; numbers are online batches", pareto),
     "kl": (
         "Distance to π_0",

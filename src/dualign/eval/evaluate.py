@@ -1,0 +1,143 @@
+"""`dualign eval winrate | reward | cheat` for Python: `win_rate`, `mean_reward`, `cheating`.
+
+Each writes its result beside the run and returns it with the file's path. A run that `dualign.train(reward=f)` gave its
+reward to is judged by it with `reward=f`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dualign.annotate.function import RewardFunction
+from dualign.eval import cheat, cost, outputs, results, rewards, winrate
+from dualign.eval.asking import Asking, data_of, generation, said
+from dualign.eval.judges import Judges, open_judge
+from dualign.eval.outputs import Generation, Outputs
+
+Reward = RewardFunction | Sequence[RewardFunction]
+Result = tuple[dict[str, Any], Path]
+
+
+def win_rate(
+    sources: Sequence[str],
+    judge: str = "run",
+    against: str | None = None,
+    asking: Asking | None = None,
+    reward: Reward = (),
+    out: Path | None = None,
+) -> Result:
+    """Win rate of each source (runs, checkpoints, models, files of outputs) against each run's π_0, or `against`."""
+    asking = asking or Asking()
+    path = place("winrate", sources, judge, asking, out, against)
+    how = generation([*sources, *([against] if against else [])], asking, path.parent / "outputs")
+    systems: list[dict[str, Any]] = []
+    rows, last = [], []
+    with Judges(judge, sources, path.parent, _functions(reward)) as judges:
+        for source, judged in zip(sources, judges, strict=True):
+            as_asked = replace(how, data=how.data or data_of(source) or data_of(against))  # for files of outputs
+            points, b = winrate.sides(source, _points(source, as_asked), _opponent(against, as_asked))
+            table, pairs = winrate.curve(judged, points, b, asking.seed)
+            systems.append({
+                "source": source, "run": results.away(source, path), "judge": judged.record(),
+                "against": {"source": against, "name": b.name}, "sampling": said(source, how, asking),
+                "points": table, **cost.of_system(source, table[-1]),
+            })  # fmt: skip
+            rows += [winrate.row(p.name, pair) for p, found in zip(points, pairs, strict=True) for pair in found]
+            last.append(pairs[-1])
+        result = results.provenance("winrate", judges.record(), asking.seed)
+        result |= {"prompts": len({pair.key for pair in last[0]}), "systems": systems}
+        if len(sources) > 1 and judges.agree:
+            result["seeds"] = winrate.across_seeds(last)
+    results.write(path, result, rows)
+    return result, path
+
+
+def mean_reward(
+    sources: Sequence[str],
+    judge: str = "run",
+    second: str | None = None,
+    asking: Asking | None = None,
+    reward: Reward = (),
+    out: Path | None = None,
+) -> Result:
+    """Mean reward of each source, and with `second` whether the gain survives another judge."""
+    asking = asking or Asking()
+    path = place("reward", sources, judge, asking, out)
+    how = generation(sources, asking, path.parent / "outputs")
+    points = [_points(source, how) for source in sources]
+    systems: list[dict[str, Any]] = [
+        {"source": source, "run": results.away(source, path), "sampling": said(source, how, asking)}
+        for source in sources
+    ]
+    values: list[list[rewards.Scored]] = []
+    for name, spec in (("", judge), ("second_", second)):
+        if spec is None:
+            continue
+        with Judges(spec, sources, path.parent, _functions(reward)) as judges:
+            for i, judged in enumerate(judges):
+                scored = rewards.scored(judged, points[i])
+                systems[i] |= {f"{name}judge": judged.record(), f"{name}points": rewards.curve(points[i], scored)}
+                if name:
+                    systems[i]["swap"] = rewards.swap(points[i], values[i], scored)
+                values.append(scored)
+    named = {"judge": judge} | ({"second": second} if second else {})
+    result = results.provenance("reward", named, asking.seed) | {"systems": systems}
+    results.write(path, result)
+    return result, path
+
+
+def cheating(
+    run: Path, second: str | None = None, until: int | None = None, reward: Reward = (), out: Path | None = None
+) -> Result:
+    """Signs of overoptimisation, batch by batch, and a verdict in plain words."""
+    path = out or run / "eval" / ("cheat.json" if until is None else f"cheat-until-{until}.json")
+    spec = second or cheat.independent(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open_judge(spec, str(run), path.parent, _functions(reward)) as judge:
+        table = cheat.trace(run, judge, until)
+    result = results.provenance("cheat", judge.record(), 0) | {"run": results.away(run, path)}
+    result |= {"second": spec, "until": until, "batches": table, **cheat.verdict(table)}
+    results.write(path, result)
+    return result, path
+
+
+def place(
+    kind: str, sources: Sequence[str], judge: str, asking: Asking, out: Path | None, against: str | None = None
+) -> Path:
+    """Where the result goes: one file for each judge, set of prompts and opponent, beside the first run. Makes its
+    folder."""
+    run = next((s for s in sources if outputs.is_run(s)), None)
+    name = "-".join([kind, _slug(judge), *([_slug(asking.prompts)] if asking.prompts else [])])
+    if against:
+        where = str(Path(against).resolve()) if Path(against).exists() else against
+        name += f"-against-{_slug(against)}-{hashlib.sha256(where.encode()).hexdigest()[:6]}"
+    path = out or (Path(run) / "eval" if run else Path("eval")) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _slug(text: str) -> str:
+    """A judge's spec as part of a file's name."""
+    name = re.sub(r"\W+", "-", Path(text).name.removeprefix("builtin:")).strip("-")
+    return name if len(name) <= 40 else f"{name[:30]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def _functions(reward: Reward) -> Sequence[RewardFunction]:
+    return [reward] if callable(reward) else reward
+
+
+def _points(source: str, how: Generation) -> list[Outputs]:
+    return [point.checked(source) for point in outputs.points(source, how)]
+
+
+def _opponent(against: str | None, how: Generation) -> Outputs | None:
+    """What the sources are compared with, under its whole name."""
+    if against is None:
+        return None
+    last = _points(against, how)[-1]
+    return replace(last, name=f"{against}, {last.name}" if outputs.is_run(against) else against)
