@@ -15,7 +15,7 @@ from typing import Any
 from dualign.conversation import check_text
 from dualign.data import read_rows
 from dualign.errors import UserError
-from dualign.layouts import Row, parse, prompt_of
+from dualign.layouts import Row, layout_of, parse, prompt_of
 from dualign.schema import DataConfig
 from dualign.types import Prompt, text_of
 
@@ -53,6 +53,8 @@ def load_responses(source: str, limit: int | None = None, config: DataConfig | N
     these is a text."""
     config = config or DataConfig(train=source)
     rows, layout = read_rows(source, config)
+    if config.format == "auto":  # a first row may lack its answer
+        layout = next((x for row in rows if (x := layout_of(row.values, config)) != "prompt"), "prompt")
     names = COLUMNS[layout]
     if not any(set(names.values()) <= set(row.values) for row in rows):
         have = ", ".join(rows[0].values)
@@ -69,7 +71,9 @@ def load_responses(source: str, limit: int | None = None, config: DataConfig | N
     if not any(text is not None for row in found for text in row.texts.values()):
         raise UserError(f"{source}: none of its rows has an answer; the first, {found[0].id}: {found[0].absent}")
     if faults:
-        log.warning("%s: %s of %s rows left out; the first: %s", source, f"{len(faults):,}", f"{len(rows):,}", faults[0])
+        log.warning(
+            "%s: %s of %s rows left out; the first: %s", source, f"{len(faults):,}", f"{len(rows):,}", faults[0]
+        )
     if limit is not None and limit < len(found):
         found = [found[i] for i in sorted(random.Random(0).sample(range(len(found)), limit))]
     return found
@@ -105,9 +109,9 @@ def answer_text(value: Any) -> tuple[str | None, str | None]:
     if not isinstance(value, str):
         return None, f"is of type {type(value).__name__}: expected a text or a list of messages"
     try:
-        check_text("it", value)
+        check_text("", value)
     except UserError as error:
-        return None, str(error)
+        return None, str(error).strip()
     return value, None
 
 

@@ -206,7 +206,7 @@ def winrate(figure: Figure, runs: Sequence[RunData]) -> Rows:
     drawn = 0
     for run in runs:
         for rate in run.winrates():
-            judge, points = f"{rate.judge}, against {rate.against}", rate.points
+            judge, points = f"{rate.judge}, against {_short(rate.against)}", rate.points
             for kind, label in (("win_rate", "raw"), ("length_controlled", "length-controlled")):
                 e = np.array([[p["labels"], *(p[kind][k] for k in ("value", "low", "high"))] for p in points], float)
                 name = f"{judge}, {label}" if len(runs) == 1 else f"{run.name}, {judge}, {label}"
@@ -224,6 +224,11 @@ def winrate(figure: Figure, runs: Sequence[RunData]) -> Rows:
     if drawn:
         axes.legend(fontsize=8 if drawn > 2 else 10)
     return rows
+
+
+def _short(name: str, longest: int = 24) -> str:
+    """A name for the legend: of a long path its end (the table and the CSV have the whole)."""
+    return name if len(name) <= longest else f"…{name[-longest:]}"
 
 
 def second(figure: Figure, runs: Sequence[RunData]) -> Rows:
