@@ -22,6 +22,14 @@ def vowels(completions, **columns):
     return [sum(ch in "aeiou" for ch in t) / max(1, len(t)) + 0.1 * (len(t) % 2) for t in texts]
 
 
+def whitened(completions, **columns):
+    """A reward that depends on the batch: each length's distance from the mean, in standard deviations."""
+    lengths = [len(c[0]["content"]) for c in completions]
+    mean = sum(lengths) / len(lengths)
+    sd = (sum((n - mean) ** 2 for n in lengths) / len(lengths)) ** 0.5
+    return [(n - mean) / (sd + 1e-6) for n in lengths]
+
+
 def write_prompts(folder: Path, count: int = 12) -> Path:
     path = folder / "prompts.jsonl"
     rows = [{"id": f"p{i}", "prompt": [{"role": "user", "content": f"say {'a' * (i % 5)} {i}"}]} for i in range(count)]
@@ -71,8 +79,8 @@ def tree(model: Path, data: Path, run: Path, algo: dict[str, Any], **train: Any)
     }
 
 
-def reward_file() -> dict[str, Any]:
-    return {"type": "function", "path": f"{Path(__file__)}:vowels"}
+def reward_file(function: str = "vowels") -> dict[str, Any]:
+    return {"type": "function", "path": f"{Path(__file__)}:{function}"}
 
 
 def free_port() -> int:

@@ -352,11 +352,13 @@ def test_two_processes_give_the_same_weights_and_losses(algo, tiny, tmp_path):
     for processes in (1, 2):
         run = tmp_path / f"run{processes}"
         recipe = tmp_path / f"recipe{processes}.yaml"
-        recipe.write_text(yaml.safe_dump(tree(tiny, data, run, algo) | {"reward": [reward_file()]}))
+        rewards = [reward_file(), reward_file("whitened")]  # the second needs to see the whole batch
+        recipe.write_text(yaml.safe_dump(tree(tiny, data, run, algo) | {"reward": rewards}))
         done = launch(recipe, processes=processes)
         assert done.returncode == 0, done.stderr
-        found.append((weights(run), metrics(run)))
-    (one, first), (two, second) = found
+        found.append((weights(run), metrics(run), json.loads((run / "summary.json").read_text())["before"]["reward"]))
+    (one, first, held_out), (two, second, held_out_of_two) = found
+    assert held_out_of_two == pytest.approx(held_out)
     assert ("skip_below" in algo) == any(record.get("dropped_weight", 0) > 0 for record in first)
     for key in one:
         assert torch.allclose(one[key], two[key], atol=1e-5), key

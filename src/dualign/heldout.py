@@ -12,8 +12,9 @@ from dualign.batch import Row, labelled, tokens_of
 from dualign.config import Config
 from dualign.engine import Engine
 from dualign.intervals import all_equal, half_width, none_for_nan
+from dualign.processes import everyones
 from dualign.rollout.base import Request, Sampling
-from dualign.source import Clock, Labeller, everyones, penalised
+from dualign.source import Clock, Labeller, penalised
 
 SEED_SHIFT = 0x4E5A_1D07  # batch numbers of held-out sampling: no training batch has them
 

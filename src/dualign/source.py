@@ -14,12 +14,14 @@ import numpy as np
 
 from dualign import data
 from dualign.annotate.base import Annotator, Item, Session
+from dualign.annotate.together import meet
 from dualign.batch import Row
 from dualign.config import Config
 from dualign.engine import Engine
 from dualign.errors import StopRun, UserError, out_of_memory
 from dualign.journal import Journal
 from dualign.models.policy import Tokenizer
+from dualign.processes import Processes, everyones
 from dualign.rollout.base import Request, Sampler, Sampling
 from dualign.types import Example, Label, Prompt, Rollout
 
@@ -94,22 +96,44 @@ def penalised(row: Row, penalty: float) -> Row:
 @dataclass(frozen=True)
 class Labeller:
     """Samples from π_t and has the completions labelled, each sent off the moment it is finished. What `journal` has
-    of the batch is taken from there; `check` raises where one asked to stop."""
+    of the batch is taken from there; `check` raises where one asked to stop. With several `processes`, all label a batch
+    together."""
 
     sampler: Sampler
     annotator: Annotator
     journal: Journal
     check: Callable[[], None]
+    processes: Processes | None = None
 
     def rows(self, requests: Sequence[Request], sampling: Sampling, seed: tuple[int, int], clock: Clock) -> list[Row]:
         """K labelled completions of each request."""
-        held = self.journal.rollouts(requests, sampling.k)
-        rollouts: dict[int, Rollout] = {}
         session = self.annotator.open()
+        rollouts: list[Rollout] = []
+
+        def sample() -> Sequence[Rollout]:
+            with clock("sample"):
+                rollouts.extend(self._sample(requests, sampling, seed, session))
+            return ()  # each process keeps its own
+
+        if self.processes is None:
+            sample()
+        else:
+            everyones(self.processes, sample)
+        with clock("label"):
+            meet(session, self._labels)
+            labels = self._labels(session)
+        return [Row(rollout, labels[rollout.index]) for rollout in sorted(rollouts, key=lambda r: r.index)]
+
+    def _sample(
+        self, requests: Sequence[Request], sampling: Sampling, seed: tuple[int, int], session: Session
+    ) -> list[Rollout]:
+        """K completions of each request, in the order in which they were sent to be labelled."""
+        held = self.journal.rollouts(requests, sampling.k)
+        rollouts: list[Rollout] = []
 
         def take(rollout: Rollout) -> None:
-            rollouts[rollout.index] = rollout
-            session.add(Item(rollout.index, rollout.group, rollout.prompt, rollout.text, rollout.completion_ids))
+            rollouts.append(rollout)
+            session.add(Item.of(rollout))
 
         def done(rollout: Rollout) -> None:
             self.check()
@@ -119,16 +143,13 @@ class Labeller:
 
         for rollout in held.values():
             take(rollout)
-        with clock("sample"):
-            try:
-                self.sampler.sample(requests, sampling, seed, done, held)
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                raise StopRun("out of memory while sampling; resume with a smaller rollout.rows") from None
-        with clock("label"):
-            labels = self._labels(session)
-        return [Row(rollout, labels[index]) for index, rollout in sorted(rollouts.items())]
+        try:
+            self.sampler.sample(requests, sampling, seed, done, held)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise StopRun("out of memory while sampling; resume with a smaller rollout.rows") from None
+        return rollouts
 
     def _labels(self, session: Session) -> Mapping[int, Label]:
         """Waits for the labels, but not when asked to stop: what is bought by then is still written down."""
@@ -144,22 +165,6 @@ class Labeller:
         while not wait([answer], timeout=STOP_WITHIN).done:
             self.check()
         return answer.result()
-
-
-def everyones(engine: Engine, make: Callable[[], Sequence[Row]]) -> list[Row]:
-    """This process's rows and the others'. An error in one process is raised in all."""
-    mine: list[Row | BaseException]
-    try:
-        mine = list(make())
-    except (UserError, StopRun) as error:
-        if engine.world == 1:
-            raise
-        mine = [error]
-    rows = engine.gather(mine)
-    for item in rows:
-        if isinstance(item, BaseException):
-            raise item
-    return [row for row in rows if isinstance(row, Row)]
 
 
 class DatasetSource:

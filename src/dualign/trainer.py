@@ -36,6 +36,7 @@ from dualign.engine import Engine, Sums
 from dualign.errors import StopRun, UserError
 from dualign.heldout import HeldOut, distinct, evaluate, gains
 from dualign.interrupt import Interrupts, StopAsked
+from dualign.processes import everyones
 from dualign.resume import check_same_run
 from dualign.rollout.base import Request, Sampler
 from dualign.runs import Run
@@ -46,7 +47,6 @@ from dualign.source import (
     Labeller,
     OnlineSource,
     Source,
-    everyones,
     load_stream,
     requests_of,
 )
@@ -85,7 +85,7 @@ def train(
     annotator = None
     try:
         if config.reward or reward:
-            annotator = annotate.build(config.reward, reward, run.folder, run.journal)
+            annotator = annotate.build(config.reward, reward, run.folder, run.journal, engine)
         with Interrupts() as interrupts, view:
             Trainer(config, engine, run, annotator, view, interrupts).fit()
     except UserError:
@@ -118,7 +118,7 @@ class Trainer:
         self.config, self.engine, self.run, self.view, self.interrupts = config, engine, run, view, interrupts
         self.algo = config.algo
         self.sampler: Sampler = engine.sampler()
-        self.labeller = Labeller(self.sampler, annotator, run.journal, interrupts.check) if annotator else None
+        self.labeller = Labeller(self.sampler, annotator, run.journal, interrupts.check, engine) if annotator else None
         stream = load_stream(config, engine, view.say)
         self.source: Source
         if self.algo.source == "online":

@@ -19,7 +19,9 @@ from dualign.annotate.settings import (
     RewardConfig,
     ServedReward,
 )
+from dualign.annotate.together import Together
 from dualign.errors import UserError
+from dualign.processes import Processes
 
 __all__ = ["build"]
 
@@ -29,10 +31,12 @@ def build(
     functions: Sequence[Callable[..., Any]] = (),
     run_dir: Path | None = None,
     memory: Memory | None = None,
+    processes: Processes | None = None,
 ) -> Annotator:
     """The annotator of `rewards` and of further Python `functions` (weight 1): their weighted sum, or a single one as
-    it is. What paid annotators buy is recorded under `run_dir`; what `memory` holds is not asked for. Raises UserError
-    for what cannot be loaded."""
+    it is. What paid annotators buy is recorded under `run_dir`; what `memory` holds is not asked for. Where there are
+    several `processes`, Python functions label the completions of all in one call. Raises UserError for what cannot be
+    loaded."""
     from dualign.annotate.function import FunctionAnnotator
 
     terms = [
@@ -42,10 +46,16 @@ def build(
     terms += [Term("", FunctionAnnotator(function)) for function in functions]
     if not terms:
         raise UserError("no reward: give the run a `reward` section, or train(..., reward=function)")
+    whole = [isinstance(term.annotator, FunctionAnnotator) for term in terms]
     if memory is not None:
         terms = [
-            replace(term, annotator=Remembered(term.annotator, str(position), memory))
+            replace(term, annotator=Remembered(term.annotator, str(position), memory, whole[position]))
             for position, term in enumerate(terms)
+        ]
+    if processes is not None and processes.world > 1:
+        terms = [
+            replace(term, annotator=Together(term.annotator, processes)) if of_all else term
+            for term, of_all in zip(terms, whole, strict=True)
         ]
     if len(terms) == 1 and terms[0].plain:
         return terms[0].annotator

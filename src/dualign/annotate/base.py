@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from dualign.types import Label, Prompt
+from dualign.types import Label, Prompt, Rollout
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,11 @@ class Item:
     prompt: Prompt
     completion: str
     completion_ids: tuple[int, ...] | None = ()
+
+    @staticmethod
+    def of(rollout: Rollout) -> Item:
+        """A sampled completion, with all that a reward may read of it."""
+        return Item(rollout.index, rollout.group, rollout.prompt, rollout.text, rollout.completion_ids)
 
 
 class Session(Protocol):

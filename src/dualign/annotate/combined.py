@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dualign.annotate.base import Annotator, Item, Session
+from dualign.annotate.together import Close, meet
 from dualign.types import Label
 
 
@@ -61,6 +62,7 @@ class _CombinedSession:
         self._combined = combined
         self._sessions = [term.annotator.open() for term in combined.terms]
         self._indices: list[int] = []
+        self._met = [0.0] * len(combined.terms)  # seconds
 
     def add(self, item: Item) -> None:
         self._indices.append(item.index)
@@ -68,13 +70,19 @@ class _CombinedSession:
             if term.applies(item):
                 session.add(item)
 
+    def meet(self, close: Close) -> None:
+        for at, session in enumerate(self._sessions):  # in the same order in all processes
+            start = time.perf_counter()
+            meet(session, close)
+            self._met[at] = time.perf_counter() - start
+
     def close(self) -> dict[int, Label]:
         terms = self._combined.terms
         with ThreadPoolExecutor(len(terms)) as pool:
             closed = list(pool.map(_timed_close, self._sessions))
-        for term, (labels, seconds) in zip(terms, closed, strict=True):
+        for term, met, (labels, seconds) in zip(terms, self._met, closed, strict=True):
             absent = sum(label.value is None for label in labels.values()) / max(len(labels), 1)
-            self._combined.stats |= {f"{term.name}/seconds": seconds, f"{term.name}/absent": absent}
+            self._combined.stats |= {f"{term.name}/seconds": met + seconds, f"{term.name}/absent": absent}
         return {index: combine(terms, [labels.get(index) for labels, _ in closed]) for index in sorted(self._indices)}
 
 

@@ -18,10 +18,11 @@ class Memory(Protocol):
 
 
 class Remembered:
-    """An annotator with a memory. `key` tells it apart from the run's other annotators."""
+    """An annotator with a memory. `key` tells it apart from the run's other annotators. What labels a batch as a
+    `whole` is asked for all of it or not at all; what is remembered stands."""
 
-    def __init__(self, annotator: Annotator, key: str, memory: Memory) -> None:
-        self.annotator, self.key, self.memory = annotator, key, memory
+    def __init__(self, annotator: Annotator, key: str, memory: Memory, whole: bool = False) -> None:
+        self.annotator, self.key, self.memory, self.whole = annotator, key, memory, whole
         self.name = annotator.name
 
     def open(self) -> Session:
@@ -33,18 +34,26 @@ class Remembered:
 
 class _RememberedSession:
     def __init__(self, remembered: Remembered) -> None:
-        self._key, self._memory = remembered.key, remembered.memory
+        self._key, self._memory, self._whole = remembered.key, remembered.memory, remembered.whole
         self._known = self._memory.labels(self._key)
         self._session = remembered.annotator.open()
         self._labels: dict[int, Label] = {}
+        self._fresh = False  # whether there is anything to ask for
+        self._settled: list[Item] = []  # what is known; a whole batch is asked for with it
 
     def add(self, item: Item) -> None:
         if item.index in self._known:
             self._labels[item.index] = self._known[item.index]
-        else:
-            self._session.add(item)
+            self._settled.append(item)
+            return
+        self._session.add(item)
+        self._fresh = True
 
     def close(self) -> dict[int, Label]:
-        fresh = self._session.close()
+        if self._whole and self._fresh:
+            for item in self._settled:
+                self._session.add(item)
+        given = self._session.close()
+        fresh = {index: label for index, label in given.items() if index not in self._labels}
         self._memory.add_labels(self._key, fresh)  # at once: until this returns, a kill would lose what was bought
         return self._labels | fresh
