@@ -47,17 +47,18 @@ ASKING = {  # settings of a reward that say how it is asked, and change no label
 }  # fmt: skip
 
 
-def of_run(config: Config, functions: Sequence[Callable[..., Any]] = ()) -> dict[str, Digests]:
-    """Everything that a run reads, by the key that names it. `functions`: the rewards given as Python functions."""
+def of_run(config: Config, functions: Sequence[Callable[..., Any]] = (), near: bool = False) -> dict[str, Digests]:
+    """Everything that a run reads, by the key that names it. `functions`: the rewards given as Python functions;
+    `near`: without data sets by name, which a hub might be asked for."""
     from dualign.annotate.function import name_of
     from dualign.code_digest import of_function
 
     d, m = config.data, config.model
-    found = {"model.name": of_model(m.name, m.revision), "data.train": of_data(d.train, d.subset, d.split)}
+    found = {"model.name": of_model(m.name, m.revision), "data.train": of_data(d.train, d.subset, d.split, near)}
     if m.chat_template:
         found["model.chat_template"] = of_file(m.chat_template)
     if d.eval:
-        found["data.eval"] = of_data(d.eval, d.subset, d.eval_split)
+        found["data.eval"] = of_data(d.eval, d.subset, d.eval_split, near)
     for i, reward in enumerate(config.reward):
         key, files = _files_of(reward)
         if key:
@@ -147,13 +148,18 @@ def _of_hub(name: str, revision: str | None) -> Digests:
 # --- data and rewards ---
 
 
-def of_data(source: str, subset: str | None = None, split: str = "train") -> Digests:
-    """A file's bytes; of a data set by folder or name, its rows."""
+def of_data(source: str, subset: str | None = None, split: str = "train", near: bool = False) -> Digests:
+    """A file's bytes; of a data set by folder or name, its rows (`near`: by folder alone)."""
     try:
         file = data.local_file(source, split)
     except UserError:
         return {}
-    return of_file(file) if file else _of_rows(source, subset, split)
+    if file is not None:
+        return of_file(file)
+    folder = Path(source).expanduser()
+    if near and not folder.is_dir():
+        return {}
+    return _of_rows(str(folder) if folder.is_dir() else source, subset, split)
 
 
 def _of_rows(source: str, subset: str | None, split: str) -> Digests:

@@ -12,10 +12,18 @@ class UserError(Exception):
     exit_code = 2
 
 
+class RewardError(UserError):
+    """A Python reward that raised, or returned no numbers. It may be mended before the run goes on."""
+
+
 class StopRun(Exception):
     """A run that stopped cleanly and can be resumed: what was done is kept. Exit code 3."""
 
     exit_code = 3
+
+
+class AbsentError(StopRun):
+    """Too few labels. What gives them may be mended before the run goes on."""
 
 
 def out_of_memory(error: BaseException) -> bool:

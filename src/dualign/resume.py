@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dualign import config as configs
+from dualign import digests
+from dualign.annotate.function import name_of
 from dualign.config import Config
+from dualign.digests import Digests
 from dualign.errors import UserError
+from dualign.models.tokenizer import Tokenizer
 from dualign.runs import Run
+from dualign.source import Source
 
 ALLOWED = (  # none of these changes a number that is already in the folder
     "train.online_batches",
@@ -62,15 +69,81 @@ def check_changes(run: Run, config: Config) -> None:
             )
 
 
-def check_same_run(folder: Path, config: Config, functions: Sequence[str]) -> None:
-    """Raises UserError where the run in `folder` cannot go on by `config` with the Python rewards of these names: a
-    reward that is missing, or another, would be a wrong label."""
+@dataclass(frozen=True)
+class Changes:
+    """What a resume finds changed and may go on with: rewards that were to be mended, by their keys in `inputs`."""
+
+    mended: tuple[str, ...] = ()
+    inputs: dict[str, Digests] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # for people
+
+    def record(self, run: Run) -> None:
+        """In run.json: from here on the mended rewards are the run's own, and no others may take their place."""
+        about = run.about
+        if self.mended:
+            batches = len(list(run.batches.glob("*.parquet")))
+            mended = [*about.get("mended", []), {"inputs": list(self.mended), "batches": batches}]
+            run.note(inputs=about["inputs"] | self.inputs, mended=mended, mending=False)
+        elif about.get("mending"):
+            run.note(mending=False)
+
+
+def told(mended: Mapping[str, Any]) -> str:
+    return f"{', '.join(mended['inputs'])} changed after {mended['batches']} online batches"
+
+
+def check_same_run(folder: Path, config: Config, functions: Sequence[Callable[..., Any]]) -> Changes:
+    """What has changed since the run in `folder` began, as far as it can go on. Raises UserError where it cannot, by
+    `config` and with these Python rewards: another reward, model or data than before would make a run of two kinds."""
     run = Run.open(folder)
-    had = run.functions
-    if had is not None and had != list(functions):
+    had, names = run.functions, [name_of(function) for function in functions]
+    if had is not None and had != names:
         raise UserError(
-            f"{folder}: its rewards came from Python: {', '.join(had) or 'none'}, now {', '.join(functions) or 'none'}. "
+            f"{folder}: its rewards came from Python: {', '.join(had) or 'none'}, now {', '.join(names) or 'none'}. "
             "Go on with the same ones: dualign.train(config, reward=[...], resume=True); a recipe that names its rewards "
             "(type: function) is resumed from the command line"
         )
     check_changes(run, config)
+    return check_inputs(run, digests.of_run(config, functions))
+
+
+def check_inputs(run: Run, now: dict[str, Digests]) -> Changes:
+    """The same of what the run is made from. A reward may have changed where it stopped the run to be mended."""
+    then = run.about.get("inputs")
+    if not isinstance(then, dict):
+        note = "note: this run does not say what it was made from: nobody can tell whether its model, data or rewards changed"
+        return Changes(notes=(note,))
+    found = {key: words for key in now if (words := digests.changed(then.get(key) or {}, now[key]))}
+    mending = bool(run.about.get("mending"))
+    if refused := {key: words for key, words in found.items() if not (mending and key.startswith("reward"))}:
+        raise UserError(
+            f"{run.folder}: {'; '.join(f'{key}: {words}' for key, words in refused.items())}. What is stored was made with "
+            "what was there before: put that back and resume, or begin a new run"
+        )
+    notes = tuple(
+        f"note: {key}: {words}; it was to be mended, and the run goes on with it" for key, words in found.items()
+    )
+    return Changes(tuple(found), {key: now[key] for key in found}, notes)
+
+
+def check_prompts(run: Run, source: Source, tokenizer: Tokenizer) -> None:
+    """Raises UserError where the last batch that is stored would not be made of the same prompts now."""
+    steps = [int(path.stem) for path in run.batches.glob("*.parquet")]
+    b = run.read_batch(max(steps)) if steps else None
+    if b is None:
+        return
+    now = source.prompt_ids(b.step)
+    for row in b.rows:
+        r = row.rollout
+        if r.group >= len(now) or r.prompt_ids != now[r.group]:
+            there = tokenizer.hf.decode(list(now[r.group])) if r.group < len(now) else "none"
+            dated = "; its chat template writes the date" if "strftime" in str(tokenizer.hf.chat_template) else ""
+            raise UserError(
+                f"{run.batch_path(b.step)}: prompt {r.prompt.id} is not tokenized as it was when the batch was made{dated}. "
+                f"Then: {_beginning(tokenizer.hf.decode(list(r.prompt_ids)))} Now: {_beginning(there)} "
+                "Go on with the data, the template and the versions of packages that the run began with (run.json)"
+            )
+
+
+def _beginning(text: str) -> str:
+    return repr(text if len(text) <= 200 else f"{text[:200]}...")

@@ -9,7 +9,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -101,9 +102,12 @@ class Run:
 
     # --- opening ---
 
-    def create(self, config_text: str, functions: Sequence[str] = ()) -> None:
-        """Begins a fresh run in its folder. `functions`: the names of rewards that the configuration does not hold.
-        Raises UserError if it holds another run or cannot be written."""
+    def create(
+        self, config_text: str, functions: Sequence[str] = (), inputs: Mapping[str, Mapping[str, str]] | None = None
+    ) -> None:
+        """Begins a fresh run in its folder. `functions`: the names of rewards that the configuration does not hold;
+        `inputs`: digests of what it is made from (digests.of_run). Raises UserError if it holds another run or cannot be
+        written."""
         folder = self.folder
         if self.config_file.exists():
             raise UserError(
@@ -122,18 +126,33 @@ class Run:
         for name in VERSIONED:
             with contextlib.suppress(metadata.PackageNotFoundError):
                 versions[name] = metadata.version(name)
-        about = {"format": 1, "versions": versions, "code": code_digest(), "functions": list(functions)}
+        about = {"format": 1, "begun": datetime.now().astimezone().isoformat(), "versions": versions}
+        about |= {"code": code_digest(), "functions": list(functions), "inputs": inputs}
         self.write_text("run.json", json.dumps(about, indent=1))
         self.write_text("config.yaml", config_text)  # last: with it, it is a run
 
     @property
     def about(self) -> dict[str, Any]:
-        """How the run was begun: versions, the code's digest, the Python functions that were given as rewards."""
+        """How the run was begun: when, versions, the code's digest, the Python functions that were given as rewards,
+        digests of its inputs; and what was mended since."""
         try:
             found = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):  # it holds nothing that training needs
             return {}
         return found if isinstance(found, dict) else {}
+
+    def note(self, **about: Any) -> None:
+        """Adds to, or replaces, what is known of how the run was begun."""
+        if self.about:
+            self.write_text("run.json", json.dumps(self.about | about, indent=1))
+
+    @property
+    def begun(self) -> datetime | None:
+        """When; None where run.json does not say."""
+        try:
+            return datetime.fromisoformat(self.about["begun"])
+        except (KeyError, TypeError, ValueError):
+            return None
 
     @property
     def functions(self) -> list[str] | None:

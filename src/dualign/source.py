@@ -67,6 +67,10 @@ class Source(Protocol):
         """The rows of online batch `step` that this process makes."""
         ...
 
+    def prompt_ids(self, step: int) -> list[tuple[int, ...]]:
+        """The tokens of the batch's prompts, by group."""
+        ...
+
 
 class OnlineSource:
     """Samples K completions per prompt from π_t; each is sent to be labelled the moment it is finished."""
@@ -82,6 +86,9 @@ class OnlineSource:
         requests = [Request(g, r.prompt, r.prompt_ids) for g, r in enumerate(self.stream.at(step))]
         rows = self.labeller.rows(self.engine.mine(requests), self.sampling, (self.seed, step), clock)
         return [penalised(row, self.penalty) for row in rows]
+
+    def prompt_ids(self, step: int) -> list[tuple[int, ...]]:
+        return [request.prompt_ids for request in self.stream.at(step)]
 
 
 def penalised(row: Row, penalty: float) -> Row:
@@ -179,6 +186,9 @@ class DatasetSource:
         with clock("read"):
             numbered = list(enumerate(self.stream.at(step)))
             return [row for g, example in self.engine.mine(numbered) for row in self._rows(g, example)]
+
+    def prompt_ids(self, step: int) -> list[tuple[int, ...]]:
+        return [encoded(example, self.size, self.engine.tokenizer)[0] for example in self.stream.at(step)]
 
     def _rows(self, group: int, example: Example) -> Iterator[Row]:
         prompt_ids, completions = encoded(example, self.size, self.engine.tokenizer)

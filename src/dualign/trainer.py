@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dualign import annotate, data
+from dualign import annotate, data, digests
 from dualign.algos import Algorithm, Batch
 from dualign.annotate.base import Annotator
 from dualign.annotate.function import name_of
@@ -33,11 +33,12 @@ from dualign.batch import (
 )
 from dualign.config import Config, build, dump
 from dualign.engine import Engine, Sums
-from dualign.errors import StopRun, UserError
+from dualign.errors import AbsentError, RewardError, StopRun, UserError
 from dualign.heldout import HeldOut, distinct, evaluate, gains
 from dualign.interrupt import Interrupts, StopAsked
+from dualign.models.dates import freeze_date
 from dualign.processes import everyones
-from dualign.resume import check_same_run
+from dualign.resume import Changes, check_prompts, check_same_run, told
 from dualign.rollout.base import Request, Sampler
 from dualign.runs import Run
 from dualign.source import (
@@ -69,27 +70,30 @@ def train(
     """
     if callable(reward):
         reward = [reward]
-    names = [name_of(function) for function in reward]
     if isinstance(config, dict):
         config = build(config)
-    if resume:
-        check_same_run(Path(config.run.dir), config, names)
+    changes = check_same_run(Path(config.run.dir), config, reward) if resume else Changes()
     if config.algo.source == "online" and not config.reward and not reward:
         raise UserError("reward: none given; name at least one (type: function, head, classifier, judge, ...)")
     engine = Engine(config)
     view = View(config, quiet=quiet or not engine.main)
     run = Run(Path(config.run.dir), engine.rank)
     if engine.main:
-        _open(run, config, names, resume)
+        _open(run, config, reward, changes if resume else None)
     engine.barrier()
+    freeze_date(engine.tokenizer.hf, run.begun)
     annotator = None
     try:
         if config.reward or reward:
             annotator = annotate.build(config.reward, reward, run.folder, run.journal, engine)
         with Interrupts() as interrupts, view:
+            for note in changes.notes:
+                view.say(note)
             Trainer(config, engine, run, annotator, view, interrupts).fit()
-    except UserError:
-        if engine.main and not resume:
+    except (UserError, StopRun) as error:
+        if engine.main and isinstance(error, RewardError | AbsentError):
+            run.note(mending=True)
+        if engine.main and isinstance(error, UserError) and not resume:
             run.abandon()
         raise
     finally:
@@ -100,13 +104,15 @@ def train(
     return run
 
 
-def _open(run: Run, config: Config, functions: Sequence[str], resume: bool) -> None:
-    if resume:
-        run.lock()
-        run.tidy()
-        run.write_text("config.yaml", dump(config))
-    else:
-        run.create(dump(config), functions)
+def _open(run: Run, config: Config, functions: Sequence[RewardFunction], changes: Changes | None) -> None:
+    """Begins a run, or opens one that goes on, with these `changes`."""
+    if changes is None:
+        run.create(dump(config), [name_of(f) for f in functions], digests.of_run(config, functions))
+        return
+    run.lock()
+    run.tidy()
+    run.write_text("config.yaml", dump(config))
+    changes.record(run)
 
 
 class Trainer:
@@ -181,7 +187,7 @@ class Trainer:
         return b, begun
 
     def _stop_if_absent(self, where: str, rows: Sequence[Row], needed: bool = False) -> None:
-        """Raises StopRun where more completions than may have no label, or none has one that is `needed`. A resume asks
+        """Raises AbsentError where more completions than may have no label, or none has one that is `needed`. A resume asks
         for those again."""
         absent = [row.label.reason or "" for row in rows if row.label.value is None]
         limit = self.config.train.max_absent
@@ -192,7 +198,7 @@ class Trainer:
         else:
             return
         self.run.journal.retry_absent()
-        raise StopRun(
+        raise AbsentError(
             f"{where}: {len(absent)} of {len(rows)} completions have no label, {why}. "
             f"Reasons: {'; '.join(sorted(set(absent))[:5])}"
         )
@@ -288,6 +294,9 @@ class Trainer:
             for phase, spent in record["seconds"].items():
                 seconds[phase] = seconds.get(phase, 0.0) + spent
         summary["seconds"] = seconds
+        if mended := self.run.about.get("mended"):
+            summary["mended"] = mended
+            self.view.say(f"note: {'; '.join(map(told, mended))}: before and after were not labelled by the same code")
         self.run.write_text("summary.json", json.dumps(summary, indent=1))
         self.view.finish(summary, self.run)
 
@@ -315,6 +324,7 @@ class Trainer:
         )
         if found:
             self.view.say(f"going on from {found}: {progress['step']} online batches done")
+        check_prompts(self.run, self.source, self.engine.tokenizer)
         if progress["step"] > self.config.train.online_batches:
             raise UserError(
                 f"train.online_batches={self.config.train.online_batches}: the run has done {progress['step']} already"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dualign import lines
+from dualign import config as configs
+from dualign import digests, lines
 from dualign.errors import UserError
 from dualign.runs import Run
 from dualign.table import from_table, read_table
@@ -20,9 +21,10 @@ REPLAY = "Delete it and checkpoints/* and resume: the stored batches are replaye
 
 @dataclass(frozen=True)
 class Finding:
-    """`damaged`: a file is not what was written. `unfinished`: what a stop or a kill leaves; resume goes on from it."""
+    """`damaged`: a file is not what was written. `changed`: what the run was made from is not what it was.
+    `unfinished`: what a stop or a kill leaves; resume goes on from it."""
 
-    kind: Literal["damaged", "unfinished"]
+    kind: Literal["damaged", "changed", "unfinished"]
     text: str
     mend: str = "`dualign resume` goes on from here"
 
@@ -39,7 +41,22 @@ def verify(folder: Path) -> list[Finding]:
         return [Finding("damaged", f"{run.manifest.path}: missing", "Nothing can be checked without it")]
     found = [*_recorded(run), *_present(run)]
     spoilt = {finding.text.partition(":")[0] for finding in found if finding.kind == "damaged"}
-    return [*found, *_batches_and_metrics(run, lambda path: str(path) in spoilt)]
+    return [*found, *_batches_and_metrics(run, lambda path: str(path) in spoilt), *_inputs(run)]
+
+
+def _inputs(run: Run) -> Iterator[Finding]:
+    """What the run was made from, as far as it is here and its digest is known."""
+    then = run.about.get("inputs")
+    try:
+        config = configs.load(run.config_file)
+    except UserError:  # damaged, and named as such
+        return
+    if not isinstance(then, dict):
+        return
+    for key, now in digests.of_run(config, near=True).items():
+        if words := digests.changed(then.get(key) or {}, now):
+            mend = "The run was made with what was there before: put it back to resume it, or to compare it with π_0"
+            yield Finding("changed", f"{key}: {words}", mend)
 
 
 def _recorded(run: Run) -> Iterator[Finding]:
@@ -79,7 +96,7 @@ def _mend(run: Run, path: Path) -> str:
     if path.parent in (run.batches, run.evaluations):
         return _again(run, path)
     if path.name == "run.json":
-        return "It holds the versions of packages that the run began with, and nothing that training needs"
+        return "It says what the run began with: without it nobody can tell whether model, data or rewards have changed"
     return "Delete it and resume: it is written again"
 
 

@@ -257,6 +257,12 @@ def test_the_data_must_not_change_under_a_batch_in_progress(tiny, tmp_path):
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     data.write_text("".join(json.dumps({**row, "id": f"new{i}"}) + "\n" for i, row in enumerate(rows)))
     said = command("resume", run)
+    assert said.code == 2 and "data.train: prompts.jsonl has changed since the run began" in said.err
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(
+        json.dumps(about | {"inputs": None})
+    )  # as of a run that was begun before there were any
+    said = command("resume", run)
     assert said.code == 2 and "the training data is not what it was" in said.err
 
 

@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from dualign.annotate.base import BatchSession, Item, Session
-from dualign.errors import UserError
+from dualign.errors import RewardError, UserError
 from dualign.types import Label
 
 RewardFunction = Callable[..., Any]
@@ -53,8 +53,14 @@ class FunctionAnnotator:
         """Nothing is held open."""
 
     def label(self, items: Sequence[Item]) -> list[Label]:
-        """One label per item, in order. Raises UserError for a function that raises or returns something else than
+        """One label per item, in order. Raises RewardError for a function that raises or returns something else than
         one finite number or None per completion."""
+        try:
+            return self._labels(items)
+        except UserError as error:
+            raise RewardError(str(error)) from error.__cause__
+
+    def _labels(self, items: Sequence[Item]) -> list[Label]:
         try:
             result = _in_thread(self.function, self._accepted(arguments(items)), self.timeout)
         except _LateError:

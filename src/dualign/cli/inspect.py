@@ -22,14 +22,14 @@ def register(app: typer.Typer) -> None:
 
 
 def verify(run: RunFolder) -> None:
-    """Check a run's files against their recorded hashes, and its batches against its metrics. Exit code 1: damaged."""
+    """Check a run's files, and what it was made from, against their recorded hashes, and its batches against its metrics.
+    Exit code 1: damaged or changed."""
     from dualign.verify import verify as check
 
     findings = check(run)
     for finding in findings:
         print(f"{finding.kind}: {finding.text}\n  {finding.mend}")
-    damaged = sum(finding.kind == "damaged" for finding in findings)
-    if damaged:
+    if any(finding.kind != "unfinished" for finding in findings):
         raise typer.Exit(1)
     print(f"{run}: every file is what was written" + ("; the run is not finished" if findings else ""))
 
