@@ -12,8 +12,9 @@ import gzip
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -57,12 +58,15 @@ def load_examples(source: str, config: DataConfig | None = None, split: str | No
     return list(_examples(source, rows, layout, config))
 
 
-def draw(items: Sequence[X], limit: int | None, seed: int = 0) -> list[X]:
-    """`limit` of the items in their order, for one seed always the same ones: a draw, not the file's first rows."""
+def draw(
+    items: Sequence[X], limit: int | None, seed: int = 0, keep: Callable[[X], bool] = lambda item: True
+) -> list[X]:
+    """`limit` of the items that `keep` is true of, in their order, for one seed always the same ones: a draw, not the
+    file's first rows. Another is drawn for one that is not kept; `keep` is asked of no more than it takes."""
     if limit is None or limit >= len(items):
-        return list(items)
-    chosen = np.random.default_rng(seed).permutation(len(items))[:limit]
-    return [items[i] for i in sorted(chosen.tolist())]
+        return [item for item in items if keep(item)]
+    order = np.random.default_rng(seed).permutation(len(items)).tolist()
+    return [items[i] for i in sorted(islice((i for i in order if keep(items[i])), limit))]
 
 
 def _finish(row: Row, count: int) -> tuple[Finish, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -164,9 +165,15 @@ def _part(name: str) -> Value:
     return lambda row: (row.label.parts or {}).get(name)
 
 
-def _by_prompt(rows: Sequence[Row], value: Value) -> dict[int, list[float]]:
-    out: dict[int, list[float]] = {}
+def _by_prompt(rows: Sequence[Row], value: Value) -> dict[str, list[float]]:
+    """By what the prompt is, not by its place: of a run that a version before began, places may differ."""
+    out: dict[str, list[float]] = {}
     for row in rows:
         if (v := value(row)) is not None:
-            out.setdefault(row.rollout.group, []).append(v)
+            out.setdefault(key_of(row), []).append(v)
     return out
+
+
+def key_of(row: Row) -> str:
+    prompt = row.rollout.prompt
+    return json.dumps([prompt.id, prompt.content])

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from dualign import assets, data
 from dualign.annotate.settings import FunctionReward, HeadReward, JudgeReward, PreferenceReward, RewardConfig
 from dualign.config import Config
 from dualign.errors import UserError
+from dualign.models.tokenizer import Tokenizer, load_tokenizer, source_of
+from dualign.source import load_heldout, load_stream
 
 
 def parameters_of(config: Config) -> tuple[int, Any]:
@@ -65,17 +69,22 @@ def print_plan(config: Config) -> None:
             + " + ".join(f"{v:.2f} {k}" for k, v in estimate.items())
         )
     faults: list[str] = []
-    load = data.load_prompts if c.algo.source == "online" else data.load_examples
-    if rows := _rows(load, c.data.train, c, c.data.split, faults):
-        epochs = t.online_batches * c.prompts_per_batch / rows
-        print(f"data: {rows} rows of {c.data.train}; {epochs:.2f} epochs")
-    if c.data.eval and (rows := _rows(data.load_prompts, c.data.eval, c, c.data.eval_split, faults)):
-        print(f"held out: {min(rows, c.eval.prompts)} of {rows} rows of {c.data.eval}")
+    reader = _reader(c)
+    train = _count(lambda say: load_stream(c, reader, say) if reader else _rows(c), c.data.train, faults)
+    if train:
+        epochs = t.online_batches * c.prompts_per_batch / train
+        print(f"data: {_most(c, reader)}{train} rows of {c.data.train}; {epochs:.2f} epochs")
+    held = 0
+    if c.data.eval:
+        held = _count(lambda say: load_heldout(c, reader, say) if reader else _held(c), c.data.eval, faults)
+        if held:
+            print(f"held out: {_most(c, reader)}{held} rows of {c.data.eval}, drawn")
     print(
         f"{t.online_batches} online batches of {t.online_batch} completions = {c.prompts_per_batch} prompts × {c.group}; "
         f"{per} updates each, on {c.update_completions} completions; {t.online_batches * per} updates in all"
     )
     labels, evaluated = c.labels
+    evaluated = evaluated // c.eval.prompts * (held or c.eval.prompts)
     print(f"labels needed: {labels} to train, {evaluated} to evaluate")
     for i, reward in enumerate(c.reward):
         print(f"reward.{i}: {reward.type}, weight {reward.weight}" + _priced(reward, labels + evaluated))
@@ -88,11 +97,55 @@ def print_plan(config: Config) -> None:
         raise UserError("this would not run:\n" + "\n".join(f"  {fault}" for fault in faults))
 
 
-def _rows(load: Callable[..., Sequence[Any]], source: str, c: Config, split: str, faults: list[str]) -> int:
-    """How many rows `source` has; 0 where it cannot be read. What is there and wrong is a fault; what is not there (a
-    file that is still to come, a data set on a hub) is only told."""
+@dataclass(frozen=True)
+class _Reader:
+    """The model's tokenizer and context, without its weights."""
+
+    tokenizer: Tokenizer
+    context: int
+
+
+def _reader(config: Config) -> _Reader | None:
+    """What tells which rows a run will leave out; None where none can be, or the model is not at hand."""
+    if not _leaves_out(config):
+        return None
+    from transformers import AutoConfig, GenerationConfig
+
     try:
-        return len(load(source, c.data, split))
+        name, source = source_of(config.model)
+        hf: Any = AutoConfig.from_pretrained(name, **source)
+        try:
+            generation = GenerationConfig.from_pretrained(name, **source)
+        except OSError:
+            generation = GenerationConfig.from_model_config(hf)
+        tokenizer = load_tokenizer(config.model, SimpleNamespace(config=hf, generation_config=generation))
+    except (OSError, ValueError, UserError):
+        return None
+    return _Reader(tokenizer, int(getattr(hf.get_text_config(), "max_position_embeddings", None) or 1 << 30))
+
+
+def _leaves_out(config: Config) -> bool:
+    return config.data.max_prompt_tokens is not None or config.data.bad_rows == "skip"
+
+
+def _most(config: Config, reader: _Reader | None) -> str:
+    return "at most " if reader is None and _leaves_out(config) else ""
+
+
+def _rows(c: Config) -> Sequence[Any]:
+    return (data.load_prompts if c.algo.source == "online" else data.load_examples)(c.data.train, c.data, c.data.split)
+
+
+def _held(c: Config) -> Sequence[Any]:
+    assert c.data.eval is not None
+    return data.draw(data.load_prompts(c.data.eval, c.data, c.data.eval_split), c.eval.prompts)
+
+
+def _count(load: Callable[[Callable[[str], None]], Sequence[Any]], source: str, faults: list[str]) -> int:
+    """How many rows of `source` a run uses; 0 where it cannot be read. What is there and wrong is a fault; what is not
+    there (a file that is still to come, a data set on a hub) is only told."""
+    try:
+        return len(load(print))
     except UserError as error:
         if Path(source).exists() or source.startswith("builtin:"):
             faults.append(f"data: {error}")

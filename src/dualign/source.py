@@ -227,27 +227,35 @@ def requests_of(
     new_tokens: int,
     limit: int | None,
     say: Callable[[str], None],
+    count: int | None = None,
+    seed: int = 0,
 ) -> list[Request]:
-    """Tokenized prompts that fit. Raises UserError, naming the prompt, where one is longer than the context; prompts
-    beyond `limit` tokens (data.max_prompt_tokens) are left out and counted."""
-    requests = [Request(i, p, tokenizer.prompt(p)) for i, p in enumerate(prompts)]
-    if limit is not None:
-        kept = [r for r in requests if len(r.prompt_ids) <= limit]
-        if len(kept) < len(requests):
-            say(f"left out {len(requests) - len(kept)} of {len(requests)} prompts longer than {limit} tokens")
-        requests = kept
-    for r in requests:
-        if len(r.prompt_ids) + new_tokens > context:
+    """Tokenized prompts that fit, `count` of them drawn by `seed` (None: all). Raises UserError, naming the prompt,
+    where one is longer than the context; prompts beyond `limit` tokens (data.max_prompt_tokens) are left out and
+    counted, and others drawn for them."""
+    tokenized: dict[int, tuple[int, ...]] = {}
+
+    def keep(i: int) -> bool:
+        ids = tokenized[i] = tokenizer.prompt(prompts[i])
+        if limit is not None and len(ids) > limit:
+            return False
+        if len(ids) + new_tokens > context:
             raise UserError(
-                f"prompt {r.prompt.id}: its {len(r.prompt_ids)} tokens and {new_tokens} new ones exceed the model's "
+                f"prompt {prompts[i].id}: its {len(ids)} tokens and {new_tokens} new ones exceed the model's "
                 f"context of {context}; set data.max_prompt_tokens={context - new_tokens} to leave such prompts out"
             )
+        return True
+
+    chosen = data.draw(range(len(prompts)), count, seed, keep)
+    requests = [Request(group, prompts[i], tokenized[i]) for group, i in enumerate(chosen)]
+    if len(requests) < len(tokenized):
+        say(f"left out {len(tokenized) - len(requests)} of {len(tokenized)} prompts longer than {limit} tokens")
     if not requests:
         raise UserError("data: no prompts are left")
     return requests
 
 
-def _mention_plain_text(prompts: Sequence[Prompt], engine: Engine, say: Callable[[str], None]) -> None:
+def _mention_plain_text(prompts: Sequence[Prompt], engine: Reads, say: Callable[[str], None]) -> None:
     if engine.tokenizer.hf.chat_template is not None and any(not p.conversational for p in prompts):
         say(
             "note: prompts are plain text and reach the model as they are, though it has a chat template; "
@@ -255,7 +263,29 @@ def _mention_plain_text(prompts: Sequence[Prompt], engine: Engine, say: Callable
         )
 
 
-def load_stream(config: Config, engine: Engine, say: Callable[[str], None]) -> list[Request] | list[Example]:
+class Reads(Protocol):
+    """What a model's rows are read with."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can see."""
+        ...
+
+
+def load_heldout(config: Config, engine: Reads, say: Callable[[str], None]) -> list[Request]:
+    """eval.prompts of the held-out prompts, drawn from those that fit; always the same ones."""
+    d, new_tokens = config.data, config.rollout.max_new_tokens
+    assert d.eval is not None
+    prompts = data.load_prompts(d.eval, d, d.eval_split)
+    return requests_of(
+        prompts, engine.tokenizer, engine.context, new_tokens, d.max_prompt_tokens, say, config.eval.prompts
+    )
+
+
+def load_stream(config: Config, engine: Reads, say: Callable[[str], None]) -> list[Request] | list[Example]:
     """The training data that the algorithm asks for."""
     d, context = config.data, engine.context
     if config.algo.source == "online":

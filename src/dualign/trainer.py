@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dualign import annotate, data, digests
+from dualign import annotate, digests
 from dualign.algos import Algorithm, Batch
 from dualign.annotate.base import Annotator
 from dualign.annotate.function import name_of
@@ -48,8 +48,8 @@ from dualign.source import (
     Labeller,
     OnlineSource,
     Source,
+    load_heldout,
     load_stream,
-    requests_of,
 )
 from dualign.view import View, plan_lines, warnings_of
 
@@ -245,14 +245,9 @@ class Trainer:
     # --- evaluation ---
 
     def _heldout(self) -> list[Request]:
-        d, c = self.config.data, self.config
-        if d.eval is None or self.labeller is None:
+        if self.config.data.eval is None or self.labeller is None:
             return []
-        prompts = data.draw(data.load_prompts(d.eval, d, d.eval_split), c.eval.prompts)
-        say = self.view.say
-        return requests_of(
-            prompts, self.engine.tokenizer, self.engine.context, c.rollout.max_new_tokens, d.max_prompt_tokens, say
-        )
+        return load_heldout(self.config, self.engine, self.view.say)
 
     def _evaluation_due(self, done: int) -> bool:
         every = self.config.eval.every

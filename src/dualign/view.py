@@ -15,7 +15,7 @@ from rich.text import Text
 from dualign.algos import Algorithm
 from dualign.config import Config
 from dualign.errors import clean
-from dualign.heldout import HeldOut, kl_name
+from dualign.heldout import HeldOut, key_of, kl_name
 from dualign.intervals import known, plus_minus, too_few
 
 if TYPE_CHECKING:
@@ -265,14 +265,14 @@ def _text(value: float | None, form: str) -> str:
 
 def _answers(run: Run, done: int, count: int = 6) -> Table:
     """The same held-out prompts answered before and after, chosen evenly through the set, not by reward."""
-    before, after = run.read_evaluation(0)[0], run.read_evaluation(done)[0]
-    last = {row.rollout.index: row for row in after}
+    before, after = (
+        {key_of(row): row for row in run.read_evaluation(at)[0][::-1]} for at in (0, done)
+    )  # each first one
+    pairs = [(row, after[key]) for key, row in reversed(before.items()) if key in after]
     table = Table(title="Held-out answers before and after", show_lines=True, expand=True)
     for name, ratio in (("prompt", 2), ("before (π_0)", 3), ("after", 3)):
         table.add_column(name, ratio=ratio, overflow="fold")
-    step = max(1, len(before) // count)
-    for row in before[::step][:count]:
-        other = last[row.rollout.index]
+    for row, other in pairs[:: max(1, len(pairs) // count)][:count]:
         table.add_row(Text(clean(row.rollout.prompt.text)), _answer(row), _answer(other))
     return table
 

@@ -37,7 +37,7 @@ def plan_lines(grid: Grid, jobs: int = 1) -> list[str]:
     totals = np.array([cell.config.labels for cell in todo]).reshape(-1, 2).sum(0)
     cost = sum(dollars(cell.config) for cell in todo)
     lines.append(
-        f"still to do: {len(todo)} runs, {totals[0]} labels to train and {totals[1]} to evaluate"
+        f"still to do: {len(todo)} runs, {totals[0]} labels to train and {totals[1]} to evaluate at most"
         + (f", at most about {cost:.2f} dollars" if cost else "")
     )
     return [*lines, _time(todo, [cell for cell in every if states[cell.folder] == "finished"], jobs)]

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from dualign.compare.pareto import fit
-from dualign.compare.results import Mean, Result, finals, mean_curve
+from dualign.compare.results import Mean, Result, distances, finals, mean_curve
 from dualign.errors import UserError
 
 MARKERS = "osD^vP*XhpdH8<>"
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
 KEYS = {
     "reward": "held-out reward",
-    "kl": "KL(π_θ‖π_0), nats",
+    "kl": "log(π/π_0), nats",
     "length": "length, tokens",
     "missing_eos": "missing EOS, share",
     "distinct": "different completions, share",
@@ -75,9 +75,10 @@ def curves(results: Sequence[Result]) -> Any:
 def behaviour(results: Sequence[Result]) -> Any:
     """KL to π_0, length, missing EOS and different completions along training."""
     figure, axes = _panels(4)
+    names = _names(results)
     for name, look, seeds in _looks(results):
         points = [p for p, _ in mean_curve(seeds)]
-        for axis, (key, label) in zip(axes, list(KEYS.items())[1:], strict=True):
+        for axis, (key, label) in zip(axes, list(names.items())[1:], strict=True):
             axis.plot([p.batches for p in points], [getattr(p, key) for p in points], label=name, ms=3, lw=1.2, **look)
             axis.set(xlabel="online batches", ylabel=label)
     return _legend(figure, axes[0])
@@ -86,11 +87,12 @@ def behaviour(results: Sequence[Result]) -> Any:
 def ablation(results: Sequence[Result], axis: str) -> Any:
     """Final reward, KL, length, missing EOS and different completions against one setting."""
     figure, panels = _panels(len(KEYS))
+    names = _names(results)
     numbers = all(isinstance(r.cell.value, int | float) for r in results)
     found = {str(r.cell.value): r.cell.value for r in results}
     values = sorted(found, key=lambda v: found[v]) if numbers else list(found)
     for name, look, seeds in _looks(results):
-        for panel, (key, label) in zip(panels, KEYS.items(), strict=True):
+        for panel, (key, label) in zip(panels, names.items(), strict=True):
             means = [Mean.of(getattr(r.last, key) for r in seeds if str(r.cell.value) == v and r.last) for v in values]
             known = [(i, m) for i, m in enumerate(means) if m]
             panel.errorbar(
@@ -107,7 +109,7 @@ def pareto(plain: Sequence[Result], moved: Sequence[Result]) -> Any:
     setting, a second-order fit of each axis, and a dashed line at the first one's peak (ICLR 2026, Fig. 4). Without:
     each system's way through training."""
     figure, panels = _panels(2)
-    labels = {"kl": "KL(π_θ‖π_0), nats", "kl_interpolated": "α-interpolated KL, nats"}
+    labels = dict(zip(("kl", "kl_interpolated"), (f"{d}, nats" for d in distances([*plain, *moved])), strict=True))
     lines = _looks(moved, _system_and_axis) if moved else _looks(plain)
     for first, (name, look, seeds) in enumerate(lines):
         points = finals(seeds) if moved else [p for p, _ in mean_curve(seeds)]
@@ -139,6 +141,10 @@ def batch_seconds(results: Sequence[Result]) -> Any:
     panel.set_yticks(range(len(bars)), [name for _, name, _ in bars])
     panel.set(xlabel="seconds per online batch")
     return figure
+
+
+def _names(results: Sequence[Result]) -> dict[str, str]:
+    return KEYS | {"kl": f"{distances(results)[0]}, nats"}
 
 
 def _system(r: Result) -> str:

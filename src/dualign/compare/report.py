@@ -10,7 +10,17 @@ from dualign.compare import plots
 from dualign.compare.cells import State, selected, state
 from dualign.compare.grid import Cell, Grid, cells, selection_cells, unique
 from dualign.compare.pareto import fit
-from dualign.compare.results import Result, along_axes, chance, final, finals, groups, read
+from dualign.compare.results import (
+    Result,
+    along_axes,
+    chance,
+    distances,
+    final,
+    finals,
+    groups,
+    read,
+    too_few_prompts,
+)
 from dualign.compare.table import curves_csv, markdown, rows, table_csv, target_reward
 from dualign.errors import UserError
 from dualign.runs import Run, write_text
@@ -28,7 +38,7 @@ def write_report(grid: Grid, failed: dict[str, str]) -> str:
     folder = Path(grid.out) / "report"
     folder.mkdir(parents=True, exist_ok=True)
     found = rows(results, grid.reference, grid.at_kl)
-    table = markdown(found, grid.reference)
+    table = markdown(found, grid.reference, distances(results))
     write_text(folder / "table.csv", table_csv(found))
     write_text(folder / "curves.csv", curves_csv(results))
     fits = pareto_lines(results)
@@ -37,8 +47,9 @@ def write_report(grid: Grid, failed: dict[str, str]) -> str:
         f"Base recipe `{grid.base}`, seeds {', '.join(map(str, grid.seeds))}. Means over seeds ± half the 95 % "
         "t-interval; rewards, KL, length, missing EOS and the share of different completions on held-out prompts after the "
         "last online batch; seconds of the median online batch, which grow with the length of completions and with what "
-        "else the machine does. KL: mean of log π_θ/π_0 over completions sampled as the evaluation samples (its "
-        "temperature included). α-interpolated KL: α·KL(π_θ‖π_0), for systems without α the whole of it. Systems on a "
+        "else the machine does. log(π/π_0): its mean over completions sampled as the evaluation samples, which is "
+        "KL(π_θ‖π_0) where it samples at temperature 1. α-interpolated: α times that, for systems without α the whole of "
+        "it. Systems on a "
         "fixed set buy no labels while training; what the set cost is not counted.\n",
         table,
         *_chance(results),
@@ -61,7 +72,7 @@ def pareto_lines(results: Sequence[Result]) -> list[str]:
     lines = []
     for (system, axis), seeds in along_axes(results).items():
         points = finals(seeds)
-        for key, label in (("kl", "KL(π_θ‖π_0)"), ("kl_interpolated", "α-interpolated KL")):
+        for key, label in zip(("kl", "kl_interpolated"), distances(results), strict=True):
             found = fit([getattr(p, key) for p in points], [p.reward for p in points])
             if found and not (axis == "algo.alpha" and key == "kl_interpolated"):  # α would vary along x
                 where = "peak" if found.low < found.peak_kl < found.high else "highest at an end of the range,"
@@ -80,7 +91,10 @@ def _chance(results: Sequence[Result]) -> list[str]:
     lines = []
     for name, some in compared.items():
         settings = [[r.last.reward for r in seeds if r.last] for seeds in groups(some).values()]
-        if (p := chance(settings)) is not None:
+        if few := too_few_prompts(some):
+            if chance(settings) is not None:
+                lines.append(f"- {name}: {few}")
+        elif (p := chance(settings)) is not None:
             words = "more than seeds do" if p < 0.05 else "no more than seeds do"
             lines.append(f"- {name}: the final rewards of {len(settings)} differ {words} (p = {p:.2g})")
     about = "One-way analysis of variance over seeds; with many axes, one in twenty is below 0.05 by chance.\n"

@@ -15,7 +15,8 @@ from scipy import stats
 from dualign.algos import Algorithm
 from dualign.compare.grid import Cell
 from dualign.config import Config
-from dualign.heldout import distinct, half_width
+from dualign.heldout import distinct, kl_name
+from dualign.intervals import all_equal, half_width, too_few
 from dualign.runs import Run
 
 
@@ -27,11 +28,12 @@ class Point:
     labels: int  # bought so far; of a fixed set: 0
     seconds: float  # of training so far, at the run's median batch: a suspended machine is no training
     reward: float
-    kl: float  # KL(π_θ‖π_0), nats per completion
-    kl_interpolated: float  # α·KL(π_θ‖π_0): what DAR's objective charges at π_θ = π_t; no α: the whole of it
+    kl: float  # mean of log π_θ/π_0, nats per completion: KL(π_θ‖π_0) at temperature 1
+    kl_interpolated: float  # α times that: what DAR's objective charges at π_θ = π_t; no α: the whole of it
     length: float  # tokens
     missing_eos: float  # share
     distinct: float  # share of different completions
+    prompts: int = 0  # that have a label
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,14 @@ class Mean:
     n: int
 
     @staticmethod
-    def of(values: Iterable[float | None]) -> Mean | None:
+    def of(values: Iterable[float | None], counted: bool = False) -> Mean | None:
+        """None where there is no value. What is `counted`, not measured, has an interval of no width where seeds agree;
+        else equal values have none."""
         known = np.array([v for v in values if v is not None and np.isfinite(v)], dtype=float)
         if not len(known):
             return None
-        return Mean(float(known.mean()), half_width(known), len(known))
+        half = 0.0 if counted and len(known) > 1 and all_equal(known) else half_width(known)
+        return Mean(float(known.mean()), half, len(known))
 
 
 def is_online(config: Config) -> bool:
@@ -116,7 +121,7 @@ def _points(run: Run, labels: Sequence[int], seconds: float, alpha: float) -> It
         done = e["batches"]
         measured = {key: e[key] for key in ("reward", "kl", "length", "missing_eos")}
         measured |= {"kl_interpolated": alpha * e["kl"], "distinct": _distinct(path)}
-        yield Point(done, labels[done], seconds * done, **measured)
+        yield Point(done, labels[done], seconds * done, prompts=e["prompts"], **measured)
 
 
 def groups(results: Sequence[Result]) -> dict[tuple[str, str | None, str], list[Result]]:
@@ -148,8 +153,9 @@ def mean_curve(seeds: Sequence[Result]) -> list[tuple[Point, Mean]]:
         if reward is not None and len(points) == len(seeds):
             rest = ("seconds", "kl", "kl_interpolated", "length", "missing_eos", "distinct")
             means = {key: float(np.mean([getattr(p, key) for p in points])) for key in rest}
-            labels = round(np.mean([p.labels for p in points]))
-            out.append((Point(batches=batches, labels=labels, reward=reward.value, **means), reward))
+            labels, prompts = round(np.mean([p.labels for p in points])), min(p.prompts for p in points)
+            point = Point(batches=batches, labels=labels, reward=reward.value, prompts=prompts, **means)
+            out.append((point, reward))
     return out
 
 
@@ -159,11 +165,30 @@ def finals(results: Sequence[Result]) -> list[Point]:
     return [curve[-1][0] for curve in curves if curve]
 
 
+def distances(results: Iterable[Result]) -> tuple[str, str]:
+    """What `Point.kl` and `kl_interpolated` are, by how the evaluations sampled."""
+    names = set()
+    for r in results:
+        rollout, temperature = r.cell.config.rollout, r.cell.config.eval.temperature
+        how = {"temperature": rollout.temperature if temperature is None else temperature, "top_p": rollout.top_p}
+        names.add(kl_name(how))
+    name = names.pop() if len(names) == 1 else kl_name({})
+    return (
+        ("KL(π_θ‖π_0)", "α-interpolated KL") if name == kl_name({"temperature": 1, "top_p": 1}) else (name, f"α·{name}")
+    )
+
+
+def too_few_prompts(results: Iterable[Result]) -> str:
+    """Why nothing is said of differences between these results; empty where each rests on prompts enough."""
+    return too_few(min((r.last.prompts for r in results if r.last), default=0))
+
+
 def chance(settings: Iterable[Sequence[float]]) -> float | None:
     """How probable it is that values of settings that are all alike differ as much as these, each list one setting's
-    over seeds: one-way analysis of variance (for two settings, the t-test). None where no setting has two seeds."""
+    over seeds: one-way analysis of variance (for two settings, the t-test). None where no setting has two seeds that
+    differ: then nothing tells how much seeds do."""
     known = [np.array(values, dtype=float) for values in settings if len(values)]
-    if len(known) < 2 or all(len(values) < 2 for values in known):
+    if len(known) < 2 or all(all_equal(values) for values in known):
         return None
     p = float(stats.f_oneway(*known).pvalue)
     return p if np.isfinite(p) else None

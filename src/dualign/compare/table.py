@@ -45,7 +45,7 @@ def rows(results: Sequence[Result], reference: str | None, at_kl: Sequence[float
         if target is not None and seeds[0].online:
             reach = labels_to_reach([p for p, _ in mean_curve(seeds)], target)
         setting = f"{axis} = {value}" if axis else ""
-        means = {name: Mean.of(_value(r, name) for r in seeds) for name in COLUMNS}
+        means = {name: Mean.of((_value(r, name) for r in seeds), name == "labels") for name in COLUMNS}
         equal_kl = {kl: Mean.of(reward_at(r.curve, kl) for r in seeds) for kl in at_kl}
         found.append(Row(system, setting, len(seeds), seeds[0].online, means, equal_kl, reach))
     return found
@@ -66,10 +66,13 @@ def _value(r: Result, name: str) -> float | None:
     return float(getattr(r.last, name)) if r.last else None
 
 
-def markdown(table: Sequence[Row], reference: str | None) -> str:
-    """A Markdown table for documents."""
+def markdown(table: Sequence[Row], reference: str | None, distances: tuple[str, str] | None = None) -> str:
+    """A Markdown table for documents. `distances`: what KL and α-interpolated KL are, where they are something else."""
     settings = any(row.setting for row in table)
-    heading = ["system", *(["setting"] if settings else []), "seeds", *(h for h, _ in COLUMNS.values())]
+    headings = {name: h for name, (h, _) in COLUMNS.items()}
+    if distances:
+        headings |= {"kl": f"{distances[0]}, nats", "kl_interpolated": distances[1]}
+    heading = ["system", *(["setting"] if settings else []), "seeds", *headings.values()]
     heading += [f"reward at KL {kl:g}" for kl in (table[0].at_kl if table else ())]
     heading += [f"labels to {reference}'s final reward"] if reference else []
     lines = [heading, ["---"] * len(heading)]
@@ -85,7 +88,7 @@ def markdown(table: Sequence[Row], reference: str | None) -> str:
 def _text(mean: Mean | None, form: str, seeds: int) -> str:
     if mean is None:
         return "–"
-    half = "" if np.isnan(mean.half) else " ± " + form.format(mean.half)
+    half = "" if np.isnan(mean.half) or mean.half == 0 else " ± " + form.format(mean.half)
     return form.format(mean.value) + half + (f" ({mean.n} of {seeds})" if mean.n < seeds else "")
 
 
