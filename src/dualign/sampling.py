@@ -15,7 +15,7 @@ from dualign.rollout.hf import HFSampler
 from dualign.runs import write_text
 from dualign.schema import DataConfig, ModelConfig
 from dualign.source import requests_of
-from dualign.types import Prompt, Rollout
+from dualign.types import Prompt, Rollout, user_prompt
 
 
 def sample_from(
@@ -29,7 +29,10 @@ def sample_from(
     reason put into `left_out`; without one it raises UserError."""
     import torch
 
-    hf, tokenizer = load_model(model)
+    try:
+        hf, tokenizer = load_model(model)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("model.name: ")) from None  # here it is no recipe's key
     if torch.cuda.is_available():
         hf.to("cuda")
     else:
@@ -82,17 +85,18 @@ def sample_to(
     limit: int | None,
     seed: int,
     chat: bool,
+    prompt_column: str = "prompt",
+    system_prompt: str | None = None,
 ) -> None:
     if not source.strip():
         raise UserError("the prompt is empty")
     if source.endswith(data.FILE_SUFFIXES) and not Path(source).exists():
         raise UserError(f"{source}: no such file")
     known = Path(source).exists() or source.startswith("builtin:") or ("/" in source and " " not in source)
-    prompts = (
-        data.load_prompts(source, DataConfig(train=source, chat=chat), "test")
-        if known
-        else [Prompt("prompt", ({"role": "user", "content": source},))]
+    asked = DataConfig(
+        train=source, chat=chat, prompt_column=prompt_column, system_prompt=system_prompt, bad_rows="skip"
     )
+    prompts = data.load_prompts(source, asked, "test") if known else [user_prompt("prompt", source, system_prompt)]
     sampling = Sampling(k, max_new_tokens, temperature, top_p)
     prompts, left_out = prompts[:limit], dict[int, str]()
     rollouts = sample_from(ModelConfig(name=model), prompts, sampling, seed, left_out)
@@ -116,6 +120,7 @@ def sample_to(
                 "completion": [{"role": "assistant", "content": r.text}] if r.prompt.conversational else r.text,
                 "finish": r.finish,
                 "tokens": len(r.completion_ids),
+                "completion_ids": r.completion_ids,
                 "model": model,
             },
             ensure_ascii=False,

@@ -46,6 +46,12 @@ class Prompt:
         return tools if isinstance(tools, list) and tools else None
 
 
+def user_prompt(id: str, text: str, system: str | None = None) -> Prompt:
+    """A user's message, after a system message where there is one."""
+    before: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
+    return Prompt(id, (*before, {"role": "user", "content": text}))
+
+
 def text_of(message: Message) -> str:
     """A message for those who read text: its content, then a line for each tool call."""
     calls = [call.get("function") or call for call in message.get("tool_calls") or ()]

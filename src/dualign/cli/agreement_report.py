@@ -16,11 +16,16 @@ Report = dict[str, Any]
 
 
 def measure_file(
-    file: str, limit: int | None, heads: Sequence[str], judge: JudgeReward | None, preference: PreferenceReward | None
+    file: str,
+    limit: int | None,
+    heads: Sequence[str],
+    judge: JudgeReward | None,
+    preference: PreferenceReward | None,
+    prompt_column: str = "prompt",
 ) -> Report:
     """{"file", "rows", "labellers": [Agreement ...], "orders": Orders | None, "left_out": why some pairs cannot be
     compared, with how many} as plain values. Those pairs count as absent for every labeller."""
-    pairs, left_out = labelled_pairs(file, limit)
+    pairs, left_out = labelled_pairs(file, limit, prompt_column)
     found = [agreement.measure("longer answer", pairs, agreement.longer(pairs))]
     if ceiling := agreement.human_ceiling(pairs):
         found.append(ceiling)

@@ -16,6 +16,10 @@ JudgeModel = Annotated[
     str, typer.Option("--judge", help="a YAML file or an inline mapping: {base_url: ..., model: ...}")
 ]
 Chat = Annotated[bool, typer.Option("--chat/--no-chat", help="ask in the model's chat template, or in plain text")]
+Functions = Annotated[
+    list[str] | None,
+    typer.Option(help="FILE.py:NAME of a Python function that dualign.train(reward=...) gave to the run"),
+]
 SystemPrompt = Annotated[
     str | None,
     typer.Option(help="put before every conversation that has none; default: the run's data.system_prompt; '': none"),
@@ -76,6 +80,7 @@ def alpaca(
     prompt_column: Annotated[str, typer.Option(help="the column that holds the instruction")] = "instruction",
     chat: Chat = True,
     system_prompt: SystemPrompt = None,
+    function: Functions = None,
     official: Annotated[
         str | None, typer.Option(help="run the installed alpaca_eval package with this annotators_config")
     ] = None,
@@ -85,6 +90,7 @@ def alpaca(
 ) -> None:
     """AlpacaEval: outputs in its JSON format, win rate against the baseline, raw and length-controlled."""
     from dualign import data
+    from dualign.annotate.function import load_function
     from dualign.eval import alpaca, judges, outputs, results, show, winrate
 
     asked = _put(source, instructions, chat, system_prompt, prompt_column)
@@ -101,7 +107,8 @@ def alpaca(
         raise typer.Exit(alpaca.official(*files, official))
     if judge is None:
         return
-    with judges.open_judge(judge, source if outputs.is_run(source) else None, path.parent) as chosen:
+    run = source if outputs.is_run(source) else None
+    with judges.open_judge(judge, run, path.parent, list(map(load_function, function or ()))) as chosen:
         pairs = judges.judge_pairs(chosen, ours, theirs)
     point = winrate.measure(ours, theirs, pairs)
     about = _about(source, path, how) | {"judge": chosen.record(), "against": {"source": None, "name": theirs.name}}
@@ -115,6 +122,7 @@ def alpaca(
 def ifeval(
     source: Source,
     prompts: Annotated[str, typer.Option(help="IFEval's prompts, with instruction_id_list and kwargs")],
+    prompt_column: Annotated[str, typer.Option(help="the column that holds the prompt")] = "prompt",
     chat: Chat = True,
     system_prompt: SystemPrompt = None,
     max_new_tokens: Tokens = 512,
@@ -126,7 +134,7 @@ def ifeval(
     from dualign.eval import ifeval, results, show
 
     ifeval.library()
-    asked = _put(source, prompts, chat, system_prompt)
+    asked = _put(source, prompts, chat, system_prompt, prompt_column)
     path, how = _setting(source, "ifeval", max_new_tokens, out, asked)
     chosen = data.draw(data.load_prompts(prompts, asked, "train"), limit)
     ours = _answers(source, chosen, how)

@@ -18,6 +18,7 @@ More = Annotated[
     typer.Option("--set", help="any other setting of the judge: --set max_dollars=5 --set concurrency=16"),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="so many rows, drawn at random, always the same ones")]
+PromptColumn = Annotated[str, typer.Option(help="the column that holds the prompt")]
 Json = Annotated[Path | None, typer.Option("--json", help="write the numbers to this file")]
 T = TypeVar("T")
 
@@ -39,12 +40,14 @@ def judge(
         bool, typer.Option("--pairs", help="AI preferences: which of a row's two responses is better")
     ] = False,
     limit: Limit = None,
+    prompt_column: PromptColumn = "prompt",
     more: More = None,
 ) -> None:
     """Label a file with an LLM judge. Run it again to go on: what was bought is in the cache."""
     from dualign.cli.labelled import load_responses, write_rows
+    from dualign.schema import DataConfig
 
-    rows = load_responses(file, limit)
+    rows = load_responses(file, limit, DataConfig(train=file, prompt_column=prompt_column))
     settings = {"rubric": rubric, "base_url": base_url, "model": model, **_settings(more)}
     counts: Counter[str] = Counter()
     label = _compared(rows, settings, file) if pairs else _rewarded(rows, settings)
@@ -151,6 +154,7 @@ def agreement(
         list[str] | None, typer.Option(help="a reward head: builtin:NAME or a file; may be repeated")
     ] = None,
     limit: Limit = None,
+    prompt_column: PromptColumn = "prompt",
     more: More = None,
     json_out: Json = None,
     plot: Annotated[Path | None, typer.Option(help="draw the shares to this file (.png, .svg, .pdf)")] = None,
@@ -168,7 +172,7 @@ def agreement(
         raise UserError(f"--plot {plot}: a figure ends in .png, .svg or .pdf")
     settings = {**given, **_settings(more)}
     reward, preference = (_validated(kind, settings) if model else None for kind in ("judge", "preference"))
-    reports = [measure_file(file, limit, head or [], reward, preference) for file in files]
+    reports = [measure_file(file, limit, head or [], reward, preference, prompt_column) for file in files]
     print_report(reports)
     if json_out:
         _write_json(json_out, reports)

@@ -12,6 +12,7 @@ from typing import Any
 from dualign.annotate.agreement import Pair
 from dualign.errors import UserError
 from dualign.responses import Responses, load_responses
+from dualign.schema import DataConfig
 
 __all__ = ["Responses", "load_pairs", "load_responses", "read_rewards", "write_rows"]
 
@@ -22,11 +23,13 @@ def load_pairs(source: str, limit: int | None = None) -> list[Pair]:
     return labelled_pairs(source, limit)[0]
 
 
-def labelled_pairs(source: str, limit: int | None = None) -> tuple[list[Pair], Counter[str]]:
+def labelled_pairs(
+    source: str, limit: int | None = None, prompt_column: str = "prompt"
+) -> tuple[list[Pair], Counter[str]]:
     """Those pairs, and why others were left out."""
     pairs = []
     absent: Counter[str] = Counter()
-    for row in load_responses(source, limit):
+    for row in load_responses(source, limit, DataConfig(train=source, prompt_column=prompt_column)):
         if len(row.texts) != 2:
             raise UserError(f"{source}: row {row.id}: needs two responses and which one people preferred")
         if row.absent:

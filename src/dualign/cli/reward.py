@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
     from dualign.annotate.features import Array
     from dualign.annotate.fit import Pairs
+    from dualign.schema import DataConfig
     from dualign.types import Example
+
+PromptColumn = Annotated[str, typer.Option(help="the column that holds the prompt")]
 
 app = typer.Typer(no_args_is_help=True, help="Rewards from human preferences: make a head, score with it.")
 
@@ -40,6 +43,7 @@ def fit(
     c: Annotated[float | None, typer.Option(min=1e-6, help="inverse ridge strength; default: cross-validated")] = None,
     gate: Annotated[str | None, typer.Option(help="prompts whose column `kind` says which sub-head they need")] = None,
     gate_kinds: Annotated[str, typer.Option(help="that column's value for each preference file, in order")] = "",
+    prompt_column: PromptColumn = "prompt",
 ) -> None:
     """Fit a ridge Bradley-Terry head on frozen MiniLM features, and say how often it agrees with people."""
     from dualign.annotate.fit import fit_head, head_agreement
@@ -47,10 +51,10 @@ def fit(
     kinds = [kind.strip() for kind in gate_kinds.split(",") if kind.strip()]
     if gate and (len(kinds) != len(preferences) or len(kinds) < 2):
         raise UserError("--gate needs two preference files or more, and --gate-kinds with one value for each of them")
-    examples = {source: _preferences(source) for source in [*preferences, *(holdout or [])]}
+    examples = {source: _preferences(source, prompt_column) for source in [*preferences, *(holdout or [])]}
     with _progress() as progress:
         pairs = {source: _encode(progress, source, rows) for source, rows in examples.items()}
-        gate_prompts = _gate_prompts(progress, gate, kinds) if gate else []
+        gate_prompts = _gate_prompts(progress, gate, kinds, prompt_column) if gate else []
         progress.add_task("fitting", total=None)
         head = fit_head([pairs[source] for source in preferences], c, gate_prompts)
     held_out = {source: head_agreement(head, pairs[source]) for source in holdout or []}
@@ -75,6 +79,7 @@ def score(
     file: Annotated[str, typer.Argument(help="prompts with completions, or preferences")],
     out: Annotated[Path, typer.Option(help="where the rewards go (.jsonl)")],
     head: Annotated[str, typer.Option(help="a head file, or builtin:NAME")] = "builtin:harmless",
+    prompt_column: PromptColumn = "prompt",
 ) -> None:
     """Score every completion of a file: one JSON line per row, {"id", "reward"} or {"id", "chosen", "rejected"}; null for
     an answer that is absent."""
@@ -83,7 +88,7 @@ def score(
     from dualign.annotate.head import load_head
     from dualign.responses import load_responses
 
-    loaded, rows = load_head(head), load_responses(file)
+    loaded, rows = load_head(head), load_responses(file, config=_reading(file, prompt_column))
     texts = [(row.prompt.text, text) for row in rows for text in row.texts.values() if text is not None]
     scores = iter(loaded.score_texts([prompt for prompt, _ in texts], [text for _, text in texts]).tolist())
     rewards = [{name: None if text is None else next(scores) for name, text in row.texts.items()} for row in rows]
@@ -112,10 +117,17 @@ def _progress() -> Progress:
     return Progress(console=Console(stderr=True))
 
 
-def _preferences(source: str) -> list[Example]:
+def _reading(source: str, prompt_column: str) -> DataConfig:
+    """Rows that are not of the data's format are left out and counted."""
+    from dualign.schema import DataConfig
+
+    return DataConfig(train=source, prompt_column=prompt_column, bad_rows="skip")
+
+
+def _preferences(source: str, prompt_column: str) -> list[Example]:
     from dualign.data import load_examples
 
-    rows = load_examples(source)
+    rows = load_examples(source, _reading(source, prompt_column))
     if len(rows[0].completions) != 2:
         raise UserError(f"{source}: has completions but no preferences; needs columns chosen and rejected")
     return rows
@@ -128,12 +140,12 @@ def _encode(progress: Progress, source: str, rows: Sequence[Example]) -> Pairs:
     return encode_pairs(rows, functools.partial(progress.advance, task))
 
 
-def _gate_prompts(progress: Progress, source: str, kinds: Sequence[str]) -> list[Array]:
+def _gate_prompts(progress: Progress, source: str, kinds: Sequence[str], prompt_column: str) -> list[Array]:
     """Encoded prompts of each kind. Raises UserError for a kind that no prompt has."""
     from dualign.annotate.features import encoder
     from dualign.data import load_prompts
 
-    prompts = load_prompts(source)
+    prompts = load_prompts(source, _reading(source, prompt_column))
     texts = {kind: [p.text for p in prompts if p.columns.get("kind") == kind] for kind in kinds}
     for kind, found in texts.items():
         if not found:

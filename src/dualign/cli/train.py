@@ -59,12 +59,18 @@ def sample(
     limit: Annotated[int | None, typer.Option(min=1, help="at most so many prompts")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     chat: Annotated[bool, typer.Option(help="a file's plain-text prompts as a user's message")] = False,
+    prompt_column: Annotated[str, typer.Option(help="a file's column that holds the prompt")] = "prompt",
+    system_prompt: Annotated[
+        str | None, typer.Option(help="put before every conversation that has none, as data.system_prompt is in a run")
+    ] = None,
 ) -> None:
     """Sample completions from a model."""
     _quiet()
     from dualign.sampling import sample_to
 
-    sample_to(model, prompts, out, k, max_new_tokens, temperature, top_p, limit, seed, chat)
+    sample_to(
+        model, prompts, out, k, max_new_tokens, temperature, top_p, limit, seed, chat, prompt_column, system_prompt
+    )
 
 
 def recipes() -> None:

@@ -166,7 +166,7 @@ def _own(run: str, given: Mapping[str, RewardFunction]) -> Chosen:
         told = f"the Python function{'s' * (len(missing) > 1)} {', '.join(missing)}" if missing else "a Python function"
         raise UserError(
             f"judge run: {run} was trained with {told}, which its config does not name: give each with "
-            "--function FILE.py:NAME (in Python: reward=NAME), or name another judge (--judge)"
+            "--function FILE.py:NAME (in Python: reward=NAME), or name another judge"
         )
     return Chosen(settings, tuple(given[name] for name in names))
 

@@ -19,11 +19,11 @@ from dualign.annotate.judge import chat
 from dualign.annotate.reply import read_reply
 from dualign.annotate.settings import JudgeSampling
 from dualign.errors import UserError
-from dualign.eval.outputs import Answer, Generation, generate, user_prompt
+from dualign.eval.outputs import Answer, Generation, generate
 from dualign.eval.statistics import t_interval
 from dualign.intervals import bracket
 from dualign.schema import ModelConfig
-from dualign.types import Label, Message, Prompt
+from dualign.types import Label, Message, Prompt, user_prompt
 
 NEED_REFERENCE = ("math", "reasoning", "coding")
 # (has reference, turn) -> the name of FastChat's prompt

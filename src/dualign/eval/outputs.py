@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualign.errors import UserError
 from dualign.schema import DataConfig, ModelConfig
-from dualign.types import Message, Prompt
+from dualign.types import Prompt, user_prompt
 
 if TYPE_CHECKING:
     from dualign.responses import Responses
@@ -181,7 +181,9 @@ def _given(row: Responses) -> Answer:
         raise UserError(f"row {row.id}: outputs are one completion a row; response_a and response_b are two")
     columns = row.prompt.columns
     ended = None if columns.get("finish") is None else columns["finish"] == "eos"
-    return Answer(row.prompt, text or "", ended, columns.get("tokens"), absent=row.reasons.get(name))
+    ids = columns.get("completion_ids")
+    known = tuple(ids) if isinstance(ids, list) and all(isinstance(i, int) for i in ids) else None
+    return Answer(row.prompt, text or "", ended, columns.get("tokens"), ids=known, absent=row.reasons.get(name))
 
 
 def _alpaca(path: Path, config: DataConfig | None) -> list[Answer]:
@@ -201,11 +203,6 @@ def _alpaca(path: Path, config: DataConfig | None) -> list[Answer]:
         Answer(user_prompt(f"{path.name}:{i}", question, system), text or "", absent=reason and f"output {reason}")
         for i, (question, text, reason) in enumerate(asked)
     ]
-
-
-def user_prompt(id: str, text: str, system: str | None = None) -> Prompt:
-    before: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
-    return Prompt(id, (*before, {"role": "user", "content": text}))
 
 
 # --- sampling ---
