@@ -78,3 +78,73 @@ def test_models_that_are_no_reward(tmp_path, tiny):
     ]:
         with pytest.raises(UserError, match=message):
             build([ClassifierReward(model=model)])
+
+
+def save_other(folder, family, pad=-1, side="left"):
+    """A tiny classifier of another family, with a tokenizer that pads on `side`."""
+    import transformers
+
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = side
+    torch.manual_seed(0)
+    common = {"vocab_size": len(tokenizer), "num_labels": 1, "initializer_range": 0.3, "eos_token_id": 256,
+              "pad_token_id": tokenizer.convert_tokens_to_ids("<|s|>") if pad == -1 else pad}  # fmt: skip
+    sizes = {
+        "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+        "T5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0},
+    }.get(family) or {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+    }  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**sizes, **common)
+    getattr(transformers, f"{family}ForSequenceClassification")(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "batch"), [("GPT2", 3), ("Bert", 3), ("Llama", 3), ("GPTNeoX", 3), ("FNet", 1), ("T5", 1)]
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_score_does_not_depend_on_its_batch(family, batch, side, tmp_path, caplog):
+    folder = save_other(tmp_path, family, side=side)
+    annotator = build([ClassifierReward(model=folder, dtype="float32", batch_size=3)])
+    got = [label.value for label in label_all(annotator, ITEMS)]
+    assert got == pytest.approx([alone(folder, item) for item in ITEMS], abs=1e-4)
+    assert annotator._batch_size == batch and ("one row at a time" in caplog.text) == (batch == 1)
+
+
+def test_in_bf16_on_a_cpu_a_score_is_the_same_to_the_last_bit(tmp_path):
+    annotator = build([ClassifierReward(model=save_other(tmp_path, "Llama"), dtype="bfloat16", batch_size=16)])
+    if annotator._model.device.type != "cpu":
+        pytest.skip("a GPU rounds by the batch's shape")
+    together = label_all(annotator, ITEMS)
+    assert together == [label_all(annotator, [item])[0] for item in ITEMS]
+
+
+def test_a_padding_id_that_cannot_be_embedded_pads_nothing(tmp_path, caplog):
+    folder = save_other(tmp_path, "Llama", pad=None)
+    settings = (tmp_path / "config.json").read_text()
+    assert '"pad_token_id": null' in settings
+    (tmp_path / "config.json").write_text(settings.replace('"pad_token_id": null', '"pad_token_id": -1'))
+    annotator = build([ClassifierReward(model=folder, dtype="float32")])
+    assert "it has no padding token" in caplog.text and all(x.value is not None for x in label_all(annotator, ITEMS))
+
+
+def test_a_token_beyond_the_embedding_is_named(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = save_other(tmp_path, "Llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(folder)
+    annotator = build([ClassifierReward(model=folder, dtype="float32")])
+    with pytest.raises(UserError, match=r"<\|new\|>\) is beyond its embedding"):
+        label_all(annotator, [Item(0, 0, ITEMS[0].prompt, "<|new|>")])
+
+
+def test_positions_begin_after_the_padding_id_in_roberta(tmp_path):
+    annotator = build([ClassifierReward(model=save_other(tmp_path, "Roberta", pad=1), dtype="float32")])
+    short, long = (Item(0, 0, Prompt("p", "a" * n), "b") for n in (200, 254))
+    labels = label_all(annotator, [short, Item(1, 1, long.prompt, "b")])
+    assert labels[0].value is not None and "limit of 254" in str(labels[1].reason)
