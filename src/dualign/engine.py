@@ -65,6 +65,8 @@ class Engine:
         model.to(self.accelerator.device)
         policy = Policy(model, config.model.precision, self.train.prefix_sharing)
         algo: Algorithm = config.algo
+        if algo.source == "online":
+            self._try_decoding(policy)
         self.lora = config.model.lora is not None
         # for held-out KL, too
         needs_ref = algo.needs_ref or config.data.eval is not None
@@ -90,6 +92,17 @@ class Engine:
                 compile_layers(module.base)
         self.optimizer = self._optimizer()
         self.micro_batch_tokens = self.train.micro_batch_tokens
+
+    def _try_decoding(self, policy: Policy) -> None:
+        """Finds out how the model is decoded, while its weights are exact. Raises UserError where it cannot be, or where
+        the log-probs that were to be recorded are not the model's."""
+        from dualign.rollout.hf import decoding_of
+
+        if not decoding_of(policy).agrees and self.config.rollout.log_probs == "recorded":
+            raise UserError(
+                f"rollout.log_probs: recorded: {policy.name}: the log-probs of decoding were not shown to be the model's; "
+                "set rollout.log_probs=recomputed"
+            )
 
     # --- processes ---
 

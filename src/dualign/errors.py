@@ -35,6 +35,11 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def clean(text: str) -> str:
     """Text from outside, made inert: nothing that a terminal obeys, nothing that turns the reading direction."""
     return UNPRINTABLE.sub("�", text)

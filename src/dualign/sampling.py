@@ -11,7 +11,7 @@ from dualign.errors import UserError, clean
 from dualign.models.policy import Policy, load_model
 from dualign.models.tokenizer import Tokenizer
 from dualign.rollout.base import Request, Sampling
-from dualign.rollout.hf import HFSampler
+from dualign.rollout.hf import HFSampler, decoding_of
 from dualign.runs import write_text
 from dualign.schema import DataConfig, ModelConfig
 from dualign.source import requests_of
@@ -37,7 +37,9 @@ def sample_from(
         hf.to("cuda")
     else:
         cpu.keep_memory()
-    policy = Policy(hf, model.precision).frozen_copy()
+    policy = Policy(hf, model.precision)
+    decoding_of(policy)  # while its weights are exact
+    policy = policy.frozen_copy()
     context = int(getattr(hf.config, "max_position_embeddings", None) or 1 << 30)
     if left_out is None:
         requests = requests_of(prompts, tokenizer, context, sampling.max_new_tokens, None, print)

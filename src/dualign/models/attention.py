@@ -33,7 +33,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """query: (1, heads, L, d); key, value: (1, kv heads, L, d). Returns (1, L, heads, d)."""
     if layout is None:
-        if query.shape[2] == 1 and query.shape[1] >= key.shape[1]:
+        of_all_heads = attention_mask is None or attention_mask.shape[1] == 1
+        if query.shape[2] == 1 and query.shape[1] >= key.shape[1] and of_all_heads:
             return one_query(query, key, value, attention_mask, scaling), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

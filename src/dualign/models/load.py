@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dualign.errors import UserError
+from dualign.errors import UserError, first_line
 from dualign.models.tokenizer import Tokenizer, load_tokenizer, source_of
 from dualign.schema import ModelConfig
 
@@ -21,12 +21,16 @@ def load_model(config: ModelConfig) -> tuple[Any, Tokenizer]:
     name, common = source_of(config)
     if config.trust_remote_code:
         log.warning("trust_remote_code is on: code that comes with %s will run", config.name)
+    common |= {"dtype": torch.float32, "use_safetensors": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, attn_implementation=config.attention, use_safetensors=True, **common
-        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, attn_implementation=config.attention, **common)
+        except ValueError as error:
+            if config.attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
+                raise
+            log.warning("model.name: %s has no sdpa attention: eager attention is used", config.name)
+            model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager", **common)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"model.name: {config.name} cannot be loaded: {first}") from None
+        raise UserError(f"model.name: {config.name} cannot be loaded: {first_line(error)}") from None
     model.config.use_cache = True
     return model, load_tokenizer(config, model)

@@ -30,6 +30,19 @@ def round_linears(module: nn.Module, keep: Tensor | None = None) -> dict[nn.Para
     return exact
 
 
+@contextmanager
+def widened(module: nn.Module) -> Iterator[None]:
+    """While active, rounded parameters are in fp32, with the values that rounding left."""
+    rounded = {p: p.data for p in module.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+    for p, value in rounded.items():
+        p.data = value.float()
+    try:
+        yield
+    finally:
+        for p, value in rounded.items():
+            p.data = value
+
+
 class Masters:
     """What the optimizer steps on: for every trainable parameter itself, or its fp32 master. Values are read and written
     within `opened` or `whole`; gradients are there at all times. `halved`: masters are kept as the halves that rounding

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dualign.errors import UserError, first_line, out_of_memory
 from dualign.models.load import load_model
 from dualign.models.logprobs import token_logp
-from dualign.models.master import LightEmbedding, round_linears
+from dualign.models.master import LightEmbedding, round_linears, widened
 from dualign.models.on_disk import move_to_file
 from dualign.models.packing import MicroBatch, Tokens, pack
 from dualign.models.tokenizer import Tokenizer
+from dualign.models.windows import small_windows
 
 __all__ = ["Policy", "Tokenizer", "load_model"]
 
 log = logging.getLogger(__name__)
+TOLERANCE = 1e-3  # of fp32 numbers that two ways of computing should both give
+FOREIGN = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+)
+"""What a foreign model may raise where it is not meant to be used in a way."""
 
 
 class Policy(nn.Module):
@@ -36,14 +50,23 @@ class Policy(nn.Module):
         self.model, self.precision, self.share, self.flash = model, precision, False, False
         self.base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
         self.head = model.get_output_embeddings()
-        self.plain_head = self._head_is_linear()
+        self.plain_head = False  # whether logits are hidden @ weight.T and nothing else
         self._rounded: Any = None
         self._rounded_of: Any = None  # the weight that it is the rounding of
         self.rest: Callable[[], None] = lambda: None  # lets go of memory that is not needed until the next use
+        self.decoding: Any = None  # how completions are sampled, once that was tried (rollout/trial.py)
         LightEmbedding.take(model.get_input_embeddings())
-        if share and model.config._attn_implementation == "sdpa":
-            self.share = self._try_sharing()
-            self.flash = self.share and self.device.type == "cuda" and self._try_flash()
+        with self.on_trial():
+            try:
+                self.plain_head = self._head_is_linear()
+                plain = self._try_rows()
+            except FOREIGN as error:
+                if out_of_memory(error):
+                    raise
+                raise UserError(f"{self.name} cannot score completions here: {first_line(error)}") from None
+            if share and model.config._attn_implementation == "sdpa":
+                self.share = self._try_sharing(plain)
+        self.flash = self.share and self.device.type == "cuda" and self._try_flash()
         if precision == "bf16":
             self._round_norms()
 
@@ -98,37 +121,84 @@ class Policy(nn.Module):
         """The weights have changed."""
         self._rounded_of = None
 
-    @torch.no_grad()
     def _head_is_linear(self) -> bool:
-        """Whether logits are hidden @ weight.T and nothing else, found out by trying."""
-        if not isinstance(self.head, nn.Linear) or self.head.bias is not None:
+        """Whether the head multiplies what the decoder says, and the model gives its product as it is: other families
+        scale, cap or shift one or the other."""
+        if type(self.head) is not nn.Linear or self.head.bias is not None:
             return False
-        ids = (torch.arange(8)[None] % self.head.out_features).to(self.device)
-        logits = self.model(input_ids=ids, use_cache=False).logits
-        ours = self.base(input_ids=ids, use_cache=False).last_hidden_state @ self.head.weight.T
-        return bool(torch.allclose(logits, ours, rtol=1e-3, atol=1e-3 * float(logits.abs().max())))
+        seen: dict[str, Tensor] = {}
 
-    @torch.no_grad()
-    def _try_sharing(self) -> bool:
+        def after_decoder(module: nn.Module, inputs: Any, output: Any) -> None:
+            seen["said"] = output[0]
+
+        def after_head(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            seen["read"], seen["made"] = inputs[0], output * 100  # a cap of logits shows in large ones
+            return seen["made"]
+
+        hooks = [self.base.register_forward_hook(after_decoder), self.head.register_forward_hook(after_head)]
+        try:
+            ids = (torch.arange(8)[None] % self.head.out_features).to(self.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        same = {"said", "read"} <= set(seen) and seen["said"].shape == seen["read"].shape
+        return same and close(seen["said"], seen["read"]) and close(logits, seen["made"].to(logits.dtype))
+
+    @contextmanager
+    def on_trial(self, precision: str = "fp32") -> Iterator[None]:
+        """While active, the model computes in fp32, without dropout and gradient, and its windows are a few tokens long:
+        two ways of computing that are both right then agree on short texts, and a wrong one shows."""
+        kept = self.training, self.precision, self.flash
+        self.eval()
+        self.precision, self.flash = precision, self.flash and precision == "bf16"
+        try:
+            with torch.no_grad(), small_windows(self.model), widened(self) if precision == "fp32" else nullcontext():
+                yield
+        finally:
+            training, self.precision, self.flash = kept
+            self.train(training)
+
+    def _try_rows(self) -> Tensor:
+        """(n, T) log-probs of sample rows, padded and side by side. Raises UserError where the model says something else
+        of the beginning of one of them alone: it sees padding, or later tokens."""
+        tokens = self._sample_tokens()
+        plain = self(pack(tokens, range(len(tokens)), tokens.width, 0, False).to(self.device))
+        logp = self.alone(tokens.prompt_ids[-1], tokens.completion_ids[-1][:3])
+        # weights that are not finite have an error of their own
+        if logp.isfinite().all() and not close(plain[-1, : len(logp)], logp):
+            raise UserError(
+                f"{self.name} sees later tokens or padding: it is no causal language model, or not used as one"
+            )
+        return plain
+
+    def alone(self, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
+        """(T,) log-probs of one completion by the model as it comes: no padding, no mask, no cache."""
+        ids = torch.tensor([[*prompt, *completion]], device=self.device)
+        with self.autocast():
+            logits = self.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        return torch.log_softmax(logits.float(), -1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+
+    @property
+    def name(self) -> str:
+        """The model's architecture and where it came from, for people."""
+        return f"model.name: {self.model.config._name_or_path or 'the model'} ({type(self.model).__name__})"
+
+    def _try_sharing(self, plain: Tensor) -> bool:
         """Whether flat micro-batches give the log-probs of plain rows, found out by trying: models with recurrent or
         windowed layers, or with attention of their own, do not, and keep plain rows."""
         from dualign.models.attention import PACKED
 
         tokens = self._sample_tokens()
-        flat, rows = (pack(tokens, [0, 1, 2], 6, 0, share).to(self.device) for share in (True, False))
-        precision, self.precision = self.precision, "fp32"
         try:
-            plain = self(rows)
             self.model.set_attn_implementation(PACKED)
-            works = bool(torch.allclose(self(flat), plain, rtol=1e-3, atol=1e-3))
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError):  # whatever a foreign model may raise
+            flat = self(pack(tokens, range(len(tokens)), tokens.width, 0, True).to(self.device))
+            works = close(flat, plain)
+        except FOREIGN:
             works = False
-        finally:
-            self.precision = precision
-        if not works or _windowed(self.model.config.get_text_config()):
+        if not works:
             self.model.set_attn_implementation("sdpa")
-            return False
-        return True
+        return works
 
     def _try_flash(self) -> bool:
         """Whether FlashAttention's kernels take this model on this device and say what SDPA says, in their gradient too
@@ -160,11 +230,15 @@ class Policy(nn.Module):
             log.warning("FlashAttention says something else than SDPA here and is not used")
         return agree
 
-    def _sample_tokens(self) -> Tokens:
-        """Two prompts, the first with two completions, to try things out with. Without the padding token: its embedding
-        may be zero, through which no norm has a finite gradient."""
+    def sample_ids(self) -> list[int]:
+        """Token ids to try things out with. Without the padding token: its embedding may be zero, through which no norm
+        has a finite gradient."""
         padding = getattr(self.model.get_input_embeddings(), "padding_idx", None)
-        known = [t for t in range(min(self.model.config.get_text_config().vocab_size, 99)) if t != padding]
+        return [t for t in range(min(self.model.config.get_text_config().vocab_size, 99)) if t != padding]
+
+    def _sample_tokens(self) -> Tokens:
+        """Two prompts, the first with two completions."""
+        known = self.sample_ids()
         ids = [tuple(known[(7 * i + 3 * j + 1) % len(known)] for j in range(6)) for i in range(4)]
         return Tokens((ids[0], ids[0], ids[3][:2]), (ids[1], ids[2][:4], ids[2]), (0, 0, 1))
 
@@ -199,6 +273,11 @@ class Policy(nn.Module):
         return round_linears(self, keep=self.head.weight if self.head is not None else None)
 
 
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two ways of computing fp32 numbers agree."""
+    return bool(torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE))
+
+
 def _to_bf16(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output.to(torch.bfloat16) if torch.is_autocast_enabled(output.device.type) else output
 
@@ -206,7 +285,3 @@ def _to_bf16(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 def _inputs(micro: MicroBatch) -> dict[str, Any]:
     inputs = {"input_ids": micro.input_ids, "position_ids": micro.position_ids, "attention_mask": micro.mask}
     return inputs | {"use_cache": False} | ({"layout": micro.layout} if micro.layout else {})
-
-
-def _windowed(config: Any) -> bool:
-    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,22 @@ class Sampler(Protocol):
     def sync(self) -> None:
         """Take over π_θ's weights: from here on they are π_t."""
         ...
+
+
+def finished(row: tuple[Request, int], tokenizer: Any, ids: Sequence[int], logp: Sequence[float]) -> Rollout:
+    """The rollout of one row of a request: token ids up to its end, and their log-probs."""
+    request, index = row
+    ended = ids[-1] in tokenizer.eos_ids
+    return Rollout(
+        index=index,
+        group=request.group,
+        prompt=request.prompt,
+        prompt_ids=request.prompt_ids,
+        completion_ids=tuple(ids),
+        text=tokenizer.text(ids[:-1] if ended else ids),
+        finish="eos" if ended else "length",
+        sampler_logp=tuple(logp),
+    )
 
 
 def uniforms(seed: tuple[int, int], row: int, count: int) -> NDArray[np.float64]:
