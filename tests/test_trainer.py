@@ -160,16 +160,16 @@ def test_the_first_updates_forward_pass_gives_its_rows_log_probs(algo, size, tin
     forward = Policy.forward
     monkeypatch.setattr(Policy, "forward", lambda self, micro: passed.append(len(micro.rows)) or forward(self, micro))
 
-    def trained(name):
+    def trained(name, batches=3):
         (tmp_path / name).mkdir()
         config = tree(tiny, write_prompts(tmp_path / name), tmp_path / name / "run", algo)
         config["data"]["eval"] = None
-        config["train"]["update_size"] = size
+        config["train"] |= {"update_size": size, "online_batches": batches}
         passed.clear()
         run = dualign.train(config, reward=some_absent, quiet=True)
         return config, run, weights(run.folder), sum(passed)
 
-    config, run, one, rows = trained("once")
+    config, run, one, _ = trained("once")
     replayed = tmp_path / "replayed"
     shutil.copytree(run.folder, replayed)
     shutil.rmtree(replayed / "checkpoints")
@@ -178,13 +178,14 @@ def test_the_first_updates_forward_pass_gives_its_rows_log_probs(algo, size, tin
     again = weights(replayed)
     assert one.keys() == again.keys() and all(torch.equal(one[name], again[name]) for name in one)
 
+    # one batch: in a later one, weights that differ in their last bits may choose another token
+    config, short, one, rows = trained("short", batches=1)
     monkeypatch.setattr("dualign.engine._drops", lambda model: True)
-    _, plain, two, more = trained("twice")
+    _, plain, two, more = trained("twice", batches=1)
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
-    batches, seed = range(config["train"]["online_batches"]), build(config).run.seed
-    pairs = [(run.read_batch(step), plain.read_batch(step)) for step in batches]
-    assert all(torch.allclose(a.batch.logp_old_NT, b.batch.logp_old_NT, atol=1e-4) for a, b in pairs)
-    first = [next(update_rows(a, ALGORITHMS[algo["name"]](), size, seed)) for a, _ in pairs]
+    a, b = (run.read_batch(0) for run in (short, plain))
+    assert torch.allclose(a.batch.logp_old_NT, b.batch.logp_old_NT, atol=1e-4)
+    first = [next(update_rows(a, ALGORITHMS[algo["name"]](), size, build(config).run.seed))]
     assert more - rows == sum(map(len, first)) > 0
 
 
