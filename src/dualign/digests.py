@@ -50,16 +50,22 @@ ASKING = {  # settings of a reward that say how it is asked, and change no label
 def of_run(config: Config, functions: Sequence[Callable[..., Any]] = (), near: bool = False) -> dict[str, Digests]:
     """Everything that a run reads, by the key that names it. `functions`: the rewards given as Python functions;
     `near`: without data sets by name, which a hub might be asked for."""
-    from dualign.annotate.function import name_of
-    from dualign.code_digest import of_function
-
     d, m = config.data, config.model
     found = {"model.name": of_model(m.name, m.revision), "data.train": of_data(d.train, d.subset, d.split, near)}
     if m.chat_template:
         found["model.chat_template"] = of_file(m.chat_template)
     if d.eval:
         found["data.eval"] = of_data(d.eval, d.subset, d.eval_split, near)
-    for i, reward in enumerate(config.reward):
+    return found | of_rewards(config.reward, functions)
+
+
+def of_rewards(rewards: Sequence[RewardConfig], functions: Sequence[Callable[..., Any]] = ()) -> dict[str, Digests]:
+    """What a run's rewards read, likewise."""
+    from dualign.annotate.function import name_of
+    from dualign.code_digest import of_function
+
+    found = {}
+    for i, reward in enumerate(rewards):
         key, files = _files_of(reward)
         if key:
             found[f"reward.{i}.{key}"] = files

@@ -239,3 +239,23 @@ def test_outputs_of_another_model_under_the_same_name_are_not_reused(tiny, world
             (model / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [256, 97]}))
         assert cli(*arguments, *change).exit_code == 0
         assert len(list((tmp_path / "outputs").iterdir())) == count + 1
+
+
+def test_a_reward_that_may_have_changed_since_the_run_is_said(tiny, world, tmp_path):
+    code = tmp_path / "rw.py"
+    code.write_text("def f(completions, **columns):\n    return [1.0 for c in completions]\n")
+    config = tree(tiny, world["prompts"], tmp_path / "run", {"name": "dar"}, online_batches=1)
+    config["reward"] = [{"type": "function", "path": f"{code}:f"}]
+    run = str(dualign.train(config, quiet=True).folder)
+    assert "changed" not in mean_reward([run])[0]["systems"][0]["judge"]
+    code.write_text("def f(completions, **columns):\n    return [2.0 for c in completions]\n")
+    told = cli("eval", "reward", run)
+    assert "not surely what the run was trained on" in told.stdout.replace("\n", " ")
+    (found,) = collect([Path(run)])[0].of_kind("reward")
+    assert "rw.py has changed" in found["system"]["judge"]["changed"]
+
+    def python_only(completions, **columns):
+        return [3.0 for c in completions]
+
+    with pytest.raises(UserError, match=r"reward function 0 \(python_only\): .* changed since the run began"):
+        mean_reward([str(world["c"])], reward=python_only)

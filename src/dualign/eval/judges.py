@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dualign.annotate.base import Annotator, Item, label_all
 from dualign.annotate.function import RewardFunction, name_of
-from dualign.annotate.settings import JudgeSampling, RewardConfig
+from dualign.annotate.settings import FunctionReward, JudgeSampling, RewardConfig
 from dualign.errors import UserError
 from dualign.eval.outputs import Answer, Outputs, is_run
 from dualign.types import Label, Prompt
@@ -24,6 +24,7 @@ from dualign.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from dualign.annotate.client import Client
+    from dualign.runs import Run
 
 HELP = (
     "builtin:NAME or a head file; FILE.py:FUNCTION; a YAML file or an inline mapping of reward settings "
@@ -43,6 +44,7 @@ class Chosen:
 
     settings: tuple[RewardConfig, ...]
     functions: tuple[RewardFunction, ...] = ()
+    changed: str | None = None  # what of a run's own reward may not be what it was trained on
 
     @cached_property
     def digest(self) -> str:
@@ -59,6 +61,7 @@ class Judge:
     annotator: Annotator
     settings: list[dict[str, Any]]  # as in a recipe's `reward` section
     digest: str | None = None
+    changed: str | None = None
 
     @property
     def name(self) -> str:
@@ -66,7 +69,8 @@ class Judge:
 
     def record(self) -> dict[str, Any]:
         """For results: who judged, and by what exactly."""
-        return {"name": self.name, "settings": self.settings, "digest": self.digest}
+        said = {"name": self.name, "settings": self.settings, "digest": self.digest}
+        return said | ({"changed": self.changed} if self.changed else {})
 
     def __enter__(self) -> Judge:
         return self
@@ -88,7 +92,10 @@ def opened(chosen: Chosen, ledger: Path | None) -> Judge:
 
     settings = [s.model_dump(mode="json") for s in chosen.settings]
     settings += [{"type": "python", "name": name_of(f)} for f in chosen.functions]
-    return Judge(annotate.build(chosen.settings, chosen.functions, run_dir=ledger), settings, chosen.digest)
+    if chosen.changed:
+        log.warning("note: %s", chosen.changed)
+    annotator = annotate.build(chosen.settings, chosen.functions, run_dir=ledger)
+    return Judge(annotator, settings, chosen.digest, chosen.changed)
 
 
 class Judges:
@@ -168,7 +175,27 @@ def _own(run: str, given: Mapping[str, RewardFunction]) -> Chosen:
             f"judge run: {run} was trained with {told}, which its config does not name: give each with "
             "--function FILE.py:NAME (in Python: reward=NAME), or name another judge"
         )
-    return Chosen(settings, tuple(given[name] for name in names))
+    functions = tuple(given[name] for name in names)
+    return Chosen(settings, functions, _changed(opened, settings, functions))
+
+
+def _changed(run: Run, settings: Sequence[RewardConfig], functions: Sequence[RewardFunction]) -> str | None:
+    """In words: the file of a reward function has changed since the run began, which may be elsewhere in the file. Raises
+    UserError for what surely is another reward."""
+    from dualign import digests
+
+    then = run.about.get("inputs")
+    if not isinstance(then, dict):  # a run of before does not say
+        return None
+    now = digests.of_rewards(settings, functions)
+    found = {key: words for key in now if (words := digests.changed(then.get(key) or {}, now[key]))}
+    files = {f"reward.{i}.path" for i, reward in enumerate(settings) if isinstance(reward, FunctionReward)}
+    if others := {key: words for key, words in found.items() if key not in files}:
+        raise UserError(
+            f"judge run: {run.folder}: {'; '.join(f'{key}: {words}' for key, words in others.items())}: put it back, or name "
+            "the judge that is meant"
+        )
+    return "; ".join(f"{run.folder}: {key}: {words}" for key, words in found.items()) or None
 
 
 def _settings(spec: str) -> list[RewardConfig]:

@@ -119,7 +119,8 @@ def asked(system: dict[str, Any]) -> str:
     system_prompt = how.pop("system_prompt", None)
     words += [f"{key.replace('_', ' ')} {value}" for key, value in how.items() if value is not None]
     words += [f"system prompt {clean(system_prompt)!r}"] if system_prompt else []
-    return f"{', '.join(words)}; reward {judge.get('digest') or 'unknown'}"
+    now = f", not surely what the run was trained on: {clean(judge['changed'])}" if judge.get("changed") else ""
+    return f"{', '.join(words)}; reward {judge.get('digest') or 'unknown'}{now}"
 
 
 def _r(c: dict[str, float]) -> str:
