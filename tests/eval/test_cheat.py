@@ -119,3 +119,25 @@ def test_a_fixed_set_says_nothing_about_cheating(tiny, tmp_path):
     dualign.train(config, reward=vowels, quiet=True)
     said = CliRunner().invoke(application(), ["eval", "cheat", str(tmp_path / "run")])
     assert said.exit_code != 0 and "fixed set" in str(said.exception)
+
+
+def nothing(completions, **columns):
+    return [0.0 for c in completions]
+
+
+def by_tokens(completions, completion_ids, **columns):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def test_the_penalty_for_a_missing_eos_is_no_reward(tiny, tmp_path):
+    """A reward that gives every answer the same has not risen, however many fewer are cut off."""
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}, online_batches=2, lr=1e-2)
+    config["rollout"] |= {"missing_eos_penalty": 5.0, "max_new_tokens": 6}
+    run = dualign.train(config, reward=nothing, quiet=True)
+    assert run.read_batch(0).batch.reward_N.std() > 0, "in training, those that were cut off are worth less"
+    out = tmp_path / "cheat.json"
+    options = ["--second", f"{__file__}:by_tokens", "--out", str(out)]
+    CliRunner().invoke(application(), ["eval", "cheat", str(run.folder), *options], catch_exceptions=False)
+    result = json.loads(out.read_text())
+    assert [row["reward_sd"] for row in result["batches"]] == [0.0, 0.0]
+    assert "reward stayed" in result["verdict"] and 0 < result["batches"][0]["missing_eos"] < 1
