@@ -1,6 +1,8 @@
 """The verdict names what went wrong and since when, and is silent about what did not."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -131,8 +133,12 @@ def by_tokens(completions, completion_ids, **columns):
 
 def test_the_penalty_for_a_missing_eos_is_no_reward(tiny, tmp_path):
     """A reward that gives every answer the same has not risen, however many fewer are cut off."""
-    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}, online_batches=2, lr=1e-2)
-    config["rollout"] |= {"missing_eos_penalty": 5.0, "max_new_tokens": 6}
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    generation = json.loads((model / "generation_config.json").read_text())
+    often = [generation["eos_token_id"], *range(64)]  # one token in four ends an answer
+    (model / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": often}))
+    config = tree(model, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}, online_batches=2, lr=1e-2)
+    config["rollout"] |= {"missing_eos_penalty": 5.0, "max_new_tokens": 3}
     run = dualign.train(config, reward=nothing, quiet=True)
     assert run.read_batch(0).batch.reward_N.std() > 0, "in training, those that were cut off are worth less"
     out = tmp_path / "cheat.json"
