@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dualign.algos import ALGORITHMS, Algorithm
 from dualign.errors import UserError
+from dualign.paths import at_home
 from dualign.schema import Sections
 from dualign.yaml_text import parse_yaml
 
@@ -125,6 +126,7 @@ def read(recipe: str | Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, An
 
 def find(recipe: str | Path, folder: Path = Path()) -> Path:
     """A file (as given, or beside the recipe that names it), or a shipped recipe by its name."""
+    recipe = at_home(str(recipe))
     for path in (Path(recipe), folder / recipe):
         if path.is_file():
             return path

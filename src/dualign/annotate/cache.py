@@ -29,7 +29,7 @@ CREATE TABLE IF NOT EXISTS reply (
 
 
 def default_path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dualign" / "labels.sqlite"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dualign" / "labels.sqlite"
 
 
 def canonical(value: object) -> str:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dualign.paths import at_home
+
 
 class Settings(BaseModel):
+    """Strict and frozen. A text that begins with ~/ is a path, whichever key has it, and begins in the user's folder."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _at_home(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        return {key: at_home(value) if isinstance(value, str) else value for key, value in tree.items()}
 
 
 class RewardSettings(Settings):

@@ -6,14 +6,26 @@ import importlib
 import importlib.util
 import os
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
+
+from dualign.paths import argument_at_home
 
 GROUPS = ("train", "reward", "judge", "evaluate", "compare", "inspect")
 
 
+class Commands(TyperGroup):
+    """All commands: their words may be paths that begin with ~/, wherever the shell left them as they were."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [argument_at_home(word) for word in args])
+
+
 def application() -> typer.Typer:
     app = typer.Typer(
+        cls=Commands,
         name="dualign",
         help="Align language models from online scalar rewards.",
         no_args_is_help=True,

@@ -1,0 +1,20 @@
+"""Paths as people write them."""
+
+from __future__ import annotations
+
+import os
+import re
+
+HOME = re.compile(r"~[\w.-]*/")  # ~/x, ~somebody/x; a bare ~ is YAML's null
+
+
+def at_home(text: str) -> str:
+    """A path that begins with ~/ as one that begins with the user's folder; any other text as it is. A shell does that
+    only where a word begins with it: not in run.dir=~/x, and not in a recipe."""
+    return os.path.expanduser(text) if HOME.match(text) else text
+
+
+def argument_at_home(argument: str) -> str:
+    """One word of a command line: a path, --option=PATH or key.sub=PATH."""
+    name, sign, value = argument.partition("=")
+    return f"{name}={at_home(value)}" if sign and re.fullmatch(r"[\w.-]+", name) else at_home(argument)
