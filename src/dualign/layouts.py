@@ -169,4 +169,4 @@ def prompt_of(row: Row, content: Content, config: DataConfig) -> Prompt:
         if name in columns:
             columns[name] = read_json(row.where, name, columns[name], kind)
     given = row.values.get("id")
-    return Prompt(row.default_id if given is None else str(given), content, columns)
+    return Prompt(row.default_id if given is None else str(given), content, columns, row.where)

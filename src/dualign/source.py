@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from functools import partial
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -200,14 +201,13 @@ class DatasetSource:
 
 def encoded(example: Example, size: int, tokenizer: Tokenizer) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
     """Token ids of the prompt, and of the first `size` completions."""
-    given = zip(example.completions[:size], example.finish, strict=False)
-    return tokenizer.prompt(example.prompt), [tokenizer.completion(text, finish) for text, finish in given]
+    return tokenizer.encode(example, size)
 
 
 def fits(example: Example, size: int, tokenizer: Tokenizer, context: int, limit: int | None, skip: bool) -> bool:
     """Whether the prompt has at most `limit` tokens (data.max_prompt_tokens) and every completion ends within the
-    context. Raises UserError, naming the row, where one does not, unless such rows are to be left out
-    (data.bad_rows=skip)."""
+    context. Raises UserError, naming the row, where one does not, unless `skip` leaves such rows out, and where it has
+    no tokens (`Tokenizer.encode`)."""
     prompt_ids, completions = encoded(example, size, tokenizer)
     if limit is not None and len(prompt_ids) > limit:
         return False
@@ -215,9 +215,37 @@ def fits(example: Example, size: int, tokenizer: Tokenizer, context: int, limit:
     if len(prompt_ids) + longest > context and not skip:
         raise UserError(
             f"row {example.prompt.id}: its prompt of {len(prompt_ids)} tokens and completion of {longest} exceed the "
-            f"model's context of {context}; data.bad_rows=skip leaves such rows out"
+            f"model's context of {context}"
         )
     return len(prompt_ids) + longest <= context
+
+
+class Refused:
+    """Rows that have no tokens: a template that does not take them, a token that the model has no row for. The first one
+    stops it, or by data.bad_rows=skip they are left out and counted. None: a command that has no such key."""
+
+    def __init__(self, bad_rows: Literal["stop", "skip"] | None) -> None:
+        self.bad_rows, self.count = bad_rows, 0
+        self.first: UserError | None = None
+
+    def unless(self, encode: Callable[[], X]) -> X | None:
+        """What `encode` makes of a row; None where it is left out."""
+        try:
+            return encode()
+        except UserError as error:
+            if self.bad_rows is None:
+                raise
+            if self.bad_rows == "stop":
+                raise UserError(f"{error} (data.bad_rows=skip leaves such rows out)") from None
+            self.first, self.count = self.first or error, self.count + 1
+            return None
+
+    def tell(self, left: int, say: Callable[[str], None]) -> None:
+        """Says how many there were; `left`: how many rows there are without them. Raises UserError for none."""
+        if self.first and not left:
+            raise UserError(f"data: none of {self.count:,} rows can be used; the first: {self.first}")
+        if self.first:
+            say(f"left out {self.count:,} of {self.count + left:,} rows that cannot be used; the first: {self.first}")
 
 
 def requests_of(
@@ -229,14 +257,19 @@ def requests_of(
     say: Callable[[str], None],
     count: int | None = None,
     seed: int = 0,
+    bad_rows: Literal["stop", "skip"] | None = None,
 ) -> list[Request]:
     """Tokenized prompts that fit, `count` of them drawn by `seed` (None: all). Raises UserError, naming the prompt,
     where one is longer than the context; prompts beyond `limit` tokens (data.max_prompt_tokens) are left out and
-    counted, and others drawn for them."""
+    counted, and others drawn for them; so are those without tokens by `bad_rows`."""
     tokenized: dict[int, tuple[int, ...]] = {}
+    refused = Refused(bad_rows)
 
     def keep(i: int) -> bool:
-        ids = tokenized[i] = tokenizer.prompt(prompts[i])
+        ids = refused.unless(lambda: tokenizer.prompt(prompts[i]))
+        if ids is None:
+            return False
+        tokenized[i] = ids
         if limit is not None and len(ids) > limit:
             return False
         if len(ids) + new_tokens > context:
@@ -247,6 +280,7 @@ def requests_of(
         return True
 
     chosen = data.draw(range(len(prompts)), count, seed, keep)
+    refused.tell(len(tokenized), say)
     requests = [Request(group, prompts[i], tokenized[i]) for group, i in enumerate(chosen)]
     if len(requests) < len(tokenized):
         say(f"left out {len(tokenized) - len(requests)} of {len(tokenized)} prompts longer than {limit} tokens")
@@ -280,9 +314,8 @@ def load_heldout(config: Config, engine: Reads, say: Callable[[str], None]) -> l
     d, new_tokens = config.data, config.rollout.max_new_tokens
     assert d.eval is not None
     prompts = data.load_prompts(d.eval, d, d.eval_split)
-    return requests_of(
-        prompts, engine.tokenizer, engine.context, new_tokens, d.max_prompt_tokens, say, config.eval.prompts
-    )
+    limit, count = d.max_prompt_tokens, config.eval.prompts
+    return requests_of(prompts, engine.tokenizer, engine.context, new_tokens, limit, say, count, 0, d.bad_rows)
 
 
 def load_stream(config: Config, engine: Reads, say: Callable[[str], None]) -> list[Request] | list[Example]:
@@ -291,15 +324,24 @@ def load_stream(config: Config, engine: Reads, say: Callable[[str], None]) -> li
     if config.algo.source == "online":
         prompts = data.load_prompts(d.train, d, d.split)
         _mention_plain_text(prompts, engine, say)
-        return requests_of(prompts, engine.tokenizer, context, config.rollout.max_new_tokens, d.max_prompt_tokens, say)
+        new, limit = config.rollout.max_new_tokens, d.max_prompt_tokens
+        return requests_of(prompts, engine.tokenizer, context, new, limit, say, bad_rows=d.bad_rows)
     examples = data.load_examples(d.train, d, d.split)
     _mention_plain_text([e.prompt for e in examples], engine, say)
     if len(examples[0].completions) < config.group:
         raise UserError(f"data.train: {config.algo.name} needs preference pairs (chosen, rejected); {d.train} has none")
-    tokenizer, skip = engine.tokenizer, d.bad_rows == "skip"
-    kept = [e for e in examples if fits(e, config.group, tokenizer, context, d.max_prompt_tokens, skip)]
-    if len(kept) < len(examples):
-        say(f"left out {len(examples) - len(kept)} of {len(examples)} rows that are too long")
+    tokenizer, refused, kept = engine.tokenizer, Refused(d.bad_rows), []
+
+    def short(example: Example) -> bool:
+        return fits(example, config.group, tokenizer, context, d.max_prompt_tokens, d.bad_rows == "skip")
+
+    for example in examples:
+        if refused.unless(partial(short, example)):
+            kept.append(example)
+    read = len(examples) - refused.count
+    refused.tell(read, say)
+    if len(kept) < read:
+        say(f"left out {read - len(kept)} of {len(examples)} rows that are too long")
     if not kept:
         raise UserError("data: no rows are left")
     return kept

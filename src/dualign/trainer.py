@@ -90,11 +90,11 @@ def train(
             for note in changes.notes:
                 view.say(note)
             Trainer(config, engine, run, annotator, view, interrupts).fit()
-    except (UserError, StopRun) as error:
+    except Exception as error:
         if engine.main and isinstance(error, RewardError | AbsentError):
             run.note(mending=True)
-        if engine.main and isinstance(error, UserError) and not resume:
-            run.abandon()
+        if engine.main and not resume and not isinstance(error, StopRun):
+            run.abandon()  # where nothing was sampled, the mended command may use the folder
         raise
     finally:
         if annotator is not None:

@@ -16,12 +16,16 @@ class Prompt:
     """One prompt: a conversation that ends where the assistant is to speak, or plain text to continue.
 
     `columns` holds whatever else the data row had; reward functions receive it by keyword. Of a conversation's, `tools`
-    and `chat_template_kwargs` are for the chat template.
+    and `chat_template_kwargs` are for the chat template. `where`: its file and row, for people.
     """
 
     id: str
     content: str | tuple[Message, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return self.where or f"prompt {self.id}"
 
     @property
     def conversational(self) -> bool:

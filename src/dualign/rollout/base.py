@@ -57,7 +57,7 @@ def finished(row: tuple[Request, int], tokenizer: Any, ids: Sequence[int], logp:
         prompt=request.prompt,
         prompt_ids=request.prompt_ids,
         completion_ids=tuple(ids),
-        text=tokenizer.text(ids[:-1] if ended else ids),
+        text=tokenizer.text(ids[:-1] if ended else ids, request.prompt.conversational),
         finish="eos" if ended else "length",
         sampler_logp=tuple(logp),
     )

@@ -55,7 +55,7 @@ class NoTokenizer:
     eos_ids: frozenset[int] = frozenset()
     pad_id = 0
 
-    def text(self, completion_ids: Sequence[int]) -> str:
+    def text(self, completion_ids: Sequence[int], chat: bool = False) -> str:
         return ""
 
 
