@@ -225,3 +225,25 @@ def test_messages_name_the_options_that_a_command_has(tiny, tmp_path):
     tokenizer.save_pretrained(plain)
     with pytest.raises(UserError, match="no chat template: put one into its folder"):
         cli("sample", plain, "hello")
+
+
+def test_ifeval_checks_empty_answers_and_counts_absent_ones(monkeypatch):
+    from types import SimpleNamespace
+
+    from dualign.eval import ifeval
+    from dualign.eval.outputs import Answer
+    from dualign.types import Prompt
+
+    def process_results(doc, texts):
+        followed = [bool(texts[0])] * len(doc["instruction_id_list"])
+        return {"inst_level_strict_acc": followed, "inst_level_loose_acc": followed}
+
+    monkeypatch.setattr(ifeval, "library", lambda: SimpleNamespace(process_results=process_results))
+    columns = {"instruction_id_list": ["one", "two"], "kwargs": [{}, {}]}
+    asked, bare = Prompt("p", "q", columns), Prompt("bare", "q", {"instruction_id_list": ["one"]})
+    answers = [Answer(asked, "text"), Answer(asked, ""), Answer(asked, "", absent="it is null"), Answer(bare, "text")]
+    found = ifeval.table(ifeval.check(answers))
+    assert (found["checked"], found["absent"], found["prompt_strict"]["value"]) == (2, 2, 0.5)
+    assert found["absent_reasons"] == ["it is null", "kwargs is null or missing"]
+    with pytest.raises(UserError, match="in no row of the prompts"):
+        ifeval.check([Answer(bare, "text")])

@@ -136,8 +136,12 @@ def test_a_python_reward_is_refused_by_name_until_it_is_given(world):
     assert cli("eval", "reward", world["c"], "--function", f"{HERE}:python_only").exit_code == 0
     assert rewards_of(path)[0] == pytest.approx(summary(world["c"]))
     assert [s["type"] for s in result["systems"][0]["judge"]["settings"]] == ["function", "python"]
-    with pytest.raises(UserError, match="python_only"):
+    with pytest.raises(
+        UserError, match="--function sums: no run here was given it in Python; those given: python_only"
+    ):
         cli("eval", "winrate", world["c"], "--function", f"{HERE}:sums")
+    with pytest.raises(UserError, match="another judge is named"):
+        cli("eval", "winrate", world["c"], "--judge", f"{HERE}:sums", "--function", f"{HERE}:python_only")
 
 
 def test_of_several_runs_each_is_judged_by_its_own(world, tmp_path):

@@ -13,11 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dualign.annotate.function import RewardFunction
+from dualign.annotate.function import RewardFunction, name_of
+from dualign.errors import UserError
 from dualign.eval import cheat, cost, outputs, results, rewards, winrate
 from dualign.eval.asking import Asking, data_of, generation, said
 from dualign.eval.judges import Judges, open_judge
 from dualign.eval.outputs import Generation, Outputs
+from dualign.runs import Run
 
 Reward = RewardFunction | Sequence[RewardFunction]
 Result = tuple[dict[str, Any], Path]
@@ -34,10 +36,11 @@ def win_rate(
     """Win rate of each source (runs, checkpoints, models, files of outputs) against each run's π_0, or `against`."""
     asking = asking or Asking()
     path = place("winrate", sources, judge, asking, out, against)
+    functions = _functions(reward, sources, judge)
     how = generation([*sources, *([against] if against else [])], asking, path.parent / "outputs")
     systems: list[dict[str, Any]] = []
     rows, last = [], []
-    with Judges(judge, sources, path.parent, _functions(reward)) as judges:
+    with Judges(judge, sources, path.parent, functions) as judges:
         for source, judged in zip(sources, judges, strict=True):
             as_asked = replace(how, data=how.data or data_of(source) or data_of(against))  # for files of outputs
             points, b = winrate.sides(source, _points(source, as_asked), _opponent(against, as_asked))
@@ -68,6 +71,7 @@ def mean_reward(
     """Mean reward of each source, and with `second` whether the gain survives another judge."""
     asking = asking or Asking()
     path = place("reward", sources, judge, asking, out)
+    functions = _functions(reward, sources, judge, second)
     how = generation(sources, asking, path.parent / "outputs")
     points = [_points(source, how) for source in sources]
     systems: list[dict[str, Any]] = [
@@ -78,7 +82,7 @@ def mean_reward(
     for name, spec in (("", judge), ("second_", second)):
         if spec is None:
             continue
-        with Judges(spec, sources, path.parent, _functions(reward)) as judges:
+        with Judges(spec, sources, path.parent, functions) as judges:
             for i, judged in enumerate(judges):
                 scored = rewards.scored(judged, points[i])
                 systems[i] |= {f"{name}judge": judged.record(), f"{name}points": rewards.curve(points[i], scored)}
@@ -98,7 +102,7 @@ def cheating(
     path = out or run / "eval" / ("cheat.json" if until is None else f"cheat-until-{until}.json")
     spec = second or cheat.independent(run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open_judge(spec, str(run), path.parent, _functions(reward)) as judge:
+    with open_judge(spec, str(run), path.parent, _functions(reward, [str(run)], spec)) as judge:
         table = cheat.trace(run, judge, until)
     result = results.provenance("cheat", judge.record(), 0) | {"run": results.away(run, path)}
     result |= {"second": spec, "until": until, "batches": table, **cheat.verdict(table)}
@@ -127,8 +131,17 @@ def _slug(text: str) -> str:
     return name if len(name) <= 40 else f"{name[:30]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
-def _functions(reward: Reward) -> Sequence[RewardFunction]:
-    return [reward] if callable(reward) else reward
+def _functions(reward: Reward, runs: Sequence[str], *judges: str | None) -> Sequence[RewardFunction]:
+    """Raises UserError for a function that is nobody's own reward: it would be left out in silence."""
+    functions: Sequence[RewardFunction] = [reward] if callable(reward) else reward
+    if functions and "run" not in judges:
+        raise UserError("--function (in Python: reward=) is part of a run's own reward, but another judge is named")
+    known = [names for run in runs if outputs.is_run(run) and (names := Run.open(Path(run)).functions) is not None]
+    for function in functions if known else ():
+        if not any(name_of(function) in names for names in known):
+            had = ", ".join(dict.fromkeys(name for names in known for name in names)) or "none"
+            raise UserError(f"--function {name_of(function)}: no run here was given it in Python; those given: {had}")
+    return functions
 
 
 def _points(source: str, how: Generation) -> list[Outputs]:

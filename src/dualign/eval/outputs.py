@@ -256,15 +256,16 @@ def _kept(prompt: Prompt, row: dict[str, Any]) -> Answer:
 
 def kept_under(model: ModelConfig, how: Generation) -> str:
     """A digest of what decides the outputs: the model, how it is asked and on what, and this package's code."""
+    from dualign.layouts import TEMPLATE_COLUMNS
     from dualign.runs import code_digest
 
     about = {
         "model": identity(model),
         "sampling": [how.k, how.max_new_tokens, how.temperature, how.seed],
-        "prompts": [p.content for p in how.prompts or ()],  # plain text and one user turn are asked differently
+        "prompts": [[p.content, *(p.columns.get(c) for c in TEMPLATE_COLUMNS)] for p in how.prompts or ()],
         "code": code_digest(),
     }
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
 
 
 def identity(model: ModelConfig) -> list[Any]:
