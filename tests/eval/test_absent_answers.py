@@ -115,7 +115,8 @@ def test_prompts_beyond_the_context_are_absent_and_counted(tiny, tmp_path):
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_null_and_missing_outputs_are_absent_empty_ones_judged(name, tmp_path):
     question, answer = ("instruction", "output") if name == "a.json" else ("prompt", "completion")
-    rows = [{question: f"q{i}", answer: text} for i, text in enumerate(["long", "", None, 7])] + [{question: "q4"}]
+    rows = [{question: f"q{i}", answer: text} for i, text in enumerate(["long", "", None, 7])]
+    rows += [{question: "q4"}, {question: None, answer: "a row without a prompt"}]
     file = tmp_path / name
     file.write_text(json.dumps(rows) if name == "a.json" else "".join(json.dumps(row) + "\n" for row in rows))
     theirs = write(tmp_path / "b.jsonl", [{"prompt": f"q{i}", "completion": "no"} for i in range(5)])

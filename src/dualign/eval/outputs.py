@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +21,7 @@ from dualign.types import Prompt, user_prompt
 if TYPE_CHECKING:
     from dualign.responses import Responses
 
+log = logging.getLogger(__name__)
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
@@ -189,20 +191,23 @@ def _given(row: Responses) -> Answer:
 def _alpaca(path: Path, config: DataConfig | None) -> list[Answer]:
     from dualign.responses import answer_text
 
+    expected = "expected a list of objects with instruction and output, as AlpacaEval has them"
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        asked = [(row["instruction"], *answer_text(row.get("output"))) for row in rows]
-        if not any(isinstance(text, str) for _, text, _ in asked):
-            raise ValueError("no row has an output")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: expected a list of objects with instruction and output, as AlpacaEval has them ({error!r})"
-        ) from None
+        rows = list(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: {expected} ({error!r})") from None
     system = config.system_prompt if config else None
-    return [
-        Answer(user_prompt(f"{path.name}:{i}", question, system), text or "", absent=reason and f"output {reason}")
-        for i, (question, text, reason) in enumerate(asked)
-    ]
+    found = []
+    for i, row in enumerate(rows):
+        if isinstance(row, dict) and isinstance(row.get("instruction"), str):
+            text, reason = answer_text(row.get("output"))
+            prompt = user_prompt(f"{path.name}:{i}", row["instruction"], system)
+            found.append(Answer(prompt, text or "", absent=reason and f"output {reason}"))
+    if all(answer.absent for answer in found):
+        raise UserError(f"{path}: {expected}; no row has both")
+    if len(found) < len(rows):
+        log.warning("%s: %s of %s rows left out: they have no instruction", path, len(rows) - len(found), len(rows))
+    return found
 
 
 # --- sampling ---
