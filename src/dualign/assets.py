@@ -58,6 +58,62 @@ def resolve(name: str) -> str:
     return name
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """What a folder's adapter_config.json says of its base."""
+
+    base: str  # a folder that holds from anywhere, an embedded name's folder or a hub's name
+    base_revision: str | None
+
+
+def adapter_of(name: str, revision: str | None = None) -> Adapter | None:
+    """The adapter that a folder or a hub's name holds; None where it holds whole weights. Raises UserError, by the name,
+    where its base is not there."""
+    folder = Path(name).expanduser()
+    file = folder / "adapter_config.json" if folder.is_dir() else _on_hub(name, "adapter_config.json", revision)
+    if file is None or not file.is_file():
+        return None
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        base = settings["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not base or not isinstance(base, str):
+        raise UserError(f"{file}: base_model_name_or_path is missing: it names the model that the adapter is of")
+    return Adapter(_base(base, file.parent), settings.get("revision"))
+
+
+def _base(base: str, adapter: Path) -> str:
+    """Where an adapter's base is. A relative path counts from wherever the adapter was made, so from one of the folders
+    above it, or else from here; a run's own base moves with the run."""
+    if Path(base).is_absolute() and not Path(base).exists():
+        above = adapter.resolve().parents
+        if len(above) > 1 and Path(base).name == "base" and (above[1] / "base" / "config.json").is_file():
+            return str(above[1] / "base")  # RUN/base of RUN/checkpoints/NUMBER
+        raise UserError(
+            f"{adapter}: it is an adapter of {base}, which is not there; put it back, or name its place in "
+            f"{adapter / 'adapter_config.json'} (base_model_name_or_path)"
+        )
+    for folder in (adapter.resolve(), *adapter.resolve().parents, Path.cwd()):
+        if (folder / base / "config.json").is_file():
+            return str((folder / base).resolve())
+    try:
+        return resolve(base)
+    except UserError as error:
+        raise UserError(f"{adapter}: its base: {error}") from None
+
+
+def _on_hub(name: str, file: str, revision: str | None) -> Path | None:
+    """A file of a hub's repository, fetched if need be; None where it has none, or none can be had."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError):
+        return None
+
+
 def _folder(name: str) -> Path:
     """The cached folder of an embedded model, made if need be. Two processes that both want it make it once."""
     from filelock import FileLock

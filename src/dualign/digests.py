@@ -52,6 +52,8 @@ def of_run(config: Config, functions: Sequence[Callable[..., Any]] = (), near: b
     `near`: without data sets by name, which a hub might be asked for."""
     d, m = config.data, config.model
     found = {"model.name": of_model(m.name, m.revision), "data.train": of_data(d.train, d.subset, d.split, near)}
+    if m.reference:
+        found["model.reference"] = of_model(m.reference, m.reference_revision)
     if m.chat_template:
         found["model.chat_template"] = of_file(m.chat_template)
     if d.eval:
@@ -119,8 +121,8 @@ def of_model(name: str, revision: str | None = None) -> Digests:
     if not folder.is_dir():
         return _of_hub(name, revision)
     found = {str(p.relative_to(folder)): _sha256(p) for p in _files(folder)}
-    if "adapter_config.json" in found and (base := _base_of(folder)):
-        found |= {f"base/{path}": sha256 for path, sha256 in of_model(base).items()}
+    if "adapter_config.json" in found:
+        found |= {f"base/{path}": sha256 for path, sha256 in _of_base(folder).items()}
     return found
 
 
@@ -129,12 +131,12 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from sorted(p for p in folder.glob(pattern) if p.is_file() and p.name not in LEFT_OUT)
 
 
-def _base_of(folder: Path) -> str | None:
+def _of_base(folder: Path) -> Digests:
     try:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return str(base) if base else None
+        adapter = assets.adapter_of(str(folder))
+    except UserError:
+        return {}
+    return of_model(adapter.base, adapter.base_revision) if adapter else {}
 
 
 def _of_hub(name: str, revision: str | None) -> Digests:

@@ -21,9 +21,11 @@ from dualign import assets, cpu
 from dualign.algos import Algorithm, Batch
 from dualign.config import Config
 from dualign.errors import StopRun, UserError, out_of_memory
+from dualign.models.adapters import place_of, with_lora, without_adapters
 from dualign.models.critic import Critic
 from dualign.models.fused import compile_layers
 from dualign.models.lean import keep_less
+from dualign.models.load import context_of, load_reference
 from dualign.models.master import Masters, gradient_of
 from dualign.models.packing import Tokens, deal, plan, size_of
 from dualign.models.policy import Policy, load_model
@@ -70,11 +72,12 @@ class Engine:
         self.lora = config.model.lora is not None
         # for held-out KL, too
         needs_ref = algo.needs_ref or config.data.eval is not None
-        self.reference = policy.frozen_copy() if needs_ref and not self.lora else None
+        self.reference = self._reference(policy) if needs_ref else None
         if self.reference is not None and self.device.type == "cpu":
             self.reference.move_to_file(assets.cache_dir())
-        if self.lora:
-            policy.model = _with_lora(policy.model, config)
+        if config.model.lora is not None:
+            base = str(self.own_base or place_of(config.model.name))
+            policy.take_adapters(with_lora(policy.model, config.model.lora, base, config.model.revision))
         policy.train()
         self.policy, self.drops = policy, _drops(policy.model)
         self.critic = Critic(policy).to(self.device) if algo.critic else None
@@ -320,11 +323,31 @@ class Engine:
         model, dtype = self.policy.model, self.policy.dtype
         rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
         kept, model.config.dtype = model.config.dtype, dtype
-        model.save_pretrained(folder, state_dict=rounded)
+        # embeddings that have adapters are the base's still
+        more = {"save_embedding_layers": False} if self.lora else {}
+        model.save_pretrained(folder, state_dict=rounded, **more)
         model.config.dtype = kept
         self.tokenizer.hf.save_pretrained(folder)
         with self.masters.whole():
             save_state(folder, self.masters.named, self.optimizer, progress)
+
+    @property
+    def own_base(self) -> Path | None:
+        """Where this run keeps the model that its adapters are of, as no other folder has it: that of another adapter,
+        merged. None for adapters of a model that is somewhere, and for whole weights."""
+        name, revision = self.config.model.name, self.config.model.revision
+        merged = self.lora and assets.adapter_of(assets.resolve(name), revision) is not None
+        return Path(self.config.run.dir).resolve() / "base" if merged else None
+
+    def save_base(self, folder: Path) -> None:
+        """The model under the adapters, as `save` writes whole ones."""
+        model, weights = without_adapters(self.policy.model)
+        dtype = self.policy.dtype
+        rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+        kept, model.config.dtype = model.config.dtype, dtype
+        model.save_pretrained(folder, state_dict=rounded)
+        model.config.dtype = kept
+        self.tokenizer.hf.save_pretrained(folder)
 
     def load(self, folder: Path) -> dict[str, Any]:
         with self.masters.whole():
@@ -341,7 +364,7 @@ class Engine:
     @property
     def context(self) -> int:
         """Tokens that the model can see."""
-        return int(getattr(self.policy.model.config, "max_position_embeddings", None) or 1 << 30)
+        return context_of(self.policy.model.config)
 
     def start_trackers(self) -> None:
         """Opens the trackers that run.trackers names, which may write into the run's folder."""
@@ -366,6 +389,15 @@ class Engine:
     @property
     def device(self) -> torch.device:
         return torch.device(self.accelerator.device)
+
+    def _reference(self, policy: Policy) -> Policy | None:
+        """π_0: the model that model.reference names, or `policy` as it is loaded. None where that is the policy without
+        its adapters."""
+        m = self.config.model
+        if m.reference is None:
+            return None if self.lora else policy.frozen_copy()
+        model = load_reference(m, self.tokenizer).to(self.device)
+        return Policy(model, m.precision, self.train.prefix_sharing).freeze()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         t = self.train
@@ -423,18 +455,3 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
     moved = {f.name: v.to(device) for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
     return replace(batch, **moved, columns={k: v.to(device) for k, v in batch.columns.items()})
-
-
-def _with_lora(model: Any, config: Config) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise UserError("model.lora needs the package peft: pip install 'dualign[lora]'") from None
-    c = config.model.lora
-    assert c is not None
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=c.r, lora_alpha=c.alpha, lora_dropout=c.dropout, target_modules=c.target_modules, task_type="CAUSAL_LM"
-        ),
-    )

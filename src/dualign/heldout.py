@@ -58,8 +58,9 @@ def evaluate(
     rows = everyones(engine, lambda: labeller.rows(engine.mine(chosen), sampling, seed, clock))
     b = labelled(done, rows)
     every = tokens_of(b.rows)  # how far the policy is from π_0 needs no label
+    at_start = done == 0 and config.model.reference is None  # π_0 is exactly π_0
     with clock("score"):
-        if done == 0:
+        if at_start:
             gap = np.zeros(len(every))
         else:
             policy_NT, reference_NT = engine.score(engine.policy, every), engine.score_reference(every)
@@ -74,7 +75,7 @@ def evaluate(
         reward_ci=half_width(per_prompt),
         reward_sd=float(reward.std(ddof=1)) if len(reward) > 1 else 0.0,
         kl=float(kl.mean()) if len(kl) else float("nan"),
-        kl_ci=half_width(kl) if done else 0.0,  # π_0 is exactly π_0
+        kl_ci=0.0 if at_start else half_width(kl),
         length=float(np.mean([len(row.rollout.completion_ids) for row in b.rows])),
         missing_eos=float(np.mean([row.rollout.finish == "length" for row in b.rows])),
         absent=b.absent / len(b.rows),

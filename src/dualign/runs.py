@@ -345,6 +345,16 @@ class Run:
         self._drop(gone)
         return path
 
+    @property
+    def base(self) -> Path:
+        """The model that the run's adapters are of, where no other folder has it."""
+        return self.folder / "base"
+
+    def keep_base(self, write: Callable[[Path], None]) -> None:
+        """Writes it, once."""
+        if not self.base.exists():
+            self._put(self.base, write)
+
     def saved(self) -> list[Path]:
         """The checkpoints, oldest first."""
         there = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
@@ -355,7 +365,7 @@ class Run:
         """Drops the training state of a finished run that will not go on, and without `weights` every checkpoint."""
         saved = self.saved()
         state = [p for folder in saved for name in STATE_FILES if (p := folder / name).exists()]
-        self._drop(state if weights else saved)
+        self._drop(state if weights else [*saved, *([self.base] if self.base.exists() else [])])
 
     def resumable(self) -> Path | None:
         """The newest checkpoint that training can go on from."""

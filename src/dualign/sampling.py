@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dualign import cpu, data
 from dualign.errors import UserError, clean
-from dualign.models.policy import Policy, load_model
+from dualign.models.load import context_of, load_model
+from dualign.models.policy import Policy
 from dualign.models.tokenizer import Tokenizer
 from dualign.rollout.base import Request, Sampling
 from dualign.rollout.hf import HFSampler, decoding_of
@@ -40,7 +41,7 @@ def sample_from(
     policy = Policy(hf, model.precision)
     decoding_of(policy)  # while its weights are exact
     policy = policy.frozen_copy()
-    context = int(getattr(hf.config, "max_position_embeddings", None) or 1 << 30)
+    context = context_of(hf.config)
     if left_out is None:
         requests = requests_of(prompts, tokenizer, context, sampling.max_new_tokens, None, print)
     else:

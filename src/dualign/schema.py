@@ -17,10 +17,14 @@ class LoraConfig(Settings):
 
 
 class ModelConfig(Settings):
-    """The policy. π_0 is this model as loaded, frozen."""
+    """The policy. π_0 is this model as loaded, frozen, unless `reference` names another."""
 
     name: str = Field(description="an embedded default (smollm2-135m-instruct), a local folder, or a hub name")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    reference: str | None = Field(
+        None, description="π_0, where it is not the model that training starts from; of the same tokens"
+    )
+    reference_revision: str | None = Field(None, description="its branch, tag or commit on the hub")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; only if you trust it")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="bf16: autocast with fp32 master weights and reductions; fp32: everything"

@@ -305,6 +305,8 @@ class Trainer:
         self.view.phase(step, "saving a checkpoint")
         progress = {"step": step, "update": update, "labels": self.labels, "losses": losses}
         if self.engine.main:
+            if self.engine.own_base is not None:
+                self.run.keep_base(self.engine.save_base)
             keep = self.config.run.keep_last
             self.run.save_checkpoint(step, update, lambda folder: self.engine.save(folder, progress), keep)
         self.engine.barrier()

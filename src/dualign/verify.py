@@ -89,6 +89,8 @@ def _mend(run: Run, path: Path) -> str:
     if run.checkpoints in path.parents:
         checkpoint = run.checkpoints / path.relative_to(run.checkpoints).parts[0]
         return f"Delete {checkpoint} and resume: training goes on from an earlier state by the stored batches"
+    if run.base in path.parents:
+        return f"Delete {run.base} and resume: it is written again with the next checkpoint"
     if path == run.config_file:
         return "Put it back as it was (any earlier copy); changes are made by overrides: dualign resume RUN key=value"
     if path == run.metrics_file:

@@ -1,4 +1,4 @@
-"""Models as they are named: a folder, an embedded default, a hub's name."""
+"""Models as they are named: a folder, an embedded default, a hub's name; an adapter is merged into its base."""
 
 from __future__ import annotations
 
@@ -7,30 +7,64 @@ from typing import Any
 
 import torch
 
+from dualign import assets
 from dualign.errors import UserError, first_line
+from dualign.models.adapters import merged
 from dualign.models.tokenizer import Tokenizer, load_tokenizer, source_of
 from dualign.schema import ModelConfig
 
 log = logging.getLogger(__name__)
 
 
-def load_model(config: ModelConfig) -> tuple[Any, Tokenizer]:
-    """The causal LM in fp32 and its tokenizer. Raises UserError when there is no such model."""
+def load_model(config: ModelConfig, key: str = "model.name") -> tuple[Any, Tokenizer]:
+    """The causal LM in fp32 and its tokenizer. Raises UserError, by `key`, when there is no such model."""
     from transformers import AutoModelForCausalLM
 
     name, common = source_of(config)
     if config.trust_remote_code:
         log.warning("trust_remote_code is on: code that comes with %s will run", config.name)
+    adapter = assets.adapter_of(name, config.revision)
     common |= {"dtype": torch.float32, "use_safetensors": True}
+    where, what = name, config.name
+    if adapter is not None:
+        log.warning("%s: %s is an adapter of %s and is merged into it", key, config.name, adapter.base)
+        where, what = adapter.base, f"{config.name}: its base {adapter.base}"
+        common |= {"revision": adapter.base_revision}
     try:
         try:
-            model = AutoModelForCausalLM.from_pretrained(name, attn_implementation=config.attention, **common)
+            model = AutoModelForCausalLM.from_pretrained(where, attn_implementation=config.attention, **common)
         except ValueError as error:
             if config.attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
                 raise
-            log.warning("model.name: %s has no sdpa attention: eager attention is used", config.name)
-            model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager", **common)
+            log.warning("%s: %s has no sdpa attention: eager attention is used", key, config.name)
+            model = AutoModelForCausalLM.from_pretrained(where, attn_implementation="eager", **common)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.name: {config.name} cannot be loaded: {first_line(error)}") from None
+        raise UserError(f"{key}: {what} cannot be loaded: {first_line(error)}") from None
+    if adapter is not None:
+        model = merged(model, name, config.revision, key)
     model.config.use_cache = True
     return model, load_tokenizer(config, model)
+
+
+def load_reference(config: ModelConfig, tokenizer: Tokenizer) -> Any:
+    """π_0 where `model.reference` names it. Raises UserError where its tokens are not those of `tokenizer`: log-probs of
+    other tokens cannot be compared."""
+    settings = {"name": config.reference, "revision": config.reference_revision, "chat_template": None, "lora": None}
+    model, own = load_model(config.model_copy(update=settings), "model.reference")
+    mine, theirs = tokenizer.hf.get_vocab(), own.hf.get_vocab()
+    if mine != theirs:
+        other = next(token for token in [*mine, *theirs] if mine.get(token) != theirs.get(token))
+        raise UserError(
+            f"model.reference: {config.reference} has other tokens than {config.name} ({other!r} is "
+            f"{theirs.get(other, 'none')} there and {mine.get(other, 'none')} here); π_0 must read the policy's tokens"
+        )
+    return model
+
+
+def context_of(config: Any) -> int:
+    """Tokens that a model can see, by its configuration; of one that reads images, too, its text part's."""
+    for part in (config.get_text_config(), config):
+        for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
+            if isinstance(found := getattr(part, name, None), int) and found > 0:
+                return found
+    return 1 << 30

@@ -255,9 +255,19 @@ class Policy(nn.Module):
     def frozen_copy(self) -> Policy:
         """The same policy, to be kept as it is; in bf16 with its linear layers rounded: the same numbers from half
         the memory."""
-        other = copy.deepcopy(self).requires_grad_(False).eval()
-        other.round()
-        return other
+        return copy.deepcopy(self).freeze()
+
+    def freeze(self) -> Policy:
+        """This policy itself, likewise."""
+        self.requires_grad_(False).eval()
+        self.round()
+        return self
+
+    def take_adapters(self, model: Any) -> None:
+        """`model`: its own, with adapters in its layers. With one on the head, logits are no product with a weight."""
+        self.model, head = model, model.get_output_embeddings()
+        if head is not self.head:
+            self.head, self.plain_head = head, False
 
     def move_to_file(self, folder: Path) -> None:
         """Keeps a frozen policy's weights in a file of `folder`: they are in memory from their use to the next `rest`."""

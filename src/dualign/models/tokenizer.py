@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dualign import assets
 from dualign.errors import UserError
 from dualign.models.template import ChatTemplate
 from dualign.schema import ModelConfig
@@ -175,8 +176,6 @@ class Tokenizer:
 
 def source_of(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """Where transformers finds the model and its tokenizer, and what both are loaded with."""
-    from dualign import assets
-
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     return assets.resolve(config.name), source
 
@@ -186,9 +185,13 @@ def load_tokenizer(config: ModelConfig, model: Any) -> Tokenizer:
     from transformers import AutoTokenizer
 
     name, source = source_of(config)
+    adapter = assets.adapter_of(name, config.revision)
     try:
         hf: Any = AutoTokenizer.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
+        if adapter is not None:  # one that came without
+            base = config.model_copy(update={"name": adapter.base, "revision": adapter.base_revision})
+            return load_tokenizer(base, model)
         first = str(error).strip().splitlines()[0]
         raise UserError(f"model.name: the tokenizer of {config.name} cannot be loaded: {first}") from None
     if config.chat_template:

@@ -1,0 +1,110 @@
+"""Adapters: one that a model is loaded from is merged into its base, and those that are trained are put into layers."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualign import assets
+from dualign.errors import UserError
+from dualign.schema import LoraConfig
+
+log = logging.getLogger(__name__)
+
+
+def merged(model: Any, adapter: str, revision: str | None, key: str) -> Any:
+    """`model` with the adapter of a folder (or hub's name) merged into its weights. Raises UserError, by `key`, where it
+    cannot be, or the merged weights would say something else."""
+    peft = _peft(f"{key}: {adapter} is an adapter, which")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped = peft.PeftModel.from_pretrained(model, adapter, revision=revision, torch_device="cpu").eval()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{key}: the adapter {adapter} does not fit its base: {' '.join(said[:2])}") from None
+    kind = next(iter(wrapped.peft_config.values())).peft_type
+    if not hasattr(wrapped.base_model, "merge_and_unload"):
+        raise UserError(
+            f"{key}: {adapter} is an adapter of the kind {kind.value}, which cannot be merged into its base"
+        )
+    ids = torch.arange(8)[None] % model.config.get_text_config().vocab_size
+    with torch.no_grad():
+        expected = wrapped(input_ids=ids, use_cache=False).logits
+    untie(model)
+    whole: Any = wrapped.merge_and_unload()
+    tell_tied(whole)
+    with torch.no_grad():
+        found = whole(input_ids=ids, use_cache=False).logits
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        raise UserError(
+            f"{key}: the adapter {adapter} cannot be merged: the merged weights say something else than it does"
+        )
+    return whole.requires_grad_(True)
+
+
+def untie(model: Any) -> None:
+    """Gives a head whose weight is the embedding's one of its own, where an adapter is on either: it is on that one alone."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or not (_has_adapter(head) or _has_adapter(embedding)):
+        return
+    inner = [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in (head, embedding)]
+    if inner[0].weight is inner[1].weight:
+        inner[0].weight = nn.Parameter(inner[1].weight.detach().clone())
+
+
+def tell_tied(model: Any) -> None:
+    """Lets a configuration say whether the head has the embedding's weight: what is saved is tied again where it does."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and getattr(head, "weight", None) is not embedding.weight:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
+def _has_adapter(module: Any) -> bool:
+    return type(module).__module__.startswith("peft.")
+
+
+def with_lora(model: Any, c: LoraConfig, base: str, revision: str | None) -> Any:
+    """`model` with fresh adapters in its layers. `base`: what they are adapters of, from any folder."""
+    peft = _peft("model.lora")
+    settings = peft.LoraConfig(
+        r=c.r, lora_alpha=c.alpha, lora_dropout=c.dropout, target_modules=c.target_modules, task_type="CAUSAL_LM"
+    )
+    try:
+        with warnings.catch_warnings():  # of tied weights: an adapter is on the one layer that is named
+            warnings.simplefilter("ignore")
+            wrapped = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise UserError(f"model.lora.target_modules: {str(error).splitlines()[0]}") from None
+    kept = wrapped.peft_config["default"]
+    kept.base_model_name_or_path, kept.revision = base, revision
+    return wrapped
+
+
+def without_adapters(model: Any) -> tuple[Any, dict[str, Tensor]]:
+    """The model under a wrapped one, and its own weights by their own names."""
+    inner = model.get_base_model()
+    weights = {
+        name.replace(".base_layer.", "."): value for name, value in inner.state_dict().items() if "lora_" not in name
+    }
+    return inner, weights
+
+
+def place_of(name: str) -> str:
+    """A model's name as it holds from any folder."""
+    found = assets.resolve(name)
+    return str(Path(found).resolve()) if Path(found).exists() else found
+
+
+def _peft(what: str) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UserError(f"{what} needs the package peft: pip install 'dualign[lora]'") from None
+    return peft
