@@ -21,7 +21,7 @@ from dualign import assets, cpu
 from dualign.algos import Algorithm, Batch
 from dualign.config import Config
 from dualign.errors import StopRun, UserError, out_of_memory
-from dualign.models.adapters import place_of, with_lora, without_adapters
+from dualign.models.adapters import own_base, with_lora, without_adapters
 from dualign.models.critic import Critic
 from dualign.models.fused import compile_layers
 from dualign.models.lean import keep_less
@@ -31,7 +31,7 @@ from dualign.models.packing import Tokens, deal, plan, size_of
 from dualign.models.policy import Policy, load_model
 from dualign.optim import Adafactor
 from dualign.rollout.base import Sampler
-from dualign.state import load_state, save_state
+from dualign.state import load_state, save_model, save_state
 
 log = logging.getLogger(__name__)
 X = TypeVar("X")
@@ -76,8 +76,7 @@ class Engine:
         if self.reference is not None and self.device.type == "cpu":
             self.reference.move_to_file(assets.cache_dir())
         if config.model.lora is not None:
-            base = str(self.own_base or place_of(config.model.name))
-            policy.take_adapters(with_lora(policy.model, config.model.lora, base, config.model.revision))
+            policy.take_adapters(with_lora(policy.model, config.model, own_base(config)))
         policy.train()
         self.policy, self.drops = policy, _drops(policy.model)
         self.critic = Critic(policy).to(self.device) if algo.critic else None
@@ -320,33 +319,15 @@ class Engine:
         """The policy as Hugging Face opens it (in bf16 where it computes in bf16), and all that training needs to go
         on, in safetensors and JSON."""
         self.make_room()
-        model, dtype = self.policy.model, self.policy.dtype
-        rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-        kept, model.config.dtype = model.config.dtype, dtype
-        # embeddings that have adapters are the base's still
-        more = {"save_embedding_layers": False} if self.lora else {}
-        model.save_pretrained(folder, state_dict=rounded, **more)
-        model.config.dtype = kept
+        model = self.policy.model
+        save_model(folder, model, model.state_dict(), self.policy.dtype)
         self.tokenizer.hf.save_pretrained(folder)
         with self.masters.whole():
             save_state(folder, self.masters.named, self.optimizer, progress)
 
-    @property
-    def own_base(self) -> Path | None:
-        """Where this run keeps the model that its adapters are of, as no other folder has it: that of another adapter,
-        merged. None for adapters of a model that is somewhere, and for whole weights."""
-        name, revision = self.config.model.name, self.config.model.revision
-        merged = self.lora and assets.adapter_of(assets.resolve(name), revision) is not None
-        return Path(self.config.run.dir).resolve() / "base" if merged else None
-
     def save_base(self, folder: Path) -> None:
         """The model under the adapters, as `save` writes whole ones."""
-        model, weights = without_adapters(self.policy.model)
-        dtype = self.policy.dtype
-        rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
-        kept, model.config.dtype = model.config.dtype, dtype
-        model.save_pretrained(folder, state_dict=rounded)
-        model.config.dtype = kept
+        save_model(folder, *without_adapters(self.policy.model), self.policy.dtype)
         self.tokenizer.hf.save_pretrained(folder)
 
     def load(self, folder: Path) -> dict[str, Any]:

@@ -12,6 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
+def save_model(folder: Path, model: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """A model, or its adapters, as transformers opens it, with these `weights` in `dtype`."""
+    rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+    # embeddings under adapters are the base's still
+    more = {"save_embedding_layers": False} if hasattr(model, "get_base_model") else {}
+    kept, model.config.dtype = model.config.dtype, dtype
+    model.save_pretrained(folder, state_dict=rounded, **more)
+    model.config.dtype = kept
+
+
 def save_state(folder: Path, parameters: Mapping[str, Tensor], optimizer: Any, progress: dict[str, Any]) -> None:
     """Trained parameters in full precision as `train.safetensors`, optimizer tensors as `optimizer.safetensors`,
     and the plain numbers as `state.json` (last: where it is, all is)."""

@@ -36,6 +36,7 @@ from dualign.engine import Engine, Sums
 from dualign.errors import AbsentError, RewardError, StopRun, UserError
 from dualign.heldout import HeldOut, distinct, evaluate, gains
 from dualign.interrupt import Interrupts, StopAsked
+from dualign.models.adapters import own_base
 from dualign.models.dates import freeze_date
 from dualign.processes import everyones
 from dualign.resume import Changes, check_prompts, check_same_run, told
@@ -305,7 +306,7 @@ class Trainer:
         self.view.phase(step, "saving a checkpoint")
         progress = {"step": step, "update": update, "labels": self.labels, "losses": losses}
         if self.engine.main:
-            if self.engine.own_base is not None:
+            if own_base(self.config) is not None:
                 self.run.keep_base(self.engine.save_base)
             keep = self.config.run.keep_last
             self.run.save_checkpoint(step, update, lambda folder: self.engine.save(folder, progress), keep)

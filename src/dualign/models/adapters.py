@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dualign import assets
 from dualign.errors import UserError
-from dualign.schema import LoraConfig
+from dualign.schema import ModelConfig
+
+if TYPE_CHECKING:
+    from dualign.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +73,19 @@ def _has_adapter(module: Any) -> bool:
     return type(module).__module__.startswith("peft.")
 
 
-def with_lora(model: Any, c: LoraConfig, base: str, revision: str | None) -> Any:
-    """`model` with fresh adapters in its layers. `base`: what they are adapters of, from any folder."""
-    peft = _peft("model.lora")
+def own_base(config: Config) -> Path | None:
+    """Where a run keeps the model that its adapters are of, as no other folder has it: that of another adapter, merged.
+    None for adapters of a model that is somewhere, and for whole weights."""
+    m = config.model
+    merged = m.lora is not None and assets.adapter_of(assets.resolve(m.name), m.revision) is not None
+    return Path(config.run.dir).resolve() / "base" if merged else None
+
+
+def with_lora(model: Any, config: ModelConfig, own: Path | None) -> Any:
+    """`model` with fresh adapters in its layers, which say where their base is, from any folder: the model that the
+    configuration names, or the run's `own`."""
+    peft, c = _peft("model.lora"), config.lora
+    assert c is not None
     settings = peft.LoraConfig(
         r=c.r, lora_alpha=c.alpha, lora_dropout=c.dropout, target_modules=c.target_modules, task_type="CAUSAL_LM"
     )
@@ -83,7 +96,9 @@ def with_lora(model: Any, c: LoraConfig, base: str, revision: str | None) -> Any
     except ValueError as error:
         raise UserError(f"model.lora.target_modules: {str(error).splitlines()[0]}") from None
     kept = wrapped.peft_config["default"]
-    kept.base_model_name_or_path, kept.revision = base, revision
+    named = assets.resolve(config.name)
+    place = own or (Path(named).resolve() if Path(named).exists() else named)
+    kept.base_model_name_or_path, kept.revision = str(place), None if own else config.revision
     return wrapped
 
 
@@ -94,12 +109,6 @@ def without_adapters(model: Any) -> tuple[Any, dict[str, Tensor]]:
         name.replace(".base_layer.", "."): value for name, value in inner.state_dict().items() if "lora_" not in name
     }
     return inner, weights
-
-
-def place_of(name: str) -> str:
-    """A model's name as it holds from any folder."""
-    found = assets.resolve(name)
-    return str(Path(found).resolve()) if Path(found).exists() else found
 
 
 def _peft(what: str) -> Any:
