@@ -20,7 +20,7 @@ from dualign.models.policy import Policy, load_model
 from dualign.rollout.base import Request, Sampling
 from dualign.schema import ModelConfig
 from dualign.types import Prompt
-from runs_common import tree, vowels, write_demonstrations, write_prompts
+from runs_common import metrics, tree, vowels, write_demonstrations, write_prompts
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -202,6 +202,7 @@ def test_adapters_on_an_adapter_are_of_a_base_that_the_run_keeps(precision, tmp_
     assert torch.allclose(logits_of(opened), logits_of(ours), atol=1e-3)
     kept = AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.float32)
     assert torch.allclose(logits_of(kept), logits_of(first), atol=1e-3 if precision == "fp32" else 0.3)
+    assert max(record["sampler_gap"] for record in metrics(run.folder)) < near
     assert command("verify", run.folder).code == 0
     longer = {**config, "train": {**config["train"], "online_batches": 4}}
     dualign.train(longer, reward=vowels, resume=True, quiet=True)
