@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualign import assets, cpu
+from dualign import assets, cpu, launch
 from dualign.algos import Algorithm, Batch
 from dualign.config import Config
 from dualign.errors import StopRun, UserError, out_of_memory
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 X = TypeVar("X")
 Sums = dict[str, float]  # of the loss and of numbers worth logging, over the rows of one process
 Rows = Batch | Callable[[Tensor, Tensor], Batch]  # or what makes some of them: row numbers (n,), their log π_θ (n, T)
+PATIENCE = timedelta(days=1)  # processes wait for one another's labels: a launcher ends them all where one dies
 SCORED = 4  # times the tokens of an update's micro-batch are scored at once on a CPU: nothing is kept for backward
 TOGETHER = 2**27  # entries of weights of one shape that a GPU steps on at once
 
@@ -47,14 +49,17 @@ class Engine:
     def __init__(self, config: Config) -> None:
         from accelerate import Accelerator
         from accelerate.tracking import get_available_trackers
-        from accelerate.utils import set_seed
+        from accelerate.utils import InitProcessGroupKwargs, set_seed
 
         self.config, self.train = config, config.train
         for name in config.run.trackers:  # accelerate leaves out in silence what is not installed
             if name not in {str(t.value) for t in get_available_trackers()}:
                 raise UserError(f"run.trackers: {name} is not installed: pip install {name}")
+        if note := launch.settle():
+            log.warning("note: %s", note)
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
             log_with=list(config.run.trackers) or None,
             project_dir=str(Path(config.run.dir) / "trackers"),
         )

@@ -41,14 +41,15 @@ def application() -> typer.Typer:
 
 def main() -> None:
     """Exit codes: 0 done; 2 bad input; 3 stopped cleanly and can be resumed; 130 interrupted."""
-    from dualign import cpu
+    from dualign import cpu, launch
     from dualign.errors import StopRun, UserError, clean
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     cpu.tune()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    first = os.environ.get("RANK", "0") == "0"
+    first = True
     try:
+        first = launch.first()
         application()()
     except (UserError, StopRun) as error:
         if first:
