@@ -22,9 +22,9 @@ import numpy as np
 
 from dualign.conversation import kind_of, without_nulls
 from dualign.errors import UserError
-from dualign.layouts import TEMPLATE_COLUMNS, Row, layout_of, parse, prompt_of
+from dualign.layouts import Row, layout_of, parse, prompt_of
 from dualign.schema import DataConfig
-from dualign.types import Example, Finish, Message, Prompt, text_of
+from dualign.types import TEMPLATE_COLUMNS, Example, Finish, Message, Prompt, text_of
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +147,19 @@ def local_file(source: str, split: str = "train") -> Path | None:
     path = Path(source).expanduser()
     looks_local = source.endswith(FILE_SUFFIXES) or source.startswith((".", "/", "~"))
     return path if path.is_file() or (looks_local and not path.is_dir()) else None
+
+
+def names_data(words: str) -> bool:
+    """Whether they name a file, a folder or data of the package, there or not. Plain words with a slash or a dot in
+    them do not."""
+    if words.startswith("builtin:"):
+        return True
+    try:
+        if Path(words).expanduser().exists():
+            return True
+    except (OSError, ValueError, RuntimeError):  # too long for a path; no such user
+        return False
+    return len(words.split()) == 1 and (words.endswith(FILE_SUFFIXES) or words.startswith(("./", "../", "/", "~/")))
 
 
 def _builtin(source: str, split: str) -> tuple[str, str, str]:

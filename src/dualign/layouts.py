@@ -12,10 +12,8 @@ from typing import Any
 from dualign.conversation import check_text, joined, kind_of, read_json, read_messages
 from dualign.errors import UserError
 from dualign.schema import DataConfig
-from dualign.types import Message, Prompt, text_of
+from dualign.types import TEMPLATE_COLUMNS, Message, Prompt, text_of
 
-# a conversation's, for the chat template
-TEMPLATE_COLUMNS: dict[str, type[list[Any]] | type[dict[str, Any]]] = {"tools": list, "chat_template_kwargs": dict}
 Content = str | tuple[Message, ...]
 
 

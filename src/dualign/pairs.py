@@ -63,6 +63,7 @@ def _pair(group: Sequence[Row]) -> dict[str, Any] | None:
     return {
         "id": prompt.id,
         "prompt": prompt.messages if prompt.conversational else prompt.content,
+        **prompt.for_template,
         "chosen": answer(best),
         "rejected": answer(worst),
         "rewards": [_value(best), _value(worst)],

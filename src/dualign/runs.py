@@ -176,8 +176,12 @@ class Run:
     def abandon(self) -> None:
         """Takes back what `create` made, where nothing was sampled yet: an input that is wrong makes no run."""
         parts = (self.batches, self.evaluations, self.checkpoints)
-        if any(part.is_dir() and any(part.iterdir()) for part in parts):
+        self.journal.end()
+        inside = [path for part in parts if part.is_dir() for path in part.iterdir()]
+        if any(path.is_dir() or path.stat().st_size for path in inside):
             return
+        for path in inside:  # journals that nothing was written to
+            path.unlink()
         for name in ("config.yaml", "run.json", "metrics.jsonl", "manifest", ".lock"):
             (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder / "trackers", ignore_errors=True)

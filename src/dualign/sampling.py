@@ -93,9 +93,7 @@ def sample_to(
 ) -> None:
     if not source.strip():
         raise UserError("the prompt is empty")
-    if source.endswith(data.FILE_SUFFIXES) and not Path(source).exists():
-        raise UserError(f"{source}: no such file")
-    known = Path(source).exists() or source.startswith("builtin:") or ("/" in source and " " not in source)
+    known = data.names_data(source)
     asked = DataConfig(
         train=source, chat=chat, prompt_column=prompt_column, system_prompt=system_prompt, bad_rows="skip"
     )
@@ -120,6 +118,7 @@ def sample_to(
             {
                 "id": r.prompt.id,
                 "prompt": r.prompt.messages if r.prompt.conversational else r.prompt.content,
+                **r.prompt.for_template,
                 "completion": [{"role": "assistant", "content": r.text}] if r.prompt.conversational else r.text,
                 "finish": r.finish,
                 "tokens": len(r.completion_ids),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Message = dict[str, Any]  # {"role": text, "content": text, and what else a chat template reads: tool_calls, name, ...}
+TEMPLATE_COLUMNS: dict[str, type[list[Any]] | type[dict[str, Any]]] = {"tools": list, "chat_template_kwargs": dict}
 Finish = Literal["eos", "length"]
 
 
@@ -46,8 +47,13 @@ class Prompt:
     @property
     def tools(self) -> list[dict[str, Any]] | None:
         """What a conversation's assistant can call, as chat templates list it."""
-        tools = self.columns.get("tools") if self.conversational else None
-        return tools if isinstance(tools, list) and tools else None
+        return self.for_template.get("tools")
+
+    @property
+    def for_template(self) -> dict[str, Any]:
+        """The columns that a conversation's chat template reads beside its messages."""
+        named = TEMPLATE_COLUMNS.items() if self.conversational else ()
+        return {name: value for name, kind in named if isinstance(value := self.columns.get(name), kind) and value}
 
 
 def user_prompt(id: str, text: str, system: str | None = None) -> Prompt:

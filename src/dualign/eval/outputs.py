@@ -80,7 +80,8 @@ class Generation:
 
 
 def key_of(prompt: Prompt) -> str:
-    return hashlib.sha256(json.dumps(prompt.messages, ensure_ascii=False).encode()).hexdigest()[:16]
+    asked = [prompt.messages, prompt.for_template] if prompt.for_template else prompt.messages
+    return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def is_run(source: str) -> bool:
@@ -240,7 +241,7 @@ def _sampled(model: ModelConfig, how: Generation, prompts: Sequence[Prompt]) -> 
     rollouts = iter(found)
     rows: list[dict[str, Any]] = []
     for i, prompt in enumerate(prompts):
-        row = {"id": prompt.id, "prompt": prompt.messages, "model": model.name}
+        row = {"id": prompt.id, "prompt": prompt.messages, **prompt.for_template, "model": model.name}
         if i in left_out:
             rows += [{**row, "completion": None, "absent": left_out[i]}] * how.k
             continue
@@ -261,13 +262,12 @@ def _kept(prompt: Prompt, row: dict[str, Any]) -> Answer:
 
 def kept_under(model: ModelConfig, how: Generation) -> str:
     """A digest of what decides the outputs: the model, how it is asked and on what, and this package's code."""
-    from dualign.layouts import TEMPLATE_COLUMNS
     from dualign.runs import code_digest
 
     about = {
         "model": identity(model),
         "sampling": [how.k, how.max_new_tokens, how.temperature, how.seed],
-        "prompts": [[p.content, *(p.columns.get(c) for c in TEMPLATE_COLUMNS)] for p in how.prompts or ()],
+        "prompts": [[p.content, p.for_template] for p in how.prompts or ()],
         "code": code_digest(),
     }
     return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]

@@ -117,7 +117,7 @@ class ChatTemplate:
         return text, found
 
     def _text(self, prompt: Prompt, messages: list[Message], generation: bool) -> str:
-        given = prompt.columns.get("chat_template_kwargs") or {}
+        given = prompt.for_template.get("chat_template_kwargs", {})
         return str(
             self.hf.apply_chat_template(
                 messages, tools=prompt.tools, add_generation_prompt=generation, tokenize=False, **given
