@@ -7,26 +7,32 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 from dualign import assets, data
 from dualign.annotate.settings import FunctionReward, HeadReward, JudgeReward, PreferenceReward, RewardConfig
 from dualign.config import Config
 from dualign.errors import UserError
+from dualign.models.load import context_of
 from dualign.models.tokenizer import Tokenizer, load_tokenizer, source_of
 from dualign.source import load_heldout, load_stream
 
 
-def parameters_of(config: Config) -> tuple[int, Any]:
-    """Parameter count and model configuration, from the model's config alone (on the meta device)."""
+def parameters_of(config: Config, key: Literal["name", "reference"] = "name") -> tuple[int, Any]:
+    """Parameter count and configuration of model.name or model.reference, from its config alone (on the meta device); of
+    an adapter, its base's."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    name = assets.resolve(config.model.name)
+    m = config.model
+    given, revision = (m.name, m.revision) if key == "name" else (m.reference or "", m.reference_revision)
+    name = assets.resolve(given)
+    if (adapter := assets.adapter_of(name, revision)) is not None:
+        name, revision = adapter.base, adapter.base_revision
     try:
-        hf = AutoConfig.from_pretrained(name, revision=config.model.revision)
+        hf = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.name: {config.model.name} cannot be found: {str(error).splitlines()[0]}") from None
+        raise UserError(f"model.{key}: {given} cannot be found: {str(error).splitlines()[0]}") from None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf)
     return sum(p.numel() for p in model.parameters()), hf
@@ -37,8 +43,8 @@ def memory_estimate(config: Config, count: int, hf: Any) -> dict[str, float]:
     text = hf.get_text_config()
     half = 2 if config.model.precision == "bf16" else 4
     copies = {"policy (fp32) and gradients": 8 * count, "rounded copy that samples": half * count if half == 2 else 0}
-    if config.algo.needs_ref or config.data.eval:
-        copies["π_0"] = half * count
+    if (config.algo.needs_ref or config.data.eval) and (config.model.reference or config.model.lora is None):
+        copies["π_0"] = half * (parameters_of(config, "reference")[0] if config.model.reference else count)
     if config.train.optimizer == "adamw":
         copies["AdamW moments"] = 8 * count
     if config.algo.critic:
@@ -113,6 +119,8 @@ def _reader(config: Config) -> _Reader | None:
 
     try:
         name, source = source_of(config.model)
+        if (adapter := assets.adapter_of(name, config.model.revision)) is not None:
+            name, source = adapter.base, source | {"revision": adapter.base_revision}
         hf: Any = AutoConfig.from_pretrained(name, **source)
         try:
             generation = GenerationConfig.from_pretrained(name, **source)
@@ -121,7 +129,7 @@ def _reader(config: Config) -> _Reader | None:
         tokenizer = load_tokenizer(config.model, SimpleNamespace(config=hf, generation_config=generation))
     except (OSError, ValueError, UserError):
         return None
-    return _Reader(tokenizer, int(getattr(hf.get_text_config(), "max_position_embeddings", None) or 1 << 30))
+    return _Reader(tokenizer, context_of(hf))
 
 
 def _leaves_out(config: Config) -> bool:

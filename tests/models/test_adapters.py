@@ -15,12 +15,14 @@ from dualign import digests
 from dualign.config import build
 from dualign.engine import Engine
 from dualign.errors import UserError
+from dualign.eval.outputs import Generation, points
 from dualign.models.packing import Tokens
 from dualign.models.policy import Policy, load_model
+from dualign.plan import memory_estimate, parameters_of
 from dualign.rollout.base import Request, Sampling
 from dualign.schema import ModelConfig
 from dualign.types import Prompt
-from runs_common import metrics, tree, vowels, write_demonstrations, write_prompts
+from runs_common import metrics, reward_file, tree, vowels, write_demonstrations, write_prompts
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -251,3 +253,28 @@ def test_pi_0_of_other_tokens_is_refused_by_name(tiny, tmp_path):
     config["model"]["reference"] = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no such folder"):
         Engine(build(config))
+
+
+def test_a_plan_and_an_evaluation_know_the_pi_0_that_is_named(tiny, tiny_gpt2, tmp_path):
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"})
+    config["model"]["reference"] = str(tiny_gpt2)
+    config["data"]["eval"] = None
+    (tmp_path / "recipe.json").write_text(json.dumps(config | {"reward": [reward_file()]}))
+    said = command("train", tmp_path / "recipe.json", "--dry-run")
+    assert said.code == 0 and "π_0" in said.out
+    plain = memory_estimate(build(config), *parameters_of(build(config)))
+    assert parameters_of(build(config), "reference")[0] * 4 / 1e9 == plain["π_0"]
+    config["model"] |= {"reference": None, "lora": {}}
+    assert "π_0" not in memory_estimate(build(config), *parameters_of(build(config)))
+
+    save_adapter(tiny, tmp_path / "sft", ["q_proj", "lm_head"])
+    config["model"] |= {"reference": str(tmp_path / "sft"), "lora": None}
+    run = dualign.train(config, reward=vowels, quiet=True)
+    how = Generation([Prompt("a", "say this:")], 8, 0.0, 1, 0, tmp_path / "outputs")
+    found = points(str(run.folder), how)
+    assert [(p.name, p.batches) for p in found] == [("π_0", 0), ("the start", 0), ("batch 3", 3)]
+    texts = {p.name: next(iter(p)).text for p in found}
+    named = points(str(tmp_path / "sft"), how) + points(str(tiny), how)
+    assert [texts["π_0"], texts["the start"]] == [next(iter(p)).text for p in named] and texts["π_0"] != texts[
+        "the start"
+    ]

@@ -112,17 +112,18 @@ def points(source: str, how: Generation) -> list[Outputs]:
 
 def _evaluations(folder: Path) -> list[Outputs]:
     """What a run's own evaluations sampled: costs nothing."""
+    from dualign import config as configs
     from dualign.runs import Run
 
     run = Run.open(folder)
     files = sorted(run.evaluations.glob("*.parquet"))
     if not files:
         raise UserError(f"{folder}: the run evaluated nothing; name held-out prompts with --prompts")
-    found = []
+    found, model = [], configs.load(run.config_file).model
     for file in files:
         step = int(file.stem)
         rows, _ = run.read_evaluation(step)
-        found.append(Outputs(_name(step), grouped(map(_answer, rows)), step, labels_at(run.metrics(), step)))
+        found.append(Outputs(_name(step, model), grouped(map(_answer, rows)), step, labels_at(run.metrics(), step)))
     return found
 
 
@@ -132,9 +133,19 @@ def _checkpoints(folder: Path, how: Generation) -> list[Outputs]:
 
     run = Run.open(folder)
     first = configs.load(folder / "config.yaml").model
-    models = [(0, first)] + [(int(p.name), saved_model(first, p)) for p in run.saved() if "+" not in p.name]
+    saved = [(int(p.name), saved_model(first, p)) for p in run.saved() if "+" not in p.name]
+    models = [(_name(step, first), step, model) for step, model in [(0, first), *saved]]
+    if first.reference is not None:
+        models.insert(0, ("π_0", 0, pi_0_of(first)))
     metrics = run.metrics()
-    return [Outputs(_name(step), grouped(generate(m, how)), step, labels_at(metrics, step)) for step, m in models]
+    return [Outputs(name, grouped(generate(m, how)), step, labels_at(metrics, step)) for name, step, m in models]
+
+
+def pi_0_of(first: ModelConfig) -> ModelConfig:
+    """The model that a run's π_0 is: the one that model.reference names, or that training starts from."""
+    if first.reference is None:
+        return first
+    return first.model_copy(update={"name": first.reference, "revision": first.reference_revision})
 
 
 def saved_model(first: ModelConfig, checkpoint: Path) -> ModelConfig:
@@ -142,8 +153,8 @@ def saved_model(first: ModelConfig, checkpoint: Path) -> ModelConfig:
     return first.model_copy(update={"name": str(checkpoint), "revision": None, "chat_template": None})
 
 
-def _name(step: int) -> str:
-    return f"batch {step}" if step else "π_0"
+def _name(step: int, model: ModelConfig) -> str:
+    return f"batch {step}" if step else "π_0" if model.reference is None else "the start"
 
 
 def labels_at(metrics: Sequence[dict[str, Any]], step: int) -> int:

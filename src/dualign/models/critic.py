@@ -25,8 +25,7 @@ class Critic(Policy):
         decoder: Any = copy.deepcopy(policy.base)
         self.model = self.base = decoder.requires_grad_(True)
         self.head = None
-        width = policy.model.config.get_text_config().hidden_size
-        self.value = nn.Linear(width, 1)
+        self.value = nn.Linear(policy.width(), 1)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
 

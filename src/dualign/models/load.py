@@ -64,7 +64,7 @@ def load_reference(config: ModelConfig, tokenizer: Tokenizer) -> Any:
 def context_of(config: Any) -> int:
     """Tokens that a model can see, by its configuration; of one that reads images, too, its text part's."""
     for part in (config.get_text_config(), config):
-        for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
             if isinstance(found := getattr(part, name, None), int) and found > 0:
                 return found
     return 1 << 30

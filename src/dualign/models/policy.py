@@ -90,6 +90,14 @@ class Policy(nn.Module):
         out = self.base(**_inputs(micro)).last_hidden_state
         return out.flatten(0, 1).index_select(0, micro.predictor_M)
 
+    @torch.no_grad()
+    def width(self) -> int:
+        """H, found out by trying: some decoders project what they say to another width than that of their layers."""
+        tokens, training = self._sample_tokens(), self.training
+        hidden_MH = self.eval().hidden(self.pack(tokens, range(len(tokens)), 0))
+        self.train(training)
+        return hidden_MH.shape[-1]
+
     def forward(self, micro: MicroBatch) -> Tensor:
         """(n, T) log π(token | before), untempered, 0 beyond each completion's end."""
         with self.autocast():
