@@ -58,9 +58,8 @@ def evaluate(
     rows = everyones(engine, lambda: labeller.rows(engine.mine(chosen), sampling, seed, clock))
     b = labelled(done, rows)
     every = tokens_of(b.rows)  # how far the policy is from π_0 needs no label
-    at_start = done == 0 and config.model.reference is None  # π_0 is exactly π_0
     with clock("score"):
-        if at_start:
+        if at_pi_0(config, done):
             gap = np.zeros(len(every))
         else:
             policy_NT, reference_NT = engine.score(engine.policy, every), engine.score_reference(every)
@@ -75,7 +74,7 @@ def evaluate(
         reward_ci=half_width(per_prompt),
         reward_sd=float(reward.std(ddof=1)) if len(reward) > 1 else 0.0,
         kl=float(kl.mean()) if len(kl) else float("nan"),
-        kl_ci=0.0 if at_start else half_width(kl),
+        kl_ci=0.0 if at_pi_0(config, done) else half_width(kl),  # π_0 is exactly π_0
         length=float(np.mean([len(row.rollout.completion_ids) for row in b.rows])),
         missing_eos=float(np.mean([row.rollout.finish == "length" for row in b.rows])),
         absent=b.absent / len(b.rows),
@@ -86,6 +85,11 @@ def evaluate(
         top_p=r.top_p,
     )
     return result, list(b.rows)
+
+
+def at_pi_0(config: Config, done: int) -> bool:
+    """Whether the policy is still π_0 itself, so that nothing between the two is to be measured."""
+    return done == 0 and config.model.reference is None
 
 
 def kl_name(sampling: Mapping[str, Any]) -> str:
@@ -124,7 +128,7 @@ def gains(before: Sequence[Row], after: Sequence[Row], penalty: float) -> dict[s
         found["trained"] = change(before, after, lambda row: penalised(row, penalty).label.value)
     names = sorted({name for row in before for name in row.label.parts or {}})
     if len(names) > 1:
-        found["rewards"] = {name: change(before, after, _part(name)) for name in names}
+        found["rewards"] = {name: change(before, after, part_of_label(name)) for name in names}
     return found
 
 
@@ -162,7 +166,7 @@ def gain(
     return none_for_nan(measured) | {"n": len(shared)}
 
 
-def _part(name: str) -> Value:
+def part_of_label(name: str) -> Value:
     return lambda row: (row.label.parts or {}).get(name)
 
 

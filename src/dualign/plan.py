@@ -82,7 +82,9 @@ def print_plan(config: Config) -> None:
         print(f"data: {_most(c, reader)}{train} rows of {c.data.train}; {epochs:.2f} epochs")
     held = 0
     if c.data.eval:
-        held = _count(lambda say: load_heldout(c, reader, say) if reader else _held(c), c.data.eval, faults)
+        held = _count(
+            lambda say: load_heldout(c, reader, say, bool(c.reward)) if reader else _held(c), c.data.eval, faults
+        )
         if held:
             print(f"held out: {_most(c, reader)}{held} rows of {c.data.eval}, drawn")
     print(
@@ -126,7 +128,9 @@ def _reader(config: Config) -> _Reader | None:
             generation = GenerationConfig.from_pretrained(name, **source)
         except OSError:
             generation = GenerationConfig.from_model_config(hf)
-        tokenizer = load_tokenizer(config.model, SimpleNamespace(config=hf, generation_config=generation))
+        embedding = SimpleNamespace(weight=range(hf.get_text_config().vocab_size))
+        told = SimpleNamespace(generation_config=generation, get_input_embeddings=lambda: embedding)
+        tokenizer = load_tokenizer(config.model, told)
     except (OSError, ValueError, UserError):
         return None
     return _Reader(tokenizer, context_of(hf))
@@ -146,7 +150,8 @@ def _rows(c: Config) -> Sequence[Any]:
 
 def _held(c: Config) -> Sequence[Any]:
     assert c.data.eval is not None
-    return data.draw(data.load_prompts(c.data.eval, c.data, c.data.eval_split), c.eval.prompts)
+    prompts = data.load_prompts(c.data.eval, c.data, c.data.eval_split)  # of pairs and demonstrations, as many rows
+    return data.draw(prompts, c.eval.prompts)
 
 
 def _count(load: Callable[[Callable[[str], None]], Sequence[Any]], source: str, faults: list[str]) -> int:

@@ -43,7 +43,11 @@ class ModelConfig(Settings):
 
 class DataConfig(Settings):
     train: str = Field(description="a .jsonl[.gz], .json or .parquet file, a data set's name, or builtin:quickstart")
-    eval: str | None = Field(None, description="held-out prompts, likewise; none: no before/after evaluation")
+    eval: str | None = Field(
+        None,
+        description="held-out prompts, likewise; where a system on a fixed set has no reward, held-out pairs or "
+        "demonstrations; none: no before/after evaluation",
+    )
     split: str = Field("train", description="split of a data set taken by name")
     eval_split: str = Field("test", description="the same of the held-out prompts")
     subset: str | None = Field(None, description="configuration of a data set taken by name")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -186,12 +185,13 @@ class DatasetSource:
     def collect(self, step: int, clock: Clock) -> list[Row]:
         with clock("read"):
             numbered = list(enumerate(self.stream.at(step)))
-            return [row for g, example in self.engine.mine(numbered) for row in self._rows(g, example)]
+            return [row for g, example in self.engine.mine(numbered) for row in self.rows_of(g, example)]
 
     def prompt_ids(self, step: int) -> list[tuple[int, ...]]:
         return [encoded(example, self.size, self.engine.tokenizer)[0] for example in self.stream.at(step)]
 
-    def _rows(self, group: int, example: Example) -> Iterator[Row]:
+    def rows_of(self, group: int, example: Example) -> Iterator[Row]:
+        """One row per completion of the example, as the online batch's group `group`."""
         prompt_ids, completions = encoded(example, self.size, self.engine.tokenizer)
         for i, ids in enumerate(completions):
             text, finish = example.completions[i], example.finish[i]
@@ -309,10 +309,15 @@ class Reads(Protocol):
         ...
 
 
-def load_heldout(config: Config, engine: Reads, say: Callable[[str], None]) -> list[Request]:
-    """eval.prompts of the held-out prompts, drawn from those that fit; always the same ones."""
+def load_heldout(
+    config: Config, engine: Reads, say: Callable[[str], None], judged: bool = True
+) -> list[Request] | list[Example]:
+    """eval.prompts of what is held out, drawn from what fits; always the same. Where nobody judges answers, a system that
+    learns from a fixed set has rows of such a set held out. Raises UserError where these are prompts alone."""
     d, new_tokens = config.data, config.rollout.max_new_tokens
     assert d.eval is not None
+    if not judged and config.algo.source != "online":
+        return _heldout_examples(config, engine, say, d.eval)
     prompts = data.load_prompts(d.eval, d, d.eval_split)
     limit, count = d.max_prompt_tokens, config.eval.prompts
     return requests_of(prompts, engine.tokenizer, engine.context, new_tokens, limit, say, count, 0, d.bad_rows)
@@ -328,20 +333,47 @@ def load_stream(config: Config, engine: Reads, say: Callable[[str], None]) -> li
         return requests_of(prompts, engine.tokenizer, context, new, limit, say, bad_rows=d.bad_rows)
     examples = data.load_examples(d.train, d, d.split)
     _mention_plain_text([e.prompt for e in examples], engine, say)
+    return _fitting(config, engine, say, "data.train", d.train, examples)
+
+
+def _heldout_examples(config: Config, engine: Reads, say: Callable[[str], None], source: str) -> list[Example]:
+    d = config.data
+    try:
+        examples = data.load_examples(source, d, d.eval_split)
+    except UserError as error:
+        raise UserError(
+            f"data.eval: without a reward, {config.algo.name} is evaluated on held-out {config.algo.source}: {error}. "
+            "Name some, give a reward that judges answers to prompts, or set data.eval: null"
+        ) from None
+    return _fitting(config, engine, say, "data.eval", source, examples, config.eval.prompts)
+
+
+def _fitting(
+    config: Config,
+    engine: Reads,
+    say: Callable[[str], None],
+    key: str,
+    source: str,
+    examples: Sequence[Example],
+    count: int | None = None,
+) -> list[Example]:
+    """`count` (None: all) of the examples that have tokens and are not too long."""
+    d = config.data
     if len(examples[0].completions) < config.group:
-        raise UserError(f"data.train: {config.algo.name} needs preference pairs (chosen, rejected); {d.train} has none")
-    tokenizer, refused, kept = engine.tokenizer, Refused(d.bad_rows), []
+        raise UserError(f"{key}: {config.algo.name} needs preference pairs (chosen, rejected); {source} has none")
+    refused, long = Refused(d.bad_rows), 0
 
-    def short(example: Example) -> bool:
-        return fits(example, config.group, tokenizer, context, d.max_prompt_tokens, d.bad_rows == "skip")
+    def keep(example: Example) -> bool:
+        nonlocal long
+        limit, skip = d.max_prompt_tokens, d.bad_rows == "skip"
+        fit = refused.unless(lambda: fits(example, config.group, engine.tokenizer, engine.context, limit, skip))
+        long += fit is False
+        return bool(fit)
 
-    for example in examples:
-        if refused.unless(partial(short, example)):
-            kept.append(example)
-    read = len(examples) - refused.count
-    refused.tell(read, say)
-    if len(kept) < read:
-        say(f"left out {read - len(kept)} of {len(examples)} rows that are too long")
+    kept = data.draw(examples, count, keep=keep)
+    refused.tell(len(kept) + long, say)
+    if long:
+        say(f"left out {long} of {len(kept) + long + refused.count} rows that are too long")
     if not kept:
-        raise UserError("data: no rows are left")
+        raise UserError(f"{key}: no rows are left" if count else "data: no rows are left")
     return kept

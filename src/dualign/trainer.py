@@ -20,7 +20,6 @@ from dualign.algos import Algorithm, Batch
 from dualign.annotate.base import Annotator
 from dualign.annotate.function import name_of
 from dualign.batch import (
-    Row,
     WeightedBatch,
     check_finite,
     has_signal,
@@ -34,13 +33,14 @@ from dualign.batch import (
 from dualign.config import Config, build, dump
 from dualign.engine import Engine, Sums
 from dualign.errors import AbsentError, RewardError, StopRun, UserError
-from dualign.heldout import HeldOut, distinct, evaluate, gains
+from dualign.evaluations import Evaluations, stop_if_absent
+from dualign.heldout import distinct
 from dualign.interrupt import Interrupts, StopAsked
 from dualign.models.adapters import own_base
 from dualign.models.dates import freeze_date
 from dualign.processes import everyones
 from dualign.resume import Changes, check_prompts, check_same_run, told
-from dualign.rollout.base import Request, Sampler
+from dualign.rollout.base import Sampler
 from dualign.runs import Run
 from dualign.source import (
     PENALTY,
@@ -49,7 +49,6 @@ from dualign.source import (
     Labeller,
     OnlineSource,
     Source,
-    load_heldout,
     load_stream,
 )
 from dualign.view import View, plan_lines, warnings_of
@@ -133,9 +132,9 @@ class Trainer:
             self.source = OnlineSource(config, engine, self.labeller, stream)  # type: ignore[arg-type]
         else:
             self.source = DatasetSource(config, engine, stream)  # type: ignore[arg-type]
-        self.heldout = self._heldout()
+        self.evaluations = Evaluations(config, engine, run, self.labeller, view)
         self.labels = 0
-        view.plan(plan_lines(config, engine, len(stream), len(self.heldout)))
+        view.plan(plan_lines(config, engine, len(stream), len(self.evaluations.heldout)))
 
     def fit(self) -> None:
         start, skip, losses = self._restore()
@@ -143,8 +142,8 @@ class Trainer:
         for step in range(start, self.config.train.online_batches):
             clock = Clock()
             try:
-                if skip == 0 and self._evaluation_due(step):
-                    self._evaluate(step)
+                if skip == 0 and self.evaluations.due(step):
+                    self.evaluations.evaluate(step)
                 stored = self.run.read_batch(step)
                 b, begun = (stored, None) if stored else self._collect(step, clock)
             except StopAsked as asked:
@@ -168,7 +167,7 @@ class Trainer:
         self.engine.make_room()
         self.run.journal.begin(self.run.batch_path(step).with_suffix(""))
         b = labelled(step, everyones(self.engine, lambda: self.source.collect(step, clock)))
-        self._stop_if_absent(f"online batch {step}", b.rows)
+        stop_if_absent(self.run, self.config.train.max_absent, f"online batch {step}", b.rows)
         self.view.phase(step, "scoring")
         engine, algo = self.engine, self.algo
         with clock("score"):
@@ -186,23 +185,6 @@ class Trainer:
                 self.run.write_batch(b)
             engine.barrier()
         return b, begun
-
-    def _stop_if_absent(self, where: str, rows: Sequence[Row], needed: bool = False) -> None:
-        """Raises AbsentError where more completions than may have no label, or none has one that is `needed`. A resume asks
-        for those again."""
-        absent = [row.label.reason or "" for row in rows if row.label.value is None]
-        limit = self.config.train.max_absent
-        if rows and len(absent) / len(rows) > limit:
-            why = f"more than train.max_absent={limit} allows"
-        elif needed and len(absent) == len(rows):
-            why = "and without any there is nothing to report"
-        else:
-            return
-        self.run.journal.retry_absent()
-        raise AbsentError(
-            f"{where}: {len(absent)} of {len(rows)} completions have no label, {why}. "
-            f"Reasons: {'; '.join(sorted(set(absent))[:5])}"
-        )
 
     def _update(
         self, b: WeightedBatch, begun: Sums | None, skip: int, losses: list[dict[str, float]], clock: Clock
@@ -243,48 +225,16 @@ class Trainer:
         if done in self._checkpoint_steps():
             self._checkpoint(done, 0, [])
 
-    # --- evaluation ---
-
-    def _heldout(self) -> list[Request]:
-        if self.config.data.eval is None or self.labeller is None:
-            return []
-        return load_heldout(self.config, self.engine, self.view.say)
-
-    def _evaluation_due(self, done: int) -> bool:
-        every = self.config.eval.every
-        return done == 0 or bool(every and done % every == 0)
-
-    def _evaluate(self, done: int) -> HeldOut | None:
-        """Of the policy after `done` online batches, unless a run that was killed since has done it."""
-        if not self.heldout or self.labeller is None:
-            return None
-        if self.run.evaluation_path(done).exists():
-            return HeldOut(**self.run.read_evaluation(done)[1])
-        self.view.phase(done, "evaluating on held-out prompts")
-        self.engine.make_room()
-        self.run.journal.begin(self.run.evaluation_path(done).with_suffix(""))
-        result, rows = evaluate(self.config, self.engine, self.labeller, self.heldout, done)
-        self._stop_if_absent(f"held-out evaluation after {done} online batches", rows, needed=True)
-        if self.engine.main:
-            self.run.write_evaluation(done, rows, result.record())
-        self.engine.track(done, {"heldout": result.record()})
-        self.view.evaluation(result)
-        return result
-
     def _summarise(self) -> None:
         total = self.config.train.online_batches
         try:
-            after = self._evaluate(total)
+            self.evaluations.evaluate(total)
         except StopAsked as asked:
             raise StopRun(f"stopped by {asked} in the last evaluation; all of it is kept") from None
         if not self.engine.main:
             return
         summary: dict[str, Any] = {"online_batches": total, "labels": self.labels, "algo": self.algo.name}
-        if after is not None:
-            first_rows, first = self.run.read_evaluation(0)
-            last_rows, last = self.run.read_evaluation(total)
-            penalty = self.config.rollout.missing_eos_penalty
-            summary |= {"before": first, "after": last, "penalty": penalty} | gains(first_rows, last_rows, penalty)
+        summary |= self.evaluations.before_and_after(total)
         seconds: dict[str, float] = {}
         for record in self.run.metrics():
             for phase, spent in record["seconds"].items():
@@ -380,10 +330,14 @@ def batch_record(b: WeightedBatch, losses: list[dict[str, float]]) -> dict[str, 
     """One line of metrics.jsonl: what was sampled, how it was rewarded and weighted, and how the updates went."""
     batch = b.batch
     lengths = [len(row.rollout.completion_ids) for row in b.rows]
-    record: dict[str, Any] = {
-        "step": b.step,
+    sampled = any(row.rollout.sampler_logp for row in b.rows)
+    rewarded: dict[str, Any] = {
         "reward": float(batch.reward_N.mean()) if len(batch) else None,
         "reward_std": float(batch.reward_N.std()) if len(batch) > 1 else 0.0,
+    }
+    record: dict[str, Any] = {
+        "step": b.step,
+        **(rewarded if sampled else {}),  # a fixed set has none: its 1 and 0 say which answer was chosen
         "length": float(np.mean(lengths)),
         "missing_eos": float(np.mean([row.rollout.finish == "length" for row in b.rows])),
         "distinct": distinct([row.rollout.text for row in b.rows]),
@@ -401,7 +355,7 @@ def batch_record(b: WeightedBatch, losses: list[dict[str, float]]) -> dict[str, 
         record[f"{name}/mean"] = float(np.mean(labels)) if labels else None
     if batch.logp_old_NT is not None and batch.logp_ref_NT is not None:
         record["kl"] = float((batch.seq_old_N - batch.seq_ref_N).mean())
-    if batch.logp_old_NT is not None and any(row.rollout.sampler_logp for row in b.rows):
+    if batch.logp_old_NT is not None and sampled:
         gap_N = ((batch.logp_old_NT - recorded_logp(b)) * batch.mask_NT).sum(-1)
         record["sampler_gap"] = float(gap_N.abs().mean())  # 0 where log π_t is what was recorded
     for name in dict.fromkeys(name for loss in losses for name in loss):

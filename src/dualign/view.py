@@ -16,7 +16,8 @@ from dualign.algos import Algorithm
 from dualign.config import Config
 from dualign.errors import clean
 from dualign.heldout import HeldOut, key_of, kl_name
-from dualign.intervals import known, plus_minus, too_few
+from dualign.heldout_set import HeldOutSet
+from dualign.intervals import bracket, known, plus_minus, too_few
 
 if TYPE_CHECKING:
     from dualign.engine import Engine
@@ -86,7 +87,10 @@ class View:
                 self.said.add(warning)
                 self.say(f"note (batch {record['step']}): {warning}")
 
-    def evaluation(self, result: HeldOut) -> None:
+    def evaluation(self, result: HeldOut | HeldOutSet) -> None:
+        if isinstance(result, HeldOutSet):
+            self.say(f"held-out {result.data} after {result.batches} batches: {_of_set(result.record())}")
+            return
         absent = f", absent {result.absent:.0%} of the labels" if result.absent else ""
         of = f" of {result.asked}" if result.asked is not None and result.asked > result.prompts else ""
         self.say(
@@ -104,7 +108,8 @@ class View:
             self.live.stop()
             self.live = None
         if "after" in summary:
-            self.console.print(_answers(run, summary["online_batches"]))
+            if "changes" not in summary:
+                self.console.print(_answers(run, summary["online_batches"]))
             for line in verdict(summary):
                 self.say(line)
         spent = summary["seconds"]
@@ -185,7 +190,7 @@ def warnings_of(record: dict[str, Any], algo: Algorithm) -> list[str]:
             "the batch was left out" if record.get("skipped") == 1 else f"what its step is then: {algo.without_signal}"
         )
         found.append(f"{equal}: there is nothing to learn from; check the reward. {step} (train.no_signal)")
-    elif record["reward_std"] == 0 and algo.source == "online":
+    elif record.get("reward_std") == 0 and algo.source == "online":
         found.append("all rewards are equal: there is nothing to learn from; check the reward")
     if record.get("tied", 0) > 0.8:
         found.append(
@@ -204,6 +209,8 @@ def warnings_of(record: dict[str, Any], algo: Algorithm) -> list[str]:
 
 def verdict(summary: dict[str, Any]) -> list[str]:
     """Did it get better, by how much, and at what price, in words."""
+    if "changes" in summary:
+        return _verdict_of_set(summary)
     before, after = summary["before"], summary["after"]
     n = summary.get("n", after["prompts"])  # a run of before does not say how many prompts have both labels
     gain, half, scale = summary["gain_sd"], summary["gain_sd_ci"], "standard deviations"
@@ -232,6 +239,30 @@ def verdict(summary: dict[str, Any]) -> list[str]:
             "to what the reward likes best; lower train.lr, raise algo.beta, or bound the reward (reward.N.clip)"
         )
     return lines
+
+
+def _verdict_of_set(summary: dict[str, Any]) -> list[str]:
+    """Of a system that learns from a fixed set: how its numbers on held-out rows of such a set changed."""
+    lines = []
+    for name, change in summary["changes"].items():
+        form = "{:.1%}" if name == "accuracy" else "{:.3f}"
+        before, after = (_text(summary[at][name], form) for at in ("before", "after"))
+        moved = plus_minus(change["change"], change["change_ci"], change["n"], "{:+.3f}")
+        sign = -1 if name == "loss" else 1
+        word = _better(sign * change["change"], change["change_ci"], change["n"])
+        data = f"{change['n']} {summary['after']['data']}"
+        lines.append(f"held-out {name} {before} -> {after}: {moved} (95 % interval over {data}): {word}")
+    return lines
+
+
+def _of_set(record: dict[str, Any]) -> str:
+    n = record["rows"]
+    said = [f"loss {plus_minus(record['loss'], record['loss_ci'], n, '{:.3f}')}"]
+    if record["margin"] is not None:
+        accuracy = {k: record[f"accuracy{v}"] for k, v in (("value", ""), ("low", "_low"), ("high", "_high"))}
+        said += [f"margin {plus_minus(record['margin'], record['margin_ci'], n, '{:+.3f}')}"]
+        said += [f"accuracy {bracket(accuracy, '{:.0%}')}"]
+    return f"{', '.join(said)} ({n} {record['data']}, {record['seconds']:.1f} s)"
 
 
 def _better(gain: float | None, half: float | None, n: int) -> str:

@@ -119,6 +119,8 @@ def _points(run: Run, labels: Sequence[int], seconds: float, alpha: float) -> It
     for path in sorted(run.evaluations.glob("*.parquet")):
         e = json.loads(pq.read_schema(path).metadata[b"dualign"])["stats"]
         done = e["batches"]
+        if "reward" not in e:  # a fixed set's loss, margin, accuracy
+            continue
         measured = {key: e[key] for key in ("reward", "kl", "length", "missing_eos")}
         measured |= {"kl_interpolated": alpha * e["kl"], "distinct": _distinct(path)}
         yield Point(done, labels[done], seconds * done, prompts=e["prompts"], **measured)

@@ -122,7 +122,11 @@ def _evaluations(folder: Path) -> list[Outputs]:
     found, model = [], configs.load(run.config_file).model
     for file in files:
         step = int(file.stem)
-        rows, _ = run.read_evaluation(step)
+        rows, stats = run.read_evaluation(step)
+        if "data" in stats:
+            raise UserError(
+                f"{folder}: the run evaluated on held-out {stats['data']} and sampled nothing; name --prompts"
+            )
         found.append(Outputs(_name(step, model), grouped(map(_answer, rows)), step, labels_at(run.metrics(), step)))
     return found
 

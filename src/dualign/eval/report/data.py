@@ -111,14 +111,18 @@ def _run(folder: Path, name: str, budget: int) -> RunData:
     steps = sorted(int(p.stem) for p in run.batches.glob("*.parquet"))
     done = sorted(int(p.stem) for p in run.evaluations.glob("*.parquet"))
     tables = {step: run.evaluations / f"{step:06d}.parquet" for step in done}
+    stats = {step: _stats(path) for step, path in tables.items()}
+    sampled = {
+        step: path for step, path in tables.items() if "data" not in stats[step]
+    }  # else a fixed set's own answers
     return RunData(
         folder=folder,
         name=name,
         config_text=(folder / "config.yaml").read_text(encoding="utf-8"),
         metrics=run.metrics(),
         summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
-        heldout=[{"batches": step, **_stats(path)} for step, path in tables.items()],
-        answers=_within(tables, budget // 3),
+        heldout=[{"batches": step, **stats[step]} for step in tables],
+        answers=_within(sampled, budget // 3),
         batches=_within({step: run.batch_path(step) for step in steps}, budget - budget // 3),
         batch_count=len(steps),
         weights={step: _weights(run.batch_path(step)) for step in evenly(steps, HISTOGRAMS)},

@@ -88,6 +88,16 @@ def length(figure: Figure, runs: Sequence[RunData]) -> Rows:
     return _lines(figure.subplots(), runs, "length", "tokens per completion")
 
 
+def _of_set(key: str, label: str) -> Plot:
+    """What a system on a fixed set shows, in training and on held-out rows, where it was evaluated on such."""
+
+    def plot(figure: Figure, runs: Sequence[RunData]) -> Rows | None:
+        some = [run for run in runs if any(h.get(key) is not None for h in run.heldout)]
+        return _lines(figure.subplots(), some, key, label) if some else None
+
+    return plot
+
+
 def missing_eos(figure: Figure, runs: Sequence[RunData]) -> Rows:
     axes = figure.subplots()
     rows = _lines(axes, runs, "missing_eos", "share without EOS")
@@ -255,6 +265,21 @@ def second(figure: Figure, runs: Sequence[RunData]) -> Rows:
 PLOTS: dict[str, tuple[str, str, Plot]] = {
     "reward": ("Reward", "Mean reward over online batches, and on held-out prompts with 95 % intervals", reward),
     "winrate": ("Win rate", "Win rate against labels bought, raw and length-controlled", winrate),
+    "loss": (
+        "Loss",
+        "Mean loss of training batches, and of held-out rows with 95 % intervals",
+        _of_set("loss", "loss"),
+    ),
+    "margin": (
+        "Margin",
+        "Mean margin of chosen over rejected answers, in training and held out",
+        _of_set("margin", "margin"),
+    ),
+    "accuracy": (
+        "Accuracy",
+        "Share of pairs whose chosen answer is ahead, in training and held out",
+        _of_set("accuracy", "share of pairs"),
+    ),
     "pareto": ("Reward against KL", "Held-out reward against the distance to π_0; numbers are online batches", pareto),
     "kl": (
         "Distance to π_0",
