@@ -123,6 +123,20 @@ def test_a_model_is_its_weights_settings_tokenizer_and_template(tiny, tmp_path):
         (folder / name).write_bytes(kept)
 
 
+def test_a_hubs_model_is_the_commit_that_is_here(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = []
+    for commit in ("a" * 40, "b" * 40):
+        folder = tmp_path / "models--org--model" / "snapshots" / commit
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (tmp_path / "models--org--model" / "refs").mkdir(exist_ok=True)
+        (tmp_path / "models--org--model" / "refs" / "main").write_text(commit)
+        found.append(digests.of_model("org/model"))
+    assert found == [{"commit": "a" * 40}, {"commit": "b" * 40}] and digests.of_model("org/other") == {}
+    assert digests.of_model("org/model", "a" * 40) == found[0] and "commit has changed" in digests.changed(*found)
+
+
 def test_data_are_their_bytes_or_their_rows(tmp_path):
     import datasets
 

@@ -43,6 +43,17 @@ ALLOWED = (  # none of these changes a number that is already in the folder
     "reward.*.base_url",
 )
 
+PLACES = (  # these may where the same is found in another place
+    "model.name",
+    "model.reference",
+    "model.chat_template",
+    "data.train",
+    "data.eval",
+    "reward.*.path",
+    "reward.*.model",
+    "reward.*.rubric",
+)
+
 
 def resumed_config(folder: Path, overrides: Iterable[str]) -> Config:
     """The run's own configuration with overrides. Raises UserError for a key that may not change any more."""
@@ -58,7 +69,7 @@ def check_changes(run: Run, config: Config) -> None:
     stored = configs.load(run.config_file)
     for key in configs.differences(stored, config):
         generic = ".".join("*" if part.isdigit() else part for part in key.split("."))
-        if generic not in ALLOWED and key != "run.dir":
+        if generic not in ALLOWED and key != "run.dir" and not (generic in PLACES and _moved(run, config, key)):
             raise UserError(
                 f"{key} cannot change on resume: what is stored was made with its old value. These can: {', '.join(ALLOWED)}"
             )
@@ -67,6 +78,15 @@ def check_changes(run: Run, config: Config) -> None:
                 "train.online_batches cannot change on resume where train.decay is set: the rates of the updates that are "
                 "done depend on it"
             )
+
+
+def _moved(run: Run, config: Config, key: str) -> bool:
+    """Whether `key` names another place of what the run was made from. (Of a function's file, the same function.)"""
+    old, new = configs.differences(configs.load(run.config_file), config)[key]
+    then: Digests = (run.about.get("inputs") or {}).get(key) or {}
+    now = digests.of_run(config).get(key) or {}
+    same_function = not key.endswith(".path") or str(old).rpartition(":")[2] == str(new).rpartition(":")[2]
+    return bool(then and now) and same_function and digests.changed(then, now) is None
 
 
 @dataclass(frozen=True)

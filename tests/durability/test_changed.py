@@ -95,6 +95,18 @@ def test_what_is_the_same_may_be_written_anew(there):
     assert command("resume", there / "run", MORE).code == 0 and len(metrics(there / "run")) == 4
 
 
+def test_a_place_may_change_where_what_is_there_is_the_same(there):
+    for name in ("prompts.jsonl", "rewards.py"):
+        (there / "run" / name).write_bytes((there / name).read_bytes())
+    (there / "rewards.py").unlink()
+    moved = [f"data.train={there / 'run/prompts.jsonl'}", f"reward.0.path={there / 'run/rewards.py'}:scored"]
+    assert command("resume", there / "run", MORE).code == 2
+    assert command("resume", there / "run", MORE, *moved).code == 0 and len(metrics(there / "run")) == 4
+    for other in (f"data.train={there / 'run/rewards.py'}", f"reward.0.path={there / 'run/rewards.py'}:other"):
+        said = command("resume", there / "run", "train.online_batches=5", other)
+        assert said.code == 2 and f"{other.partition('=')[0]} cannot change on resume" in said.err
+
+
 def test_a_run_that_never_said_what_it_was_made_from_goes_on_and_says_so(there):
     run = Run.open(there / "run")
     run.note(inputs=None, begun=None)
