@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import dualign
+from conftest import make_model, make_tokenizer
 from dualign.cli import application
 from dualign.errors import UserError
 from dualign.eval.asking import Asking
@@ -263,3 +264,21 @@ def test_a_reward_that_may_have_changed_since_the_run_is_said(tiny, world, tmp_p
 
     with pytest.raises(UserError, match=r"reward function 0 \(python_only\): .* changed since the run began"):
         mean_reward([str(world["c"])], reward=python_only)
+
+
+def test_pi_0_is_the_reference_that_a_run_names(tiny, world, tmp_path):
+    """And what training started from is not called π_0."""
+    tokenizer = make_tokenizer()
+    reference = tmp_path / "reference"
+    make_model("llama", len(tokenizer), tokenizer.eos_token_id, seed=1).save_pretrained(reference)
+    tokenizer.save_pretrained(reference)
+    config = tree(tiny, world["prompts"], tmp_path / "run", {"name": "dar"}, online_batches=1)
+    config["model"] |= {"reference": str(reference), "precision": "bf16"}  # as models are sampled by name
+    run = str(dualign.train(config, reward=sums, quiet=True).folder)
+    result, _ = win_rate([run], reward=sums)
+    assert [p["b"] for p in result["systems"][0]["points"]] == ["the start"]
+    asking = Asking(str(world["prompts"]), max_new_tokens=6)
+    result, _ = mean_reward([run, str(reference), str(tiny)], reward=sums, asking=asking, out=tmp_path / "x.json")
+    of_run, *others = [{p["name"]: p["reward"]["value"] for p in s["points"]} for s in result["systems"]]
+    assert list(of_run) == ["π_0", "the start", "batch 1"]
+    assert [of_run["π_0"], of_run["the start"]] == [value for other in others for value in other.values()]

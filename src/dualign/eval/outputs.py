@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dualign.responses import Responses
 
 log = logging.getLogger(__name__)
+PI_0 = "π_0"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
@@ -140,7 +141,7 @@ def _checkpoints(folder: Path, how: Generation) -> list[Outputs]:
     saved = [(int(p.name), saved_model(first, p)) for p in run.saved() if "+" not in p.name]
     models = [(_name(step, first), step, model) for step, model in [(0, first), *saved]]
     if first.reference is not None:
-        models.insert(0, ("π_0", 0, pi_0_of(first)))
+        models.insert(0, (PI_0, 0, pi_0_of(first)))
     metrics = run.metrics()
     return [Outputs(name, grouped(generate(m, how)), step, labels_at(metrics, step)) for name, step, m in models]
 
@@ -158,7 +159,7 @@ def saved_model(first: ModelConfig, checkpoint: Path) -> ModelConfig:
 
 
 def _name(step: int, model: ModelConfig) -> str:
-    return f"batch {step}" if step else "π_0" if model.reference is None else "the start"
+    return f"batch {step}" if step else PI_0 if model.reference is None else "the start"
 
 
 def labels_at(metrics: Sequence[dict[str, Any]], step: int) -> int:

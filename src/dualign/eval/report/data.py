@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from dualign.errors import UserError
 from dualign.eval import results
+from dualign.eval.outputs import PI_0
 from dualign.eval.show import asked
 from dualign.heldout import kl_name
 from dualign.runs import Run, read_table
@@ -24,7 +25,6 @@ LONGEST = 4000  # characters shown of one text
 HISTOGRAMS = 60  # batches in the figure of weights
 
 Json = dict[str, Any]
-PI_0 = "π_0"
 
 
 @dataclass(frozen=True)

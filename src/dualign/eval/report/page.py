@@ -11,7 +11,8 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from dualign.eval.report.data import PI_0, Json, RunData, heldout_kl_name
+from dualign.eval.outputs import PI_0
+from dualign.eval.report.data import Json, RunData, heldout_kl_name
 from dualign.eval.report.figures import Drawn
 from dualign.eval.show import asked
 from dualign.intervals import FEW, bracket, known, plus_minus
