@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterable, Iterator
@@ -26,8 +27,11 @@ else:
     AlgorithmConfig = Annotated[reduce(or_, ALGORITHMS.values()), Field(discriminator="name")]
 
 
+DEFAULT = "dar"
+
+
 class Config(Sections):
-    algo: AlgorithmConfig = ALGORITHMS["dar"](name="dar")
+    algo: AlgorithmConfig = ALGORITHMS[DEFAULT](name=DEFAULT)
 
     @model_validator(mode="after")
     def _counts(self) -> Self:
@@ -90,18 +94,36 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Raises UserError naming the file and key at fault.
     """
-    tree, path = read(recipe)
-    # algo.name first: it starts that system's section afresh, and the other keys are meant for it
-    given = sorted(overrides, key=lambda o: not o.startswith("algo.name="))
-    for override in given:
-        apply(tree, override)
+    written, path = read(recipe)
+    given = list(overrides)
+    tree = overridden(written, given)
     try:
         return build(tree, str(path))
     except UserError as error:  # what an override said is not the file's fault
-        lines = str(error).splitlines()
-        for key in (override.partition("=")[0] for override in given):
-            lines = [re.sub(rf"^{re.escape(f'{path}: {key}')}(?=[:.])", f"override {key}", line) for line in lines]
+        keys = [override.partition("=")[0] for override in given]
+        lines = [_whose(line, str(path), keys, written) for line in str(error).splitlines()]
         raise UserError("\n".join(lines)) from None
+
+
+def _whose(line: str, path: str, keys: Iterable[str], written: dict[str, Any]) -> str:
+    """A fault's line, said of the override that it is of: one that set the key, or a section that the file has not."""
+    for key in keys:
+        fault = line.removeprefix(f"{path}: ")
+        if re.match(rf"{re.escape(key)}[:.]", fault):
+            return f"override {fault}"
+        section = fault.partition(":")[0]
+        if key.startswith(f"{section}.") and section not in written:
+            return f"override {key}: {fault}"
+    return line
+
+
+def overridden(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A plain tree with overrides applied. algo.name is first: it starts that system's section afresh, and the other
+    keys are meant for it. Raises UserError where a key leads nowhere."""
+    tree = copy.deepcopy(tree)
+    for override in sorted(overrides, key=lambda o: not o.startswith("algo.name=")):
+        apply(tree, override)
+    return tree
 
 
 def read(recipe: str | Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Path]:
@@ -153,9 +175,15 @@ def one_reward(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "reward": [tree["reward"]]} if isinstance(tree.get("reward"), dict) else tree
 
 
+def default_system(tree: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an algorithm without its name are those of the default system."""
+    algo = tree.get("algo")
+    return {**tree, "algo": {"name": DEFAULT, **algo}} if isinstance(algo, dict) else tree
+
+
 def build(tree: dict[str, Any], where: str = "config") -> Config:
     """A checked Config from a plain tree. Raises UserError with one line per fault."""
-    tree = one_reward(tree)
+    tree = default_system(one_reward(tree))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -170,12 +198,12 @@ def apply(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: expected key.sub=value, for example train.lr=1e-5")
     *parents, last = key.split(".")
     node: Any = tree
-    for part in parents:
+    for part, below in zip(parents, key.split(".")[1:], strict=True):
         if isinstance(node, list):
             node = node[_position(node, part, override)]
         else:
             if node.get(part) is None:
-                node[part] = {}
+                node[part] = [] if below.isdigit() else {}
             node = node[part]
         if not isinstance(node, dict | list):
             raise UserError(f"override {override!r}: {part} is a value, not a section")
@@ -209,9 +237,12 @@ def _explain(tree: Any, item: Any) -> str:
     key = ".".join(path)
     kind, message = item["type"], item["msg"]
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], _known(path[:-1], tree), 1, 0.6)
-        parent = ".".join(path[:-1] + near)
-        return f"{key}: no such key" + (f"; did you mean {parent}?" if near else "")
+        known = _known(path[:-1], tree)
+        near = difflib.get_close_matches(path[-1], known, 1, 0.6)
+        hint = f"; did you mean {'.'.join(path[:-1] + near)}?" if near else ""
+        if path[0] == "algo" and not near:
+            hint = f"; {tree['algo']['name']} has {', '.join(k for k in known if k != 'name')}"
+        return f"{key}: no such key{hint}"
     if kind == "missing":
         return f"{key}: missing"
     if kind == "union_tag_invalid":

@@ -36,8 +36,7 @@ def sft_config(
     for section, entry in flags.items():
         known = {key: value for key, value in entry.items() if value is not None}
         tree = configs.merge(tree, {section: known} if known else {})
-    for override in overrides:
-        configs.apply(tree, override)
+    tree = configs.overridden(tree, overrides)
     if recipe is None:
         missing = [flag for flag, value in {"--data": data, "--model": model, "--out": out}.items() if value is None]
         if missing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -181,9 +180,9 @@ def _points(system: System) -> list[tuple[str | None, Any, dict[str, Any]]]:
 
 def _configure(grid: Grid, name: str, settings: dict[str, Any], folder: Path) -> Config:
     tree, path = configs.read(grid.base)
-    tree = copy.deepcopy(configs.merge(tree, grid.system(name).recipe))
-    for key, value in {**grid.set, **settings, "run.dir": str(folder)}.items():
-        configs.apply(tree, f"{key}={json.dumps(value)}")
+    given = {**grid.set, **settings, "run.dir": str(folder)}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in given.items()]
+    tree = configs.overridden(configs.merge(tree, grid.system(name).recipe), overrides)
     return configs.build(tree, f"{path} as system {name}")
 
 
