@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -103,6 +104,7 @@ def _base(base: str, adapter: Path) -> str:
         raise UserError(f"{adapter}: its base: {error}") from None
 
 
+@functools.cache  # asked for at every checkpoint of adapters
 def _on_hub(name: str, file: str, revision: str | None) -> Path | None:
     """A file of a hub's repository, fetched if need be; None where it has none, or none can be had."""
     from huggingface_hub import hf_hub_download
