@@ -49,13 +49,16 @@ def byte_level(template=None, single=None, **more):
 
 def sentence_piece(scheme, template=None):
     from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     marks = ["▁", *"abcdefghijklmnopqrstuvwxyzABCDEFGH:?\n0123456789 .=+", "<unk>", "=="]
     model = models.BPE(vocab={c: i for i, c in enumerate(marks)}, merges=[("=", "=")], unk_token="<unk>")
     backend = Backend(model)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    if scheme == "legacy":  # Llama 2's
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     backend.add_special_tokens(["<|end|>", "<|u|>", "<|a|>"])
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
@@ -176,7 +179,7 @@ def test_templates_that_read_parts_or_json_arguments_get_them():
     assert tokenizer.hf.decode(ids) == '<|u|>Hi<|end|><|a|>!{"a": "é"}<|end|><|u|>Hi<|end|><|a|>'
 
 
-@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+@pytest.mark.parametrize("scheme", ["always", "first", "never", "legacy"])
 def test_tokens_are_those_of_the_whole_text(scheme):
     hf = sentence_piece(scheme, PLAIN)
     tokenizer = made(hf)
@@ -199,7 +202,9 @@ def test_one_bos_and_no_end(single):
     assert encoded(tokenizer, USER, "Hello") == ["<|bos|><|u|>Hi<|end|><|a|>", "Hello<|end|>"]
     assert shown(tokenizer, tokenizer.prompt(Prompt("p", rendered))) == "<|bos|><|u|>Hi<|end|><|a|>"
     assert encoded(tokenizer, "2+2=", "4") == [bos + "2+2=", "4<|end|>"]
-    assert shown(tokenizer, tokenizer.completion("4")) == "4<|end|>"
+    assert (
+        shown(tokenizer, tokenizer.completion("4")) == shown(tokenizer, tokenizer.completion("4<|end|>")) == "4<|end|>"
+    )
 
 
 def test_tokens_that_the_model_has_no_row_for():

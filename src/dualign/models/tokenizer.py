@@ -61,7 +61,7 @@ class Tokenizer:
             prompt_ids = self.prompt(prompt)
             before_ids = self._ids(prompt.content)
             completions = [self._continued(prompt.content, before_ids, c) for c in example.completions[:size]]
-            completions = [(*c, self.eos_id) if f == "eos" else c for c, f in zip(completions, finish, strict=False)]
+            completions = [self._ended(ids, how) for ids, how in zip(completions, finish, strict=False)]
         else:
             before, completions = self.template.prompt(prompt), []
             prompt_ids = self._checked(prompt, self._ids(before))
@@ -74,8 +74,7 @@ class Tokenizer:
 
     def completion(self, text: str, finish: Finish = "eos") -> Ids:
         """Token ids of a plain text that goes on from another, closed with EOS unless it was cut off."""
-        ids = self._continued("", (), text)
-        return (*ids, self.eos_id) if finish == "eos" else ids
+        return self._ended(self._continued("", (), text), finish)
 
     def text(self, completion_ids: Sequence[int], chat: bool = False) -> str:
         """What the ids say, without special tokens: in a conversation (`chat`) on its own, else as a text that goes on
@@ -152,6 +151,10 @@ class Tokenizer:
         """The one of `among` that a text after an answer begins with, space apart."""
         first = next((i for i in self._ids(after) if self._decoded([i], skip=False).strip()), None)
         return first if first in among else None
+
+    def _ended(self, ids: Ids, finish: Finish) -> Ids:
+        """A plain text's ids, with EOS where it is whole and does not bring its own."""
+        return ids if finish == "length" or (ids and ids[-1] in self.eos_ids) else (*ids, self.eos_id)
 
     def _says_nothing(self, token: int) -> bool:
         return token in self.added or not self._decoded([token]).strip()
