@@ -13,6 +13,7 @@ from dualign.errors import StopRun
 from dualign.heldout import HeldOut, gains, kl_name
 from dualign.intervals import FEW, bracket, half_width, plus_minus
 from dualign.types import Label, Prompt, Rollout
+from dualign.verify import verify
 from dualign.view import verdict
 from runs_common import tree, vowels, write_prompts
 
@@ -177,6 +178,27 @@ def test_absent_held_out_labels_are_told_and_leave_the_pairs(tiny, tmp_path, cap
     models = [AutoModelForCausalLM.from_pretrained(m).eval() for m in (run.saved()[-1], tiny)]
     gaps = [log_prob(models[0], r) - log_prob(models[1], r) for r in kept]
     assert last["kl"] == pytest.approx(np.mean(gaps), abs=1e-3)
+
+
+@pytest.mark.parametrize("log_probs", ["recomputed", "recorded"])
+def test_the_distance_to_pi_0_is_of_all_completions_of_a_batch(log_probs, tiny, tmp_path):
+    """Also of those without a label; and the stored batch says the same."""
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}, online_batches=2, max_absent=0.8)
+    config["data"]["eval"] = None
+    config["rollout"]["log_probs"] = log_probs
+    config["run"]["checkpoints"] = 2
+
+    def short_alone(completions, **columns):
+        return [v if i % 2 else None for i, v in enumerate(vowels(completions))]
+
+    run = dualign.train(config, reward=short_alone, quiet=True)
+    models = [AutoModelForCausalLM.from_pretrained(m).eval() for m in (run.saved()[0], tiny)]
+    b = run.read_batch(1)
+    gaps = [log_prob(models[0], r.rollout) - log_prob(models[1], r.rollout) for r in b.rows]
+    kl = run.metrics()[1]["kl"]
+    assert b.absent == 8 and kl == pytest.approx(np.mean(gaps), abs=1e-3)
+    assert kl == b.gap != pytest.approx(np.mean(gaps[1::2]), abs=1e-3), "not of the labelled half"
+    assert not [finding for finding in verify(run.folder) if finding.kind == "damaged"]
 
 
 def log_prob(model, rollout):

@@ -31,10 +31,22 @@ class WeightedBatch:
     tokens: Tokens
     batch: Batch
     stats: Stats = field(default_factory=dict)
+    gap_absent: float | None = None  # sum of log π_t/π_0 over the rows without a label, where it was scored
 
     @property
     def absent(self) -> int:
         return len(self.rows) - len(self.tokens)
+
+    @property
+    def gap(self) -> float | None:
+        """Mean of log π_t/π_0 over the completions, nats: also of those without a label, where they were scored. None
+        where π_t or π_0 was not."""
+        if self.batch.logp_old_NT is None or self.batch.logp_ref_NT is None:
+            return None
+        gap_N = self.batch.seq_old_N - self.batch.seq_ref_N
+        if self.gap_absent is None:
+            return float(gap_N.mean()) if len(gap_N) else None
+        return (float(gap_N.double().sum()) + self.gap_absent) / len(self.rows)
 
 
 def labelled(step: int, rows: Sequence[Row]) -> WeightedBatch:

@@ -53,7 +53,8 @@ def to_table(b: WeightedBatch) -> pa.Table:
     for name, value in b.batch.columns.items():
         columns[f"algo.{name}"] = _spread(value, b, present)
     table = pa.table(columns)
-    return table.replace_schema_metadata({"dualign": json.dumps({"step": b.step, "stats": b.stats})})
+    about = {"step": b.step, "stats": b.stats} | ({} if b.gap_absent is None else {"gap_absent": b.gap_absent})
+    return table.replace_schema_metadata({"dualign": json.dumps(about)})
 
 
 def _spread(value: Tensor, b: WeightedBatch, present: list[int]) -> pa.Array:
@@ -104,7 +105,7 @@ def from_table(table: pa.Table, step: int) -> WeightedBatch:
     algo = {name.removeprefix("algo."): gather(name) for name in data if name.startswith("algo.")}
     about = json.loads(table.schema.metadata[b"dualign"])
     batch = replace(b.batch, reward_N=b.batch.reward_N.float(), **tokens, columns=algo)
-    return replace(b, batch=batch, stats=about["stats"])
+    return replace(b, batch=batch, stats=about["stats"], gap_absent=about.get("gap_absent"))
 
 
 def _prompt_text(prompt: Prompt) -> str:

@@ -7,8 +7,10 @@ the first optimizer step that uses it: a killed run goes on by replaying files, 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from dualign.batch import (
     labelled,
     part_of,
     recorded_logp,
+    tokens_of,
     update_rows,
     updates,
     weigh,
@@ -173,12 +176,13 @@ class Trainer:
         with clock("score"):
             ref_NT = engine.score_reference(b.tokens) if algo.needs_ref else None
             value_NT = engine.score(engine.critic, b.tokens) if engine.critic else None
+            gap_absent = gap_of_absent(self.config, engine, b)
         begins = has_signal(b, algo) or self.config.train.no_signal == "train"
         old_NT, begun = (
             log_pi_t(self.config, engine, b, ref_NT, value_NT, clock, begins) if algo.needs_old else (None, None)
         )
         with clock("score"):
-            b = weigh(b, algo, old_NT, ref_NT, value_NT)
+            b = replace(weigh(b, algo, old_NT, ref_NT, value_NT), gap_absent=gap_absent)
         check_finite(b)
         with clock("write"):
             if engine.main:
@@ -292,6 +296,19 @@ class Trainer:
             )
 
 
+def gap_of_absent(config: Config, engine: Engine, b: WeightedBatch) -> float | None:
+    """The sum of log π_t/π_0 over the rows without a label: how far the policy is from π_0 needs none. None where there
+    are no such rows, or the system asks for no such scores."""
+    rows, algo = [row for row in b.rows if row.label.value is None], config.algo
+    if not rows or algo.source != "online" or not (algo.needs_old and algo.needs_ref):
+        return None
+    tokens = tokens_of(rows)
+    ref = float(engine.score_reference(tokens).double().sum())
+    if config.rollout.log_probs == "recorded":
+        return sum(math.fsum(row.rollout.sampler_logp) for row in rows) - ref
+    return float(engine.score(engine.policy, tokens).double().sum()) - ref
+
+
 def log_pi_t(
     config: Config,
     engine: Engine,
@@ -353,8 +370,8 @@ def batch_record(b: WeightedBatch, losses: list[dict[str, float]]) -> dict[str, 
         labels = [value for value in given if value is not None]
         record[f"{name}/absent"] = 1 - len(labels) / len(given)
         record[f"{name}/mean"] = float(np.mean(labels)) if labels else None
-    if batch.logp_old_NT is not None and batch.logp_ref_NT is not None:
-        record["kl"] = float((batch.seq_old_N - batch.seq_ref_N).mean())
+    if sampled and (gap := b.gap) is not None:
+        record["kl"] = gap
     if batch.logp_old_NT is not None and sampled:
         gap_N = ((batch.logp_old_NT - recorded_logp(b)) * batch.mask_NT).sum(-1)
         record["sampler_gap"] = float(gap_N.abs().mean())  # 0 where log π_t is what was recorded

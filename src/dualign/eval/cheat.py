@@ -71,7 +71,7 @@ def trace(run: Path, second: Judge, until: int | None = None) -> list[Json]:
         row = {"batch": step, **texts([a.text for a in answers])}
         row["missing_eos"] = float(np.mean([r.rollout.finish == "length" for r in b.rows]))
         row["length"] = float(np.mean([len(r.rollout.completion_ids) for r in b.rows]))
-        row["kl"] = _kl(b)
+        row["kl"] = b.gap
         for key, values in seen.items():
             start.setdefault(key, _mean_sd(values))
             row |= {f"{key}_sd": _change(values, start[key]), f"{key}_se": _error(values, groups, start[key])}
@@ -83,12 +83,6 @@ def trace(run: Path, second: Judge, until: int | None = None) -> list[Json]:
 def unpenalised(label: Label) -> float | None:
     """The reward itself, without what rollout.missing_eos_penalty took from a completion that was cut off."""
     return None if label.value is None else label.value - (label.parts.get(PENALTY) or 0.0)
-
-
-def _kl(b: Any) -> float | None:
-    if b.batch.logp_old_NT is None or b.batch.logp_ref_NT is None:
-        return None
-    return float((b.batch.seq_old_N - b.batch.seq_ref_N).mean())
 
 
 def _mean_sd(values: Sequence[float | None]) -> tuple[float, float]:
