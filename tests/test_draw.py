@@ -9,6 +9,7 @@ import dualign
 from dualign import data
 from dualign.config import build
 from dualign.heldout import key_of
+from dualign.pairs import make_pairs
 from dualign.plan import print_plan
 from runs_common import reward_file, tree, vowels
 
@@ -80,3 +81,10 @@ def test_evaluations_of_a_run_that_drew_otherwise_are_paired_by_prompt(some_too_
     after = {key_of(row): row.label.value for row in run.read_evaluation(1)[0]}
     assert summary["n"] == 2 and len(after) == 6
     assert summary["gain"] == pytest.approx(np.mean([after[key_of(row)] - row.label.value for row in fewer]))
+
+
+def test_pairs_are_made_of_as_many_prompts_as_were_asked_for(some_too_long, tmp_path):
+    config = build(some_too_long | {"reward": [reward_file()]})
+    assert " pairs of 5 prompts in " in make_pairs(config, tmp_path / "pairs.jsonl", 5)
+    made = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert made and all(int(pair["id"][1:]) % 3 == 0 for pair in made)

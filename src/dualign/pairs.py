@@ -23,13 +23,13 @@ def make_pairs(config: Config, out: Path, limit: int | None = None) -> str:
     """Writes, for every training prompt whose K completions differ in reward, the best as chosen and the worst as
     rejected (the first of equals), and says what that took. Ties and prompts without two labels are left out; a
     completion that was cut off is worth rollout.missing_eos_penalty less, as in a run, and is marked. `limit`: so many
-    prompts, drawn by the run's seed."""
+    prompts, drawn by the run's seed from those that the run would use."""
     if not config.reward:
         raise UserError("reward: none given; pairs are ranked by the recipe's rewards")
-    prompts = data.draw(data.load_prompts(config.data.train, config.data, config.data.split), limit, config.run.seed)
-    r = config.rollout
+    d, r = config.data, config.rollout
+    prompts = data.load_prompts(d.train, d, d.split)
     sampling = Sampling(max(2, r.k), r.max_new_tokens, r.temperature, r.top_p)
-    rollouts = sample_from(config.model, prompts, sampling, config.run.seed)
+    rollouts = sample_from(config.model, prompts, sampling, config.run.seed, data_config=d, count=limit)
     annotator = annotate.build(config.reward)
     try:
         labels = label_all(annotator, [Item.of(o) for o in rollouts])
@@ -46,7 +46,8 @@ def make_pairs(config: Config, out: Path, limit: int | None = None) -> str:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     bought = sum(map(len, groups.values()))
-    return f"{len(lines)} pairs of {len(prompts)} prompts in {out}; {bought} labels of {len(rollouts)} completions"
+    asked = len({o.group for o in rollouts})
+    return f"{len(lines)} pairs of {asked} prompts in {out}; {bought} labels of {len(rollouts)} completions"
 
 
 def _pair(group: Sequence[Row]) -> dict[str, Any] | None:

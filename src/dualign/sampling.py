@@ -25,9 +25,12 @@ def sample_from(
     sampling: Sampling,
     seed: int,
     left_out: dict[int, str] | None = None,
+    data_config: DataConfig | None = None,
+    count: int | None = None,
 ) -> list[Rollout]:
     """K rollouts of each prompt, in order. A prompt that the model cannot be asked is left out and its number and the
-    reason put into `left_out`; without one it raises UserError."""
+    reason put into `left_out`; without one it raises UserError. With `data_config`, `count` of the prompts are drawn
+    from those that a run by it would use."""
     import torch
 
     try:
@@ -43,7 +46,9 @@ def sample_from(
     policy = policy.frozen_copy()
     context = context_of(hf.config)
     if left_out is None:
-        requests = requests_of(prompts, tokenizer, context, sampling.max_new_tokens, None, print)
+        d, new_tokens = data_config, sampling.max_new_tokens
+        limit, bad_rows = (d.max_prompt_tokens, d.bad_rows) if d else (None, None)
+        requests = requests_of(prompts, tokenizer, context, new_tokens, limit, print, count, seed, bad_rows)
     else:
         requests = askable(prompts, tokenizer, context, sampling.max_new_tokens, left_out)
     rollouts: list[Rollout] = []
