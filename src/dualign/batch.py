@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -110,8 +110,9 @@ def has_signal(b: WeightedBatch, algo: Algorithm) -> bool:
     return algo.source != "online" or not len(b.tokens) or algo.has_signal(b.batch)
 
 
-def check_finite(b: WeightedBatch) -> None:
-    """Raises StopRun, naming the row, where a log-prob, value, advantage or weight is NaN or infinite."""
+def check_finite(b: WeightedBatch, why: Callable[[str, Tokens], str] = lambda name, tokens: "") -> None:
+    """Raises StopRun, naming the row, where a log-prob, value, advantage or weight is NaN or infinite. `why` says of a
+    log-prob or value of a row where it comes from."""
     scores = {"log π_t": b.batch.logp_old_NT, "log π_0": b.batch.logp_ref_NT, "value": b.batch.value_old_NT}
     present = [row.rollout.index for row in b.rows if row.label.value is not None]
     for name, value in {**scores, **b.batch.columns}.items():
@@ -119,7 +120,8 @@ def check_finite(b: WeightedBatch) -> None:
             bad = (~value.isfinite()).view(len(value), -1).any(1).nonzero()[:, 0].tolist()
             raise StopRun(
                 f"online batch {b.step}: {name} of completion {present[bad[0]]} is NaN or infinite ({len(bad)} of "
-                f"{len(value)} rows); nothing was trained on it, and its completions and labels are kept"
+                f"{len(value)} rows); nothing was trained on it, and its completions and labels are kept. "
+                + (why(name, b.tokens.select(bad[:1])) if name in scores else "")
             )
 
 

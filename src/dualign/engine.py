@@ -24,6 +24,7 @@ from dualign.config import Config
 from dualign.errors import StopRun, UserError, out_of_memory
 from dualign.models.adapters import own_base, with_lora, without_adapters
 from dualign.models.critic import Critic
+from dualign.models.finite import first_gradient, first_not_finite
 from dualign.models.fused import compile_layers
 from dualign.models.lean import keep_less
 from dualign.models.load import context_of, load_reference
@@ -216,7 +217,12 @@ class Engine:
         self._exchange_gradients()
         sums = self._sum(sums)
         loss = sums.pop("loss") / denominator
-        norm = self._step(loss)
+        try:
+            norm = self._step(loss)
+        except StopRun as stop:
+            raise StopRun(
+                f"{stop}; {where}" if (where := self.not_finite(self.policy, tokens)) else str(stop)
+            ) from None
         return {"loss": loss, "grad_norm": norm, "lr": lr} | {k: v / len(rows) for k, v in sums.items()}
 
     def left_out(self) -> dict[str, float]:
@@ -261,11 +267,23 @@ class Engine:
         for p in self.masters.named.values():
             torch.distributed.all_reduce(gradient_of(p))
 
+    def not_finite(self, model: Policy | None, tokens: Tokens) -> str:
+        """In words, where in a forward pass over `tokens` a number first is NaN or infinite; empty where all are finite,
+        and for π_0 without weights of its own."""
+        model = model or self.policy
+
+        def forward() -> None:
+            for row in range(len(tokens)):
+                model(model.pack(tokens, [row], self.tokenizer.pad_id))
+
+        return first_not_finite(model, forward)
+
     def _step(self, loss: float) -> float:
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.masters.named.values()), self.train.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            where = first_gradient(self.masters.named.items())
             self._clear_gradients()
-            raise StopRun(f"the loss ({loss}) or its gradient (norm {norm}) is not finite; no step was taken")
+            raise StopRun(f"the loss ({loss}) or its gradient (norm {norm}) is not finite; no step was taken; {where}")
         # Adafactor opens the masters that it steps on
         with nullcontext() if isinstance(self.optimizer, Adafactor) else self.masters.whole():
             self.optimizer.step()

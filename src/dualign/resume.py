@@ -24,6 +24,7 @@ ALLOWED = (  # none of these changes a number that is already in the folder
     "train.max_absent",
     "rollout.rows",
     "rollout.cuda_graphs",
+    "rollout.max_sampler_gap",
     "eval.every",
     "run.checkpoints",
     "run.keep_last",

@@ -82,6 +82,12 @@ class RolloutConfig(Settings):
         description="log π_t from the policy once more (of the rows of the first update, from that update's own pass), or "
         "as the sampler recorded it: less work, and off by the rounding between one token at a time and all at once",
     )
+    max_sampler_gap: float | None = Field(
+        None,
+        gt=0,
+        description="nats a token, on average over a batch, by which the sampler's log-probs may differ from the policy's; "
+        "more stops the run. None: what rounding explains on this model",
+    )
     cuda_graphs: bool = Field(True, description="on a GPU, replay the steps of decoding as CUDA graphs")
 
 

@@ -37,6 +37,7 @@ from dualign.config import Config, build, dump
 from dualign.engine import Engine, Sums
 from dualign.errors import AbsentError, RewardError, StopRun, UserError
 from dualign.evaluations import Evaluations, stop_if_absent
+from dualign.gap import check_sampler
 from dualign.heldout import distinct
 from dualign.interrupt import Interrupts, StopAsked
 from dualign.models.adapters import own_base
@@ -181,9 +182,12 @@ class Trainer:
         old_NT, begun = (
             log_pi_t(self.config, engine, b, ref_NT, value_NT, clock, begins) if algo.needs_old else (None, None)
         )
+        models = {"log π_t": engine.policy, "log π_0": engine.reference, "value": engine.critic}
         with clock("score"):
+            recomputed = self.config.rollout.log_probs == "recomputed"
+            check_sampler(self.config, engine, b, old_NT if recomputed else None)
             b = replace(weigh(b, algo, old_NT, ref_NT, value_NT), gap_absent=gap_absent)
-        check_finite(b)
+        check_finite(b, lambda name, tokens: engine.not_finite(models[name], tokens))
         with clock("write"):
             if engine.main:
                 self.run.write_batch(b)

