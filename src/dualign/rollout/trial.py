@@ -101,22 +101,20 @@ def _tried(policy: Policy, sampler_by: Callable[[Decoding], Sampler], way: Decod
         return f"windows of {longest} tokens cannot be tried"  # only the model itself is trusted to know them
     steps = 0 if way.own else max(STEP, longest_step(config))
     lengths = [max(LENGTHS[0], min(max(steps, longest), LONG) + 3), LENGTHS[1], *(() if way.own else SHORT)]
-    try:
-        gaps = _gaps(policy, sampler_by(way), lengths, "fp32")
-        wrong = [n for n, gap in gaps.items() if not gap <= TOLERANCE]
-        if wrong and not way.own:  # a state that is not filled yet, or one that is never right
-            way = replace(way, shortest=1 + max(wrong) if max(wrong) < lengths[1] else NEVER)
-            gaps = _gaps(policy, sampler_by(way), lengths, "fp32")
+    ways = [way] if way.own else [way, replace(way, shortest=lengths[1]), replace(way, shortest=NEVER)]
+    why = ""
+    for each in ways:
+        try:
+            gaps = _gaps(policy, sampler_by(each), lengths, "fp32")
             wrong = [n for n, gap in gaps.items() if not gap <= TOLERANCE]
-        if wrong:
-            return f"a token's log-prob is off by {gaps[wrong[0]]:.2g} nats"
-        if policy.precision == "fp32":
-            return replace(way, agrees=longest <= LONG)
-        return _in_precision(policy, sampler_by(way), way, lengths[:2], longest <= LONG)
-    except FOREIGN as error:
-        if out_of_memory(error):
-            raise
-        return first_line(error)
+            if not wrong:
+                return _in_precision(policy, sampler_by(each), each, lengths[:2], proven=longest <= LONG)
+            why = why or f"a token's log-prob is off by {gaps[wrong[0]]:.2g} nats"
+        except FOREIGN as error:
+            if out_of_memory(error):
+                raise
+            why = why or first_line(error)
+    return why
 
 
 def _gaps(policy: Policy, sampler: Sampler, lengths: Sequence[int], precision: str) -> dict[int, float]:
@@ -134,6 +132,8 @@ def _gaps(policy: Policy, sampler: Sampler, lengths: Sequence[int], precision: s
 
 def _in_precision(policy: Policy, sampler: Sampler, way: Decoding, lengths: Sequence[int], proven: bool) -> Decoding:
     """Whether decoding in the policy's own precision is off by no more than rounding is."""
+    if policy.precision == "fp32":
+        return replace(way, agrees=proven)
     with policy.on_trial(policy.precision):
         tokens, sampled_NT = _sampled(policy, sampler, lengths, 3)
         rounded_NT = _scored(policy, tokens)
