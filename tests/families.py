@@ -23,8 +23,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from conftest import make_tokenizer
-from dualign.engine import _with_lora
 from dualign.errors import UserError
+from dualign.models.adapters import with_lora
 from dualign.models.critic import Critic
 from dualign.models.packing import Tokens
 from dualign.models.policy import Policy, load_model
@@ -211,12 +211,11 @@ def gradient(policy: Policy, plain: Any, logp: torch.Tensor, expected: list[torc
 
 def lora(folder: Path, precision: str) -> str:
     """Adapters that say something, sampled with and scored."""
-    from types import SimpleNamespace
-
-    model, tokenizer = load_model(ModelConfig(name=str(folder), precision=precision))
+    config = ModelConfig(name=str(folder), precision=precision, lora=LoraConfig(r=4))
+    model, tokenizer = load_model(config)
     policy = Policy(model, precision)
     decoding = HFSampler(policy, tokenizer, 64).decoding
-    policy.model = _with_lora(policy.model, SimpleNamespace(model=SimpleNamespace(lora=LoraConfig(r=4))))
+    policy.take_adapters(with_lora(policy.model, config, None))
     torch.manual_seed(1)
     for n, p in policy.model.named_parameters():
         if "lora_B" in n:

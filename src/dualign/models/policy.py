@@ -280,10 +280,22 @@ class Policy(nn.Module):
         return self
 
     def take_adapters(self, model: Any) -> None:
-        """`model`: its own, with adapters in its layers. With one on the head, logits are no product with a weight."""
+        """`model`: its own, with fresh adapters in its layers. With one on the head, logits are no product with a weight.
+        Raises UserError where a layer does not work with them."""
         self.model, head = model, model.get_output_embeddings()
         if head is not self.head:
             self.head, self.plain_head = head, False
+        ids = self.sample_ids()
+        try:
+            with self.on_trial():
+                self.alone(ids[:2], ids[2:6])
+        except FOREIGN as error:
+            if out_of_memory(error):
+                raise
+            raise UserError(
+                f"model.lora.target_modules: the layers of {self.name} do not all work with adapters: {first_line(error)}; "
+                "name the ones that are to have them"
+            ) from None
 
     def move_to_file(self, folder: Path) -> None:
         """Keeps a frozen policy's weights in a file of `folder`: they are in memory from their use to the next `rest`."""
