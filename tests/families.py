@@ -1,6 +1,6 @@
 """Every causal family of the installed transformers, as a tiny model with random weights, and what dualign makes of it.
 
-`python tests/families.py [NAME ...]` prints a line each; `python tests/families.py --markdown` the table of docs/models.md.
+`python tests/families.py [NAME ...]` says a line of each; with `--markdown` it prints docs/models.md.
 """
 
 from __future__ import annotations
@@ -260,22 +260,75 @@ def sweep(names: list[str], precision: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def main(arguments: list[str]) -> None:
+INTRODUCTION = """# Models
+
+What dualign makes of the causal families of transformers {version}: tiny models with random weights, one of each family
+that builds from a configuration, in fp32 and in bf16. `python tests/families.py --markdown` makes this page, and the slow
+tests hold it.
+
+- **decode**: how completions are sampled, found out on loading by comparing a few short texts with plain forward passes,
+  past every window. *Our loop* keeps keys and values and says by masks what each kind of layer sees. *Its own cache*:
+  transformers' `generate` with the model's own cache and masks, prompts of one length at a time. It is right and slower
+  (a warning says so). *Refused*: the run does not begin, and the error says why.
+- **score**: how log-probs of given completions are computed. *Shared prompts*: a prompt once for its completions. *Plain
+  rows*: every completion with its own prompt.
+- **gradient**: of a weighted sum of log-probs, against transformers' own model in fp32.
+- **LoRA**: adapters on all linear layers are sampled with and scored as the merged model says. *Refused*: a layer of the
+  family does not work with adapters; `model.lora.target_modules` names those that are to have them.
+- **PPO**: the value model's width and gradient.
+
+A family that is not in the table is tried on loading all the same. `rollout.log_probs: recorded` is allowed only where
+decoding agreed in the run's own precision, and `sampler_gap` is watched in every run (docs/runs.md).
+
+{counts}
+
+| family | decode | score | gradient | LoRA | PPO |
+|---|---|---|---|---|---|
+"""
+
+
+def cell(*found: str | None) -> str:
+    """What both precisions say of one column."""
+    words = [f.split(":")[0] for f in found if f]
+    wrong = next((f for f in found if f and f.startswith("!")), None)
+    return wrong or "; ".join(dict.fromkeys(words)) or "-"
+
+
+def markdown(fp32: dict[str, dict[str, str]], bf16: dict[str, dict[str, str]]) -> str:
+    """docs/models.md"""
+    columns = ("decode", "score", "gradient", "LoRA", "PPO")
+    rows = {n: [cell(fp32[n].get(c), bf16.get(n, {}).get(c)) for c in columns] for n in fp32}
+    counts = Counter(cells[0] for cells in rows.values())
+    said = "; ".join(f"{word}: {count}" for word, count in counts.most_common())
+    page = INTRODUCTION.format(version=transformers.__version__, counts=f"{len(rows)} models: {said}.")
+    return page + "".join(f"| {name} | {' | '.join(cells)} |\n" for name, cells in rows.items())
+
+
+def quiet() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def main(arguments: list[str]) -> None:
+    quiet()
     names = [a for a in arguments if not a.startswith("--")] or list(models())
+    every = {}
     for precision in ("fp32", "bf16"):
-        counts: Counter[str] = Counter()
+        every[precision] = {}
         for name in names:
-            for found in sweep([name], precision).values():
+            every[precision] |= sweep([name], precision)
+            for found in [every[precision][name]] if name in every[precision] else []:
                 words = " | ".join(f"{k}: {v.splitlines()[0][:150]}" for k, v in found.items())
-                print(f"{precision} {name:24} {words}", flush=True)
-                counts[
-                    "wrong" if any(v.startswith("!") for v in found.values()) else found["decode"].split(":")[0]
-                ] += 1
-        print(precision, dict(counts), flush=True)
+                print(f"{precision} {name:24} {words}", file=sys.stderr, flush=True)
+    if "--markdown" in arguments:
+        print(markdown(**every), end="")
+    for precision, found in every.items():
+        words = [
+            "wrong" if any(v.startswith("!") for v in f.values()) else f["decode"].split(":")[0] for f in found.values()
+        ]
+        print(precision, dict(Counter(words)), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import dualign
 import families
 from dualign.errors import StopRun, UserError
+from dualign.models.load import context_of
 from dualign.models.policy import Policy, load_model
 from dualign.models.windows import small_windows, windows_of
 from dualign.rollout.base import Request, Sampling
@@ -188,3 +190,26 @@ def test_log_probs_are_recorded_only_where_decoding_was_shown_to_agree(tiny, tmp
     with pytest.raises(UserError, match=r"rollout\.log_probs: recorded: .*set rollout\.log_probs=recomputed"):
         dualign.train(config, reward=vowels, quiet=True)
     assert not (tmp_path / "recorded").exists()
+
+
+def test_a_context_ends_where_the_rotation_would_change_with_the_longest_row():
+    """Phi-3's longrope: beyond the original length every position is rotated in another way, whatever the row."""
+    from transformers import LlamaConfig, Phi3Config
+
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, **factors}
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    sizes |= {
+        "num_hidden_layers": 2,
+        "intermediate_size": 48,
+        "vocab_size": 260,
+        "original_max_position_embeddings": 64,
+    }
+    long = Phi3Config(max_position_embeddings=512, rope_parameters=rope, **sizes)
+    assert context_of(long) == 64
+    assert context_of(LlamaConfig(max_position_embeddings=512)) == 512
+    model = AutoModelForCausalLM.from_config(long).eval()
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        short, longer = model(ids[:, :60]).logits, model(ids).logits[:, :60]
+    assert not torch.allclose(short, longer, atol=1e-3), "what the limit is for"

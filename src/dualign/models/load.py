@@ -62,9 +62,20 @@ def load_reference(config: ModelConfig, tokenizer: Tokenizer) -> Any:
 
 
 def context_of(config: Any) -> int:
-    """Tokens that a model can see, by its configuration; of one that reads images, too, its text part's."""
+    """Tokens that a model can see, by its configuration; of one that reads images, too, its text part's. Of one whose
+    rotation changes for longer texts (longrope), those up to there: beyond, what it says of a row would depend on the
+    longest row that it is computed with."""
     for part in (config.get_text_config(), config):
         for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
             if isinstance(found := getattr(part, name, None), int) and found > 0:
-                return found
+                return min([found, *_unchanged(part)])
     return 1 << 30
+
+
+def _unchanged(config: Any) -> list[int]:
+    """The lengths up to which longrope's rotations are the ones of short texts."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [given, *(value for value in given.values() if isinstance(value, dict))]
+    own = getattr(config, "original_max_position_embeddings", None)
+    found = [k.get("original_max_position_embeddings") or own for k in kinds if k.get("rope_type") == "longrope"]
+    return [length for length in found if isinstance(length, int)]
