@@ -80,6 +80,7 @@ def near(found, expected):
         (LlamaConfig, {"rope_scaling": LLAMA3, "hidden_act": "gelu", "rms_norm_eps": 0.1}),
         (Qwen2Config, {}),
         (MistralConfig, {"sliding_window": None}),
+        (MistralConfig, {"sliding_window": 8}),
     ],
 )
 def test_the_step_says_what_the_model_says(kind, settings, tokenizer, monkeypatch):
