@@ -50,7 +50,7 @@ class Policy(nn.Module):
     def __init__(self, model: Any, precision: str, share: bool = True) -> None:
         super().__init__()
         self.model, self.precision, self.share, self.flash = model, precision, False, False
-        self.base = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        self.base = _decoder_of(model)
         self.head = model.get_output_embeddings()
         self.plain_head = False  # whether logits are hidden @ weight.T and nothing else
         self._rounded: Any = None
@@ -309,6 +309,13 @@ class Policy(nn.Module):
         if self.precision != "bf16":
             return {}
         return round_linears(self, keep=self.head.weight if self.head is not None else None)
+
+
+def _decoder_of(model: Any) -> Any:
+    """The part of a causal LM that ends in hidden states. Some families name themselves when they are asked for it."""
+    asked = model.get_decoder() if hasattr(model, "get_decoder") else None
+    parts = [asked, model.base_model, getattr(model, "model", None)]
+    return next((part for part in parts if part is not None and part is not model), model)
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
