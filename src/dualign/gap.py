@@ -19,10 +19,10 @@ def check_sampler(config: Config, engine: Engine, b: WeightedBatch, logp_old_NT:
     """Raises StopRun where the sampler's log-probs of a batch's tokens are further from the policy's, on average, than
     rounding explains: what was sampled is then not π_t's, and log π_t, if it is recorded, is wrong. logp_old_NT: (N, T)
     log π_t as the policy scored it; None where it did not, and a few rows are scored here."""
-    recorded_NT = recorded_logp(b)
     rows = list(range(len(b.tokens)))
     if not rows or not any(row.rollout.sampler_logp for row in b.rows):
-        return
+        return  # nothing was sampled: a fixed set's completions have no log-probs of a sampler
+    recorded_NT = recorded_logp(b)
     if logp_old_NT is None:
         longest = max(rows, key=lambda i: len(b.tokens.prompt_ids[i]) + len(b.tokens.completion_ids[i]))
         rows = sorted({longest, *((b.step + i) % len(rows) for i in range(FEW - 1))})
