@@ -1,8 +1,9 @@
-"""Paths that begin with ~/: in every key of a recipe and in every word of a command line."""
+"""Paths that begin with ~/: in every key of a recipe and in every word of a command line that may hold a path."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,7 +11,8 @@ import yaml
 from command import dualign as command
 from dualign.annotate.settings import Endpoint
 from dualign.config import build, load
-from dualign.paths import argument_at_home, at_home
+from dualign.eval.asking import Asking
+from dualign.paths import at_home
 from runs_common import reward_file, tree, write_prompts
 
 
@@ -31,12 +33,39 @@ def test_home_is_where_a_path_begins_with_it(text, path, home):
     assert at_home(text) == path.replace("HOME", str(home))
 
 
-@pytest.mark.parametrize(("word", "read"), [
-    ("run.dir=~/x", "run.dir=HOME/x"), ("--out=~/x.json", "--out=HOME/x.json"), ("~/r.yaml", "HOME/r.yaml"),
-    ("data.eval=~", "data.eval=~"), ("say a=~/b", "say a=~/b"), ("train.lr=1e-5", "train.lr=1e-5"),
-])  # fmt: skip
-def test_words_of_a_command_line(word, read, home):
-    assert argument_at_home(word) == read.replace("HOME", str(home))
+@pytest.mark.parametrize("text", ["~/ is the user's folder: be terse", "~/x"])
+def test_texts_that_are_no_paths_stay_as_they_are(text):
+    config = build({
+        "model": {"name": "m"}, "train": {"online_batches": 1}, "data": {"train": "p.jsonl", "system_prompt": text},
+        "reward": [{"type": "function", "path": "r.py:f", "name": text}],
+    })  # fmt: skip
+    assert config.data.system_prompt == text and config.reward[0].name == text
+
+
+@pytest.mark.parametrize("written", [["--system-prompt=~/ be terse"], ["--system-prompt", "~/ be terse"]])
+def test_texts_of_a_command_line_stay_as_they_are(written, monkeypatch):
+    given = []
+    monkeypatch.setattr("dualign.sampling.sample_to", lambda *arguments: given.extend(arguments))
+    assert command("sample", "~/my model", "~/ means what?", *written, "--out", "~/my answers.jsonl").code == 0
+    home = Path.home()
+    assert given[:3] == [str(home / "my model"), "~/ means what?", home / "my answers.jsonl"]
+    assert given[-1] == "~/ be terse"
+
+
+@pytest.mark.parametrize("kind", ["winrate", "reward"])
+def test_texts_and_paths_of_an_evaluation(kind, monkeypatch):
+    given = []
+    name = {"winrate": "win_rate", "reward": "mean_reward"}[kind]
+    monkeypatch.setattr(f"dualign.eval.evaluate.{name}", lambda *a: given.extend(a) or ({}, None))
+    monkeypatch.setattr(f"dualign.eval.show.{kind}", lambda *a: None)
+    said = command("eval", kind, "~/a run", "~/b", "--judge=~/j.py:f", "--prompts", "~/p.jsonl", "--system-prompt",
+                   "~/ be terse", "--out=~/x.json")  # fmt: skip
+    assert said.code == 0, said.text
+    home = Path.home()
+    assert given[:2] == [[str(home / "a run"), str(home / "b")], f"{home}/j.py:f"]
+    (asking,) = (x for x in given if isinstance(x, Asking))
+    assert (asking.prompts, asking.system_prompt) == (str(home / "p.jsonl"), "~/ be terse")
+    assert given[-1] == home / "x.json"
 
 
 def test_every_key_of_a_recipe_that_can_hold_a_path(home):

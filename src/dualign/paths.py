@@ -14,7 +14,6 @@ def at_home(text: str) -> str:
     return os.path.expanduser(text) if HOME.match(text) else text
 
 
-def argument_at_home(argument: str) -> str:
-    """One word of a command line: a path, --option=PATH or key.sub=PATH."""
-    name, sign, value = argument.partition("=")
-    return f"{name}={at_home(value)}" if sign and re.fullmatch(r"[\w.-]+", name) else at_home(argument)
+def as_written(text: str | None) -> str | None:
+    """A text of a command line that is no path: left as it is."""
+    return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -11,16 +11,19 @@ from dualign.paths import at_home
 
 
 class Settings(BaseModel):
-    """Strict and frozen. A text that begins with ~/ is a path, whichever key has it, and begins in the user's folder."""
+    """Strict and frozen. Of the keys that may hold a path (PATHS), one that begins with ~/ begins in the user's folder;
+    other texts stay as they are."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    PATHS: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="before")
     @classmethod
     def _at_home(cls, tree: Any) -> Any:
         if not isinstance(tree, dict):
             return tree
-        return {key: at_home(value) if isinstance(value, str) else value for key, value in tree.items()}
+        held = {key: at_home(tree[key]) for key in cls.PATHS if isinstance(tree.get(key), str)}
+        return {**tree, **held}
 
 
 class RewardSettings(Settings):
@@ -55,6 +58,7 @@ class RewardSettings(Settings):
 class FunctionReward(RewardSettings):
     """A Python function `(prompts, completions, **columns) -> list[float | None]`, plain or async."""
 
+    PATHS = ("path",)
     type: Literal["function"] = "function"
     path: str = Field(description="FILE.py:FUNCTION or package.module:FUNCTION")
     timeout: float | None = Field(None, gt=0, description="seconds; a late answer is absent")
@@ -63,6 +67,7 @@ class FunctionReward(RewardSettings):
 class HeadReward(RewardSettings):
     """Frozen MiniLM features with a ridge Bradley-Terry head, made by `dualign reward fit`."""
 
+    PATHS = ("path",)
     type: Literal["head"] = "head"
     path: str = Field("builtin:harmless", description="a head file, or builtin:NAME")
 
@@ -70,6 +75,7 @@ class HeadReward(RewardSettings):
 class ClassifierReward(RewardSettings):
     """A Hugging Face sequence classifier with one output, in process."""
 
+    PATHS = ("model",)
     type: Literal["classifier"] = "classifier"
     model: str = Field(description="a local folder or a hub name")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
@@ -82,6 +88,7 @@ class ClassifierReward(RewardSettings):
 class Endpoint(RewardSettings):
     """A server, how hard it may be asked, and what it may cost."""
 
+    PATHS = ("model", "cache")
     base_url: str = Field(description="http://HOST:PORT/v1")
     model: str = Field(description="its name on the server")
     api_key_env: str = Field(
@@ -136,6 +143,7 @@ class JudgeSampling(Endpoint):
 class JudgeReward(JudgeSampling):
     """AI reward: an LLM judge's 1-10 score of one completion."""
 
+    PATHS = (*Endpoint.PATHS, "rubric")
     type: Literal["judge"] = "judge"
     rubric: str = Field(description="summarization, helpfulness, harmlessness, or a YAML file")
     expected_score: bool = Field(False, description="expectation over the score's token log-probs, where served")
@@ -145,6 +153,7 @@ class PreferenceReward(JudgeSampling):
     """AI preference: which of two completions is better, asked in both orders. A completion's value is 1 where it
     won, 0 where it lost, 0.5 for a tie; with K > 2 the K completions of a prompt meet as neighbours (1-2, 3-4, ...)."""
 
+    PATHS = (*Endpoint.PATHS, "rubric")
     type: Literal["preference"] = "preference"
     rubric: str = Field(description="summarization, helpfulness, harmlessness, or a YAML file")
 

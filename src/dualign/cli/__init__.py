@@ -6,21 +6,37 @@ import importlib
 import importlib.util
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from dualign.paths import argument_at_home
+from dualign.paths import at_home
 
 GROUPS = ("train", "reward", "judge", "evaluate", "compare", "inspect")
 
 
 class Commands(TyperGroup):
-    """All commands: their words may be paths that begin with ~/, wherever the shell left them as they were."""
+    """All commands: what they take may be a path that begins with ~/, wherever the shell left it as it was. Parameters
+    that have a callback of their own (such as `as_written`, for texts) are left alone."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, [argument_at_home(word) for word in args])
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        _take_paths(self)
+
+
+def _take_paths(command: Any) -> None:
+    for parameter in command.params:
+        parameter.callback = parameter.callback or _at_home
+    for inner in getattr(command, "commands", {}).values():
+        _take_paths(inner)
+
+
+def _at_home(context: Any, parameter: Any, value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_at_home(context, parameter, item) for item in value)
+    return type(value)(at_home(str(value))) if isinstance(value, str | Path) else value
 
 
 def application() -> typer.Typer:

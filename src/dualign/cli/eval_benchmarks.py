@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dualign.paths import as_written
+
 if TYPE_CHECKING:
     from dualign.eval.outputs import Generation, Outputs
     from dualign.schema import DataConfig, ModelConfig
@@ -22,7 +24,10 @@ Functions = Annotated[
 ]
 SystemPrompt = Annotated[
     str | None,
-    typer.Option(help="put before every conversation that has none; default: the run's data.system_prompt; '': none"),
+    typer.Option(
+        help="put before every conversation that has none; default: the run's data.system_prompt; '': none",
+        callback=as_written,
+    ),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="so many, always the same draw")]
 Tokens = Annotated[int, typer.Option(min=1, help="longest answer")]

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dualign.paths import as_written
+
 JUDGE_HELP = (
     "builtin:NAME or a head file; FILE.py:FUNCTION; a YAML file or inline mapping of reward settings; "
     "run: the run's own reward"
@@ -24,7 +26,10 @@ Chat = Annotated[
 ]
 SystemPrompt = Annotated[
     str | None,
-    typer.Option(help="put before every conversation that has none; default: the run's data.system_prompt; '': none"),
+    typer.Option(
+        help="put before every conversation that has none; default: the run's data.system_prompt; '': none",
+        callback=as_written,
+    ),
 ]
 PromptColumn = Annotated[
     str | None, typer.Option(help="the column that holds the prompt; default: the run's data.prompt_column")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dualign.paths import as_written
+
 if TYPE_CHECKING:
     from dualign.config import Config
 
@@ -50,7 +52,9 @@ def resume(
 
 def sample(
     model: Annotated[str, typer.Argument(help="a checkpoint folder, an embedded default or a hub name")],
-    prompts: Annotated[str, typer.Argument(help="a prompts file, builtin:quickstart, or the prompt itself")],
+    prompts: Annotated[
+        str, typer.Argument(help="a prompts file, builtin:quickstart, or the prompt itself", callback=as_written)
+    ],
     out: Annotated[Path | None, typer.Option(help="write JSON Lines here instead of printing")] = None,
     k: Annotated[int, typer.Option(min=1, help="completions per prompt")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -61,7 +65,10 @@ def sample(
     chat: Annotated[bool, typer.Option(help="a file's plain-text prompts as a user's message")] = False,
     prompt_column: Annotated[str, typer.Option(help="a file's column that holds the prompt")] = "prompt",
     system_prompt: Annotated[
-        str | None, typer.Option(help="put before every conversation that has none, as data.system_prompt is in a run")
+        str | None,
+        typer.Option(
+            help="put before every conversation that has none, as data.system_prompt is in a run", callback=as_written
+        ),
     ] = None,
 ) -> None:
     """Sample completions from a model."""

@@ -39,6 +39,7 @@ class System(Settings):
 
 
 class Grid(Settings):
+    PATHS = ("base", "out")
     base: str = Field(description="the recipe that all cells start from: a file, or a shipped recipe's name")
     out: str = Field(description="the folder of the runs and the report")
     seeds: list[int] = Field(min_length=1)
