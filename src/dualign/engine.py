@@ -401,7 +401,7 @@ class Engine:
         if m.reference is None:
             return None if self.lora else policy.frozen_copy()
         model = load_reference(m, self.tokenizer).to(self.device)
-        return Policy(model, m.precision, self.train.prefix_sharing).freeze()
+        return Policy(model, m.precision, self.train.prefix_sharing, "model.reference").freeze()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         t = self.train

@@ -3,6 +3,9 @@ how text from outside is shown."""
 
 import re
 
+FOREIGN = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+"""What somebody else's model may raise where it is used in a way that it is not meant for."""
+
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 

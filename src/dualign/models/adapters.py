@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dualign import assets
-from dualign.errors import UserError
+from dualign.errors import FOREIGN, UserError
 from dualign.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -28,9 +29,14 @@ def merged(model: Any, adapter: str, revision: str | None, key: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             wrapped = peft.PeftModel.from_pretrained(model, adapter, revision=revision, torch_device="cpu").eval()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        held = set(peft.utils.load_peft_weights(adapter, device="cpu", revision=revision))
+    except (OSError, SafetensorError, *FOREIGN) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{key}: the adapter {adapter} does not fit its base: {' '.join(said[:2])}") from None
+    taken = set(peft.utils.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    odd = sorted(taken - held) + sorted(k for k in held - taken if "lora_" in k)  # peft warns, and uses fresh ones
+    if odd:
+        raise UserError(f"{key}: the adapter {adapter} does not fit its base: {odd[0]} is on one side alone")
     kind = next(iter(wrapped.peft_config.values())).peft_type
     if not hasattr(wrapped.base_model, "merge_and_unload"):
         raise UserError(

@@ -21,7 +21,7 @@ class Critic(Policy):
 
     def __init__(self, policy: Policy) -> None:
         nn.Module.__init__(self)
-        self.precision, self.share, self.flash = policy.precision, policy.share, policy.flash
+        self.key, self.precision, self.share, self.flash = policy.key, policy.precision, policy.share, policy.flash
         decoder: Any = copy.deepcopy(policy.base)
         self.model = self.base = decoder.requires_grad_(True)
         self.head = None

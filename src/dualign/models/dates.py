@@ -26,4 +26,6 @@ def freeze_date(tokenizer: Any, when: datetime | None) -> None:
 def _macro(when: datetime) -> str:
     """A definition of strftime_now in the template itself: transformers passes text to templates, but no functions."""
     steps = "".join(f" | replace({json.dumps(d)}, {json.dumps(when.strftime(d))})" for d in DIRECTIVES)
-    return f"{{%- macro strftime_now(format) -%}}{{{{- format{steps} | replace('%%', '%') -}}}}{{%- endmacro -%}}"
+    steps = f" | replace('%%', '\\x00'){steps} | replace('\\x00', '%')"
+    # an empty expression at the end: a block would take the template's first newline with it
+    return f"{{%- macro strftime_now(format) -%}}{{{{- format{steps} -}}}}{{%- endmacro %}}{{{{ '' }}}}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from dualign import assets
-from dualign.errors import UserError, first_line
+from dualign.errors import FOREIGN, UserError, first_line, out_of_memory
 from dualign.models.adapters import merged
 from dualign.models.tokenizer import Tokenizer, load_tokenizer, source_of
 from dualign.schema import ModelConfig
@@ -31,15 +33,23 @@ def load_model(config: ModelConfig, key: str = "model.name") -> tuple[Any, Token
         where, what = adapter.base, f"{config.name}: its base {adapter.base}"
         common |= {"revision": adapter.base_revision}
     try:
+        open_model = partial(AutoModelForCausalLM.from_pretrained, where, output_loading_info=True, **common)
         try:
-            model = AutoModelForCausalLM.from_pretrained(where, attn_implementation=config.attention, **common)
+            model, info = open_model(attn_implementation=config.attention)
         except ValueError as error:
             if config.attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
                 raise
             log.warning("%s: %s has no sdpa attention: eager attention is used", key, config.name)
-            model = AutoModelForCausalLM.from_pretrained(where, attn_implementation="eager", **common)
-    except (OSError, ValueError) as error:
+            model, info = open_model(attn_implementation="eager")
+    except (OSError, ImportError, SafetensorError, *FOREIGN) as error:
+        if out_of_memory(error):
+            raise
         raise UserError(f"{key}: {what} cannot be loaded: {first_line(error)}") from None
+    if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers, and warns
+        raise UserError(
+            f"{key}: {what} does not hold {len(missing)} weights of a {type(model).__name__}, the first {missing[0]}: "
+            "it is no whole causal language model"
+        )
     if adapter is not None:
         model = merged(model, name, config.revision, key)
     model.config.use_cache = True

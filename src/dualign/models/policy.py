@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualign.errors import UserError, first_line, out_of_memory
+from dualign.errors import FOREIGN, UserError, first_line, out_of_memory
 from dualign.models.finite import first_not_finite
 from dualign.models.load import load_model
 from dualign.models.logprobs import token_logp
@@ -26,18 +26,8 @@ __all__ = ["Policy", "Tokenizer", "load_model"]
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-3  # of fp32 numbers that two ways of computing should both give
+ROUGH = 0.2  # the same of bf16 numbers, where a kernel knows no others
 NOISE = 1e-4  # of fp32 numbers, in nats a token, that says nothing even of a model that hardly heeds its input
-FOREIGN = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    AttributeError,
-    AssertionError,
-    NotImplementedError,
-)
-"""What a foreign model may raise where it is not meant to be used in a way."""
 
 
 class Policy(nn.Module):
@@ -47,8 +37,11 @@ class Policy(nn.Module):
     in fp32. π_0, π_t and π_θ all go through this one path, so equal weights give equal log-probs.
     """
 
-    def __init__(self, model: Any, precision: str, share: bool = True) -> None:
+    def __init__(self, model: Any, precision: str, share: bool = True, key: str = "model.name") -> None:
         super().__init__()
+        self.key = key  # what a configuration calls it
+        kernels = str(model.config._attn_implementation).startswith("flash")  # which know no fp32
+        self.exact, self.tolerance = ("bf16", ROUGH) if kernels else ("fp32", TOLERANCE)
         self.model, self.precision, self.share, self.flash = model, precision, False, False
         self.base = _decoder_of(model)
         self.head = model.get_output_embeddings()
@@ -92,13 +85,17 @@ class Policy(nn.Module):
         out = self.base(**_inputs(micro)).last_hidden_state
         return out.flatten(0, 1).index_select(0, micro.predictor_M)
 
-    @torch.no_grad()
     def width(self) -> int:
-        """H, found out by trying: some decoders project what they say to another width than that of their layers."""
-        tokens, training = self._sample_tokens(), self.training
-        hidden_MH = self.eval().hidden(self.pack(tokens, range(len(tokens)), 0))
-        self.train(training)
-        return hidden_MH.shape[-1]
+        """H, found out by trying: some decoders project what they say to another width than that of their layers. Raises
+        UserError for a model that does not give what its decoder says."""
+        tokens = self._sample_tokens()
+        try:
+            with self.on_trial():
+                return self.hidden(self.pack(tokens, range(len(tokens)), 0)).shape[-1]
+        except FOREIGN as error:
+            if out_of_memory(error):
+                raise
+            raise UserError(f"{self.name} gives no hidden states for a value model: {first_line(error)}") from None
 
     def forward(self, micro: MicroBatch) -> Tensor:
         """(n, T) log π(token | before), untempered, 0 beyond each completion's end."""
@@ -154,17 +151,20 @@ class Policy(nn.Module):
             for hook in hooks:
                 hook.remove()
         same = {"said", "read"} <= set(seen) and seen["said"].shape == seen["read"].shape
-        return same and close(seen["said"], seen["read"]) and close(logits, seen["made"].to(logits.dtype))
+        return same and bool(torch.equal(seen["said"], seen["read"])) and close(logits, seen["made"].to(logits.dtype))
 
     @contextmanager
-    def on_trial(self, precision: str = "fp32") -> Iterator[None]:
-        """While active, the model computes in fp32, without dropout and gradient, and its windows are a few tokens long:
-        two ways of computing that are both right then agree on short texts, and a wrong one shows."""
+    def on_trial(self, precision: str | None = None, windows: bool = True) -> Iterator[None]:
+        """While active, the model computes in fp32, without dropout and gradient, and its windows are a few tokens long
+        (unless they are to stay as they are): two ways of computing that are both right then agree on short texts, and a
+        wrong one shows."""
+        precision = precision or self.exact
         kept = self.training, self.precision, self.flash
         self.eval()
         self.precision, self.flash = precision, self.flash and precision == "bf16"
         try:
-            with torch.no_grad(), small_windows(self.model), widened(self) if precision == "fp32" else nullcontext():
+            small = small_windows(self.model) if windows else nullcontext()
+            with torch.no_grad(), small, widened(self) if precision == "fp32" else nullcontext():
                 yield
         finally:
             training, self.precision, self.flash = kept
@@ -198,7 +198,7 @@ class Policy(nn.Module):
     @property
     def name(self) -> str:
         """The model's architecture and where it came from, for people."""
-        return f"model.name: {self.model.config._name_or_path or 'the model'} ({type(self.model).__name__})"
+        return f"{self.key}: {self.model.config._name_or_path or 'the model'} ({type(self.model).__name__})"
 
     def _try_sharing(self, plain: Tensor) -> bool:
         """Whether flat micro-batches give the log-probs of plain rows, found out by trying: models with recurrent or

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dualign.errors import UserError, first_line, out_of_memory
+from dualign.errors import FOREIGN, UserError, first_line, out_of_memory
 from dualign.models.packing import Tokens
-from dualign.models.policy import FOREIGN, TOLERANCE, Policy, close
+from dualign.models.policy import Policy, close
 from dualign.models.windows import kinds_of, longest_step, windows_of
 from dualign.rollout.base import Request, Sampler, Sampling
 from dualign.types import Prompt, Rollout
@@ -85,10 +85,10 @@ def _reached(policy: Policy) -> bool:
     if not windows_of(policy.model.config.get_text_config()):
         return True
     ids = prompt_of(policy, 0, sum(LENGTHS))
-    with torch.no_grad():
+    with policy.on_trial(windows=False):
         as_it_is = policy.alone(ids[:1], ids[1:])
-        with policy.on_trial():
-            return not close(policy.alone(ids[:1], ids[1:]), as_it_is)
+    with policy.on_trial():
+        return not close(policy.alone(ids[:1], ids[1:]), as_it_is)
 
 
 def _tried(policy: Policy, sampler_by: Callable[[Decoding], Sampler], way: Decoding, reached: bool) -> Decoding | str:
@@ -105,8 +105,8 @@ def _tried(policy: Policy, sampler_by: Callable[[Decoding], Sampler], way: Decod
     why = ""
     for each in ways:
         try:
-            gaps = _gaps(policy, sampler_by(each), lengths, "fp32")
-            wrong = [n for n, gap in gaps.items() if not gap <= TOLERANCE]
+            gaps = _gaps(policy, sampler_by(each), lengths)
+            wrong = [n for n, gap in gaps.items() if not gap <= policy.tolerance]
             if not wrong:
                 return _in_precision(policy, sampler_by(each), each, lengths[:2], proven=longest <= LONG)
             why = why or f"a token's log-prob is off by {gaps[wrong[0]]:.2g} nats"
@@ -117,9 +117,9 @@ def _tried(policy: Policy, sampler_by: Callable[[Decoding], Sampler], way: Decod
     return why
 
 
-def _gaps(policy: Policy, sampler: Sampler, lengths: Sequence[int], precision: str) -> dict[int, float]:
+def _gaps(policy: Policy, sampler: Sampler, lengths: Sequence[int]) -> dict[int, float]:
     """The largest distance of a token's log-prob from the model's, in nats, by the length of its prompt."""
-    with policy.on_trial(precision):
+    with policy.on_trial():
         tokens, sampled_NT = _sampled(policy, sampler, lengths, NEW)
         scored_NT = _scored(policy, tokens)
         # a score that is not finite stops a run by its own error
@@ -132,7 +132,7 @@ def _gaps(policy: Policy, sampler: Sampler, lengths: Sequence[int], precision: s
 
 def _in_precision(policy: Policy, sampler: Sampler, way: Decoding, lengths: Sequence[int], proven: bool) -> Decoding:
     """Whether decoding in the policy's own precision is off by no more than rounding is."""
-    if policy.precision == "fp32":
+    if policy.precision == policy.exact:
         return replace(way, agrees=proven)
     with policy.on_trial(policy.precision):
         tokens, sampled_NT = _sampled(policy, sampler, lengths, 3)
