@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,7 +19,7 @@ class LoraConfig(Settings):
 class ModelConfig(Settings):
     """The policy. π_0 is this model as loaded, frozen, unless `reference` names another."""
 
-    PATHS = ("name", "reference", "chat_template")
+    PATHS: ClassVar[tuple[str, ...]] = ("name", "reference", "chat_template")
     name: str = Field(description="an embedded default (smollm2-135m-instruct), a local folder, or a hub name")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     reference: str | None = Field(
@@ -43,7 +43,7 @@ class ModelConfig(Settings):
 
 
 class DataConfig(Settings):
-    PATHS = ("train", "eval")
+    PATHS: ClassVar[tuple[str, ...]] = ("train", "eval")
     train: str = Field(description="a .jsonl[.gz], .json or .parquet file, a data set's name, or builtin:quickstart")
     eval: str | None = Field(
         None,
@@ -134,7 +134,7 @@ class EvalConfig(Settings):
 
 
 class RunConfig(Settings):
-    PATHS = ("dir",)
+    PATHS: ClassVar[tuple[str, ...]] = ("dir",)
     dir: str = Field("runs/run", description="the run's folder")
     seed: int = Field(0, ge=0, lt=2**32, description="of sampling, shuffling and dropout")
     checkpoints: int = Field(

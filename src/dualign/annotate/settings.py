@@ -58,7 +58,7 @@ class RewardSettings(Settings):
 class FunctionReward(RewardSettings):
     """A Python function `(prompts, completions, **columns) -> list[float | None]`, plain or async."""
 
-    PATHS = ("path",)
+    PATHS: ClassVar[tuple[str, ...]] = ("path",)
     type: Literal["function"] = "function"
     path: str = Field(description="FILE.py:FUNCTION or package.module:FUNCTION")
     timeout: float | None = Field(None, gt=0, description="seconds; a late answer is absent")
@@ -67,7 +67,7 @@ class FunctionReward(RewardSettings):
 class HeadReward(RewardSettings):
     """Frozen MiniLM features with a ridge Bradley-Terry head, made by `dualign reward fit`."""
 
-    PATHS = ("path",)
+    PATHS: ClassVar[tuple[str, ...]] = ("path",)
     type: Literal["head"] = "head"
     path: str = Field("builtin:harmless", description="a head file, or builtin:NAME")
 
@@ -75,7 +75,7 @@ class HeadReward(RewardSettings):
 class ClassifierReward(RewardSettings):
     """A Hugging Face sequence classifier with one output, in process."""
 
-    PATHS = ("model",)
+    PATHS: ClassVar[tuple[str, ...]] = ("model",)
     type: Literal["classifier"] = "classifier"
     model: str = Field(description="a local folder or a hub name")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
@@ -88,7 +88,7 @@ class ClassifierReward(RewardSettings):
 class Endpoint(RewardSettings):
     """A server, how hard it may be asked, and what it may cost."""
 
-    PATHS = ("model", "cache")
+    PATHS: ClassVar[tuple[str, ...]] = ("model", "cache")
     base_url: str = Field(description="http://HOST:PORT/v1")
     model: str = Field(description="its name on the server")
     api_key_env: str = Field(
@@ -143,7 +143,7 @@ class JudgeSampling(Endpoint):
 class JudgeReward(JudgeSampling):
     """AI reward: an LLM judge's 1-10 score of one completion."""
 
-    PATHS = (*Endpoint.PATHS, "rubric")
+    PATHS: ClassVar[tuple[str, ...]] = (*Endpoint.PATHS, "rubric")
     type: Literal["judge"] = "judge"
     rubric: str = Field(description="summarization, helpfulness, harmlessness, or a YAML file")
     expected_score: bool = Field(False, description="expectation over the score's token log-probs, where served")
@@ -153,7 +153,7 @@ class PreferenceReward(JudgeSampling):
     """AI preference: which of two completions is better, asked in both orders. A completion's value is 1 where it
     won, 0 where it lost, 0.5 for a tie; with K > 2 the K completions of a prompt meet as neighbours (1-2, 3-4, ...)."""
 
-    PATHS = (*Endpoint.PATHS, "rubric")
+    PATHS: ClassVar[tuple[str, ...]] = (*Endpoint.PATHS, "rubric")
     type: Literal["preference"] = "preference"
     rubric: str = Field(description="summarization, helpfulness, harmlessness, or a YAML file")
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, ValidationError
 
@@ -39,7 +39,7 @@ class System(Settings):
 
 
 class Grid(Settings):
-    PATHS = ("base", "out")
+    PATHS: ClassVar[tuple[str, ...]] = ("base", "out")
     base: str = Field(description="the recipe that all cells start from: a file, or a shipped recipe's name")
     out: str = Field(description="the folder of the runs and the report")
     seeds: list[int] = Field(min_length=1)
