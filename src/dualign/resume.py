@@ -10,6 +10,7 @@ from typing import Any
 from dualign import config as configs
 from dualign import digests
 from dualign.annotate.function import name_of
+from dualign.annotate.settings import FunctionReward
 from dualign.config import Config
 from dualign.digests import Digests
 from dualign.errors import UserError
@@ -86,7 +87,8 @@ def _moved(run: Run, config: Config, key: str) -> bool:
     old, new = configs.differences(configs.load(run.config_file), config)[key]
     then: Digests = (run.about.get("inputs") or {}).get(key) or {}
     now = digests.of_run(config).get(key) or {}
-    same_function = not key.endswith(".path") or str(old).rpartition(":")[2] == str(new).rpartition(":")[2]
+    function = key.startswith("reward.") and isinstance(config.reward[int(key.split(".")[1])], FunctionReward)
+    same_function = not function or str(old).rpartition(":")[2] == str(new).rpartition(":")[2]
     return bool(then and now) and same_function and digests.changed(then, now) is None
 
 

@@ -5,14 +5,18 @@ import shutil
 from datetime import datetime
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import dualign
 from command import dualign as command
 from conftest import TEMPLATE, save_tiny
-from dualign.config import dump, load
+from dualign import digests
+from dualign.config import build, dump, load
 from dualign.errors import UserError
 from dualign.models.dates import freeze_date
+from dualign.resume import check_changes
 from dualign.runs import Run
 from runs_common import metrics, tree, vowels, write_prompts
 
@@ -53,9 +57,6 @@ def add_space(path):
 
 
 def other_weights(path):
-    import torch
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(path)
     save_file({k: v + 1e-3 * torch.ones_like(v) for k, v in weights.items()}, path, {"format": "pt"})
 
@@ -179,3 +180,21 @@ def test_prompts_of_a_later_day_are_those_of_the_first(there):
     longer = config.model_copy(update={"train": config.train.model_copy(update={"online_batches": 5})})
     with pytest.raises(UserError, match="its chat template writes the date"):
         dualign.train(longer, resume=True, quiet=True)
+
+
+def test_a_reward_head_may_move(tmp_path):
+    tree = {"model": {"name": "builtin:none"}, "data": {"train": "prompts.jsonl"}, "train": {"online_batches": 2}}
+    for name, bias in (("one", 0.0), ("same", 0.0), ("other", 1.0)):
+        (tmp_path / name).mkdir()
+        save_file({"weight": torch.full((1, 4), bias)}, tmp_path / name / f"{name}.safetensors")
+
+    def config(name):
+        head = {"type": "head", "path": str(tmp_path / name / f"{name}.safetensors")}
+        return build(tree | {"reward": [head], "run": {"dir": str(tmp_path / "run")}})
+
+    run = Run(tmp_path / "run")
+    run.create(dump(config("one")), [], digests.of_run(config("one")))
+    run.unlock()
+    check_changes(run, config("same"))
+    with pytest.raises(UserError, match=r"reward\.0\.path cannot change"):
+        check_changes(run, config("other"))
