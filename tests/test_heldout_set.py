@@ -146,11 +146,29 @@ def test_a_run_begun_without_evaluations_goes_on_without(tiny, tmp_path, capsys)
     run = dualign.train(config, quiet=True)
     shutil.rmtree(run.evaluations)
     run.evaluations.mkdir()
+    kept = [line for line in run.manifest.path.read_text().splitlines(True) if "evaluations/" not in line]
+    run.manifest.path.write_text("".join(kept))
     (run.folder / "summary.json").unlink()
     capsys.readouterr()
     dualign.train(config, resume=True)
     assert "began without evaluations" in " ".join(capsys.readouterr().out.split())
     assert "before" not in json.loads((run.folder / "summary.json").read_text())
+
+
+def test_a_first_evaluation_that_was_deleted_is_made_again(tiny, tmp_path):
+    """As `dualign verify` says of a damaged one; past its checkpoint only with the checkpoints gone too."""
+    config = config_of(tiny, tmp_path, {"name": "sft"})
+    run = dualign.train(config, quiet=True)
+    before = json.loads((run.folder / "summary.json").read_text())
+    run.evaluation_path(0).unlink()
+    (run.folder / "summary.json").unlink()
+    with pytest.raises(UserError, match="training is past it"):
+        dualign.train(config, resume=True, quiet=True)
+    for checkpoint in run.saved():
+        shutil.rmtree(checkpoint)
+    dualign.train(config, resume=True, quiet=True)
+    after = json.loads((run.folder / "summary.json").read_text())
+    assert after["changes"] == before["changes"] and after["before"]["loss"] == before["before"]["loss"]
 
 
 def test_held_out_rows_are_drawn_from_those_that_fit(tiny, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 from dualign.batch import Row
 from dualign.config import Config
 from dualign.engine import Engine
-from dualign.errors import AbsentError
+from dualign.errors import AbsentError, UserError
 from dualign.heldout import HeldOut, evaluate, gains
 from dualign.heldout_set import HeldOutSet, changes, evaluate_set
 from dualign.rollout.base import Request
@@ -28,10 +28,20 @@ class Evaluations:
     def _load(self) -> list[Request] | list[Example]:
         if self.config.data.eval is None or (self.labeller is None and self.config.algo.source == "online"):
             return []
-        if self.run.batch_path(0).exists() and not self.run.evaluation_path(0).exists():
+        if self.run.batch_path(0).exists() and not self.run.evaluated:
             self.view.say("note: the run began without evaluations and goes on without")
             return []
+        self._check_first()
         return load_heldout(self.config, self.engine, self.view.say, self.labeller is not None)
+
+    def _check_first(self) -> None:
+        """Raises UserError where the first evaluation is lost and training is past it: nothing could make it again."""
+        first, found = self.run.evaluation_path(0), self.run.resumable()
+        if found and found.name > first.stem and not first.exists():
+            raise UserError(
+                f"{first}: missing, and training is past it ({found}). To make it again, delete {self.run.checkpoints}/* "
+                "and resume: the stored batches are replayed from the first"
+            )
 
     def due(self, done: int) -> bool:
         every = self.config.eval.every

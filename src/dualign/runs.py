@@ -381,6 +381,12 @@ class Run:
     def evaluation_path(self, done: int) -> Path:
         return self.evaluations / f"{done:06d}.parquet"
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether it was ever evaluated, though the file of it may be gone."""
+        folder = f"{self.evaluations.name}/"
+        return any(name.startswith(folder) for name in self.manifest.files) or any(self.evaluations.glob("*.parquet"))
+
     def write_evaluation(self, done: int, rows: Sequence[Row], result: dict[str, Any]) -> None:
         """What was sampled from the policy after `done` online batches on held-out prompts, and its means."""
         table = to_table(labelled(done, rows))

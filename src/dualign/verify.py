@@ -104,7 +104,7 @@ def _mend(run: Run, path: Path) -> str:
 
 def _again(run: Run, path: Path) -> str:
     found = run.resumable()
-    if found and path.stem.isdigit() and int(path.stem) < int(found.name.split("+")[0]):
+    if found and path.stem.isdigit() and path.stem < found.name:  # "000002" < "000002+1": in the midst of its updates
         return f"Training is past it ({found}). To make it again, delete it and checkpoints/*, and resume"
     return AGAIN
 
