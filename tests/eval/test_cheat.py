@@ -88,7 +88,8 @@ def test_a_run_is_traced_batch_by_batch(tiny, tmp_path):
     second = f"{__file__}:negative_length"
     done = CliRunner().invoke(application(), ["eval", "cheat", str(run.folder), "--second", second])
     assert done.exit_code == 0, done.output
-    result = json.loads((run.folder / "eval" / "cheat.json").read_text())
+    (file,) = (run.folder / "eval").glob("cheat-test_cheat-py-negative_length-*.json")
+    result = json.loads(file.read_text())
     table = result["batches"]
     assert [row["batch"] for row in table] == list(range(6))
     assert table[0]["reward_sd"] == table[0]["second_sd"] == 0 and table[0]["kl"] == pytest.approx(0, abs=1e-4)

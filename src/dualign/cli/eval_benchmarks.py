@@ -32,6 +32,7 @@ SystemPrompt = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, help="so many, always the same draw")]
 Tokens = Annotated[int, typer.Option(min=1, help="longest answer")]
 Out = Annotated[Path | None, typer.Option(help="a .json file; default: RUN/eval/NAME.json, or eval/NAME.json")]
+TOKENS = {"mtbench": 1024, "alpaca": 1024, "ifeval": 512}  # longest answers
 
 
 def register(app: typer.Typer) -> None:
@@ -45,7 +46,7 @@ def mtbench(
     questions: Annotated[Path, typer.Option(help="FastChat's question.jsonl")],
     judge_prompts: Annotated[Path, typer.Option(help="FastChat's judge_prompts.jsonl")],
     system_prompt: SystemPrompt = None,
-    max_new_tokens: Tokens = 1024,
+    max_new_tokens: Tokens = TOKENS["mtbench"],
     limit: Limit = None,
     out: Out = None,
 ) -> None:
@@ -54,7 +55,7 @@ def mtbench(
     from dualign.eval import judges, mtbench, results, show
 
     asked = _put(source, str(questions), True, system_prompt)
-    path, how = _setting(source, "mtbench", max_new_tokens, out, asked)
+    path, how = _setting(source, "mtbench", max_new_tokens, out, asked, judge, limit, system_prompt)
     prompts = mtbench.load_prompts(judge_prompts)
     chosen = data.draw(mtbench.load_questions(questions), limit)
     answers = mtbench.answer(_model(source), chosen, how)
@@ -89,7 +90,7 @@ def alpaca(
     official: Annotated[
         str | None, typer.Option(help="run the installed alpaca_eval package with this annotators_config")
     ] = None,
-    max_new_tokens: Tokens = 1024,
+    max_new_tokens: Tokens = TOKENS["alpaca"],
     limit: Limit = None,
     out: Out = None,
 ) -> None:
@@ -102,7 +103,7 @@ def alpaca(
     prompts = data.draw(data.load_prompts(instructions, asked, "eval"), limit)
     theirs = alpaca.baseline(prompts, column, reference, asked)
     name = "-against-".join(["alpaca", *([alpaca.slug(column, reference)] if column or reference else [])])
-    path, how = _setting(source, name, max_new_tokens, out, asked)
+    path, how = _setting(source, name, max_new_tokens, out, asked, judge, limit, system_prompt)
     ours = _answers(source, prompts, how)
     files = path.with_name(f"{path.stem}-outputs.json"), path.with_name(f"{path.stem}-reference.json")
     for file, answers in zip(files, (ours, theirs), strict=True):
@@ -130,7 +131,7 @@ def ifeval(
     prompt_column: Annotated[str, typer.Option(help="the column that holds the prompt")] = "prompt",
     chat: Chat = True,
     system_prompt: SystemPrompt = None,
-    max_new_tokens: Tokens = 512,
+    max_new_tokens: Tokens = TOKENS["ifeval"],
     limit: Limit = None,
     out: Out = None,
 ) -> None:
@@ -140,7 +141,7 @@ def ifeval(
 
     ifeval.library()
     asked = _put(source, prompts, chat, system_prompt, prompt_column)
-    path, how = _setting(source, "ifeval", max_new_tokens, out, asked)
+    path, how = _setting(source, "ifeval", max_new_tokens, out, asked, None, limit, system_prompt)
     chosen = data.draw(data.load_prompts(prompts, asked, "train"), limit)
     ours = _answers(source, chosen, how)
     rows = ifeval.check([a for answers in ours.answers.values() for a in answers])
@@ -157,12 +158,25 @@ def _put(source: str, prompts: str, chat: bool, system_prompt: str | None, promp
 
 
 def _setting(
-    source: str, name: str, max_new_tokens: int, out: Path | None, asked: DataConfig
+    source: str,
+    name: str,
+    max_new_tokens: int,
+    out: Path | None,
+    asked: DataConfig,
+    judge: str | None,
+    limit: int | None,
+    system_prompt: str | None,
 ) -> tuple[Path, Generation]:
+    """Where the result goes (another judge or way of asking has another file), and how the source is sampled."""
     from dualign.eval import outputs
+    from dualign.eval.places import named, slug
 
+    usual = {"chat": True, "limit": None, "system_prompt": None, "max_new_tokens": TOKENS[name.partition("-")[0]]}
+    given = {"chat": asked.chat, "limit": limit, "system_prompt": system_prompt, "max_new_tokens": max_new_tokens}
+    stem = f"{name}-{slug(judge)}" if judge else name
+    stem = named(stem, [judge], {key: value for key, value in given.items() if value != usual[key]})
     folder = Path(source) / "eval" if outputs.is_run(source) else Path("eval")
-    path = out or folder / f"{name}.json"
+    path = out or folder / f"{stem}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path, outputs.Generation(None, max_new_tokens, 0.0, 1, 0, path.parent / "outputs", asked)
 

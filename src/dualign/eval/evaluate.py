@@ -6,8 +6,6 @@ reward to is judged by it with `reward=f`.
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from dualign.eval import cheat, cost, outputs, results, rewards, winrate
 from dualign.eval.asking import Asking, data_of, generation, said
 from dualign.eval.judges import Judges, open_judge
 from dualign.eval.outputs import Generation, Outputs
+from dualign.eval.places import named, place, slug
 from dualign.runs import Run
 
 Reward = RewardFunction | Sequence[RewardFunction]
@@ -70,7 +69,7 @@ def mean_reward(
 ) -> Result:
     """Mean reward of each source, and with `second` whether the gain survives another judge."""
     asking = asking or Asking()
-    path = place("reward", sources, judge, asking, out)
+    path = place("reward", sources, judge, asking, out, second=second)
     functions = _functions(reward, sources, judge, second)
     how = generation(sources, asking, path.parent / "outputs")
     points = [_points(source, how) for source in sources]
@@ -99,7 +98,8 @@ def cheating(
     run: Path, second: str | None = None, until: int | None = None, reward: Reward = (), out: Path | None = None
 ) -> Result:
     """Signs of overoptimisation, batch by batch, and a verdict in plain words."""
-    path = out or run / "eval" / ("cheat.json" if until is None else f"cheat-until-{until}.json")
+    stem = "-".join(["cheat", *([f"until-{until}"] if until else []), *([slug(second)] if second else [])])
+    path = out or run / "eval" / f"{named(stem, [second], {})}.json"
     spec = second or cheat.independent(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_judge(spec, str(run), path.parent, _functions(reward, [str(run)], spec)) as judge:
@@ -108,27 +108,6 @@ def cheating(
     result |= {"second": spec, "until": until, "batches": table, **cheat.verdict(table)}
     results.write(path, result)
     return result, path
-
-
-def place(
-    kind: str, sources: Sequence[str], judge: str, asking: Asking, out: Path | None, against: str | None = None
-) -> Path:
-    """Where the result goes: one file for each judge, set of prompts and opponent, beside the first run. Makes its
-    folder."""
-    run = next((s for s in sources if outputs.is_run(s)), None)
-    name = "-".join([kind, _slug(judge), *([_slug(asking.prompts)] if asking.prompts else [])])
-    if against:
-        where = str(Path(against).resolve()) if Path(against).exists() else against
-        name += f"-against-{_slug(against)}-{hashlib.sha256(where.encode()).hexdigest()[:6]}"
-    path = out or (Path(run) / "eval" if run else Path("eval")) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def _slug(text: str) -> str:
-    """A judge's spec as part of a file's name."""
-    name = re.sub(r"\W+", "-", Path(text).name.removeprefix("builtin:")).strip("-")
-    return name if len(name) <= 40 else f"{name[:30]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def _functions(reward: Reward, runs: Sequence[str], *judges: str | None) -> Sequence[RewardFunction]:
