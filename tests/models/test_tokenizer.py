@@ -113,6 +113,37 @@ def test_other_closings(case):
     assert encoded(tokenizer, USER, "Hello", finish="length")[1] == "Hello"
 
 
+IN_WORDS = {  # an end that is no token of the tokenizer's
+    "ChatML": "{{ m.content }}<|im_end|>\n",
+    "a mark": "{{ m.content }}<END>",
+    "trimmed": "{{ m.content | trim }} <END>\n\n",
+}
+
+
+@pytest.mark.parametrize("case", IN_WORDS)
+@pytest.mark.parametrize("said", ["Hello", "END", "Hello<END>"])
+def test_an_end_in_words_is_no_part_of_an_answer_that_was_cut_off(case, said):
+    body = IN_WORDS[case]
+    template = (
+        "{% for m in messages %}{{ m.role }}: " + body + "{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+    )
+    tokenizer = made(byte_level(template.replace("{{ m.role }}: ", "{{ m.role[0] }}: ")))
+    close = body.split("}}")[1]
+    assert encoded(tokenizer, USER, said, finish="length")[1] == said
+    assert encoded(tokenizer, USER, said)[1] == f"{said}{close.rstrip()}<|end|>"
+
+
+def test_a_call_that_was_cut_off_has_no_end_in_words():
+    template = THINKS.replace("<|eot|>", "<END>")
+    call = {"role": "assistant", "content": "Look.", "tool_calls": [{"function": {"name": "w", "arguments": {"a": 1}}}]}
+    tokenizer = made(byte_level(template))
+    wanted = '<think>\n\n</think>\n\nLook.\n<call>{"a": 1}</call>'
+    assert encoded(tokenizer, USER, call, finish="length")[1] == wanted
+    assert encoded(tokenizer, USER, call)[1] == wanted + "<END><|end|>"
+    thought = {"role": "assistant", "content": "4", "reasoning_content": "two twos"}
+    assert encoded(tokenizer, USER, thought, finish="length")[1] == "<think>\ntwo twos\n</think>\n\n4"
+
+
 def test_an_answer_that_the_next_turn_closes():
     """As GLM's: nothing follows an answer but the next role, which the model ends with."""
     hf = byte_level(

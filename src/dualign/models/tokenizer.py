@@ -27,7 +27,8 @@ class Tokenizer:
         self.hf, self.rows = hf, rows
         self.template = ChatTemplate(hf)
         self.added = frozenset({*hf.added_tokens_decoder, *hf.all_special_ids})
-        closing = self._closing(self.template.closing(), self.added)
+        self._close = self.template.closing()
+        closing = self._closing(self._close, self.added)
         self.eos_ids = frozenset(eos_ids) | ({closing} if closing is not None else set())
         self.eos_id = hf.eos_token_id if hf.eos_token_id is not None else min(self.eos_ids)
         if closing is None:  # an answer may end where the next turn begins
@@ -69,7 +70,7 @@ class Tokenizer:
                 known, answer = self._answer(prompt, before, example.turn(i), finish[i])
                 if known != before:  # the template shows a clock, which has moved on
                     before, prompt_ids = known, self._ids(known)
-                completions.append(self._closed(before, prompt_ids, answer, example.turn(i)["content"], finish[i]))
+                completions.append(self._closed(before, prompt_ids, answer, example.turn(i), finish[i]))
         return prompt_ids, [self._checked(prompt, ids) for ids in completions]
 
     def completion(self, text: str, finish: Finish = "eos") -> Ids:
@@ -99,9 +100,10 @@ class Tokenizer:
                 raise
             return before, content  # it goes on in the block that the prompt has opened
 
-    def _closed(self, before: str, before_ids: Ids, answer: str, content: str, finish: Finish) -> Ids:
-        """An answer's ids up to the first token that ends it, without that where it was cut off. Where the template
-        closes it with no such token, the one that does is added, and space of the template's own is left out."""
+    def _closed(self, before: str, before_ids: Ids, answer: str, turn: Message, finish: Finish) -> Ids:
+        """An answer's ids up to the first token that ends it. Where the template closes it with no such token, the one
+        that does is added, and space of the template's own is left out. One that was cut off goes to the end of what it
+        says: the template's close, in tokens or in words, is not its own."""
         ids = self._continued(before, before_ids, answer)
         end, closed = len(ids), None
         while end and self._says_nothing(ids[end - 1]):
@@ -109,13 +111,15 @@ class Tokenizer:
             closed = end if ids[end] in self.eos_ids else closed
         if finish == "eos" and closed is not None:
             return ids[: closed + 1]
-        for text in (content, content.strip()):
-            at = answer.rfind(text) + len(text)
-            if text and at >= len(text) and all(map(self._says_nothing, self._ids(answer[at:]))):
-                ids = self._continued(before, before_ids, answer[:at])
-                break
+        at = _end_of(turn["content"], answer.removesuffix(self._close))
+        ends = at is not None and all(map(self._says_nothing, self._ids(answer[at:])))
+        if ends or (at is not None and finish == "length" and not turn.get("tool_calls")):
+            ids = self._continued(before, before_ids, answer[:at])
+        elif finish == "eos":
+            ids = self._continued(before, before_ids, answer.rstrip())
         else:
-            ids = ids[:closed]
+            cut = self._continued(before, before_ids, answer.removesuffix(self._close))
+            ids = cut if closed is None else ids[:closed]
         return (*ids, self.closing_id) if finish == "eos" else ids
 
     # ---- tokens ----
@@ -175,6 +179,12 @@ class Tokenizer:
                 "got tokens that the model was not resized for"
             )
         return ids
+
+
+def _end_of(content: str, answer: str) -> int | None:
+    """Where the content ends in the answer, as it is or without the space around it; None where it is not there."""
+    found = ((text, answer.rfind(text)) for text in (content, content.strip()) if text)
+    return next((at + len(text) for text, at in found if at >= 0), None)
 
 
 def source_of(config: ModelConfig) -> tuple[str, dict[str, Any]]:
