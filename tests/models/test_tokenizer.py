@@ -185,6 +185,40 @@ def test_tool_calls_and_tools_are_rendered_or_missed():
             encoded(made(byte_level(PLAIN)), USER, turn)
 
 
+@pytest.mark.parametrize("key", ["reasoning", "thinking", "reasoning_details", "thoughts", "function_call"])
+def test_reasoning_and_calls_under_any_key_are_rendered_or_refused(key):
+    value = [{"type": "reasoning.text", "text": "4"}] if key == "reasoning_details" else "4"
+    turn = {"role": "assistant", "content": "4", key: value}
+    with pytest.raises(UserError, match=f"prompt p: the chat template leaves out the answer's {key}"):
+        encoded(made(byte_level(PLAIN)), USER, turn)
+    reads = made(
+        byte_level(PLAIN.replace("{{ m['content'] }}", "{{ m.KEY or '' }}{{ m.content }}".replace("KEY", key)))
+    )
+    assert encoded(reads, USER, turn)[1].endswith("4<|end|>")
+    assert encoded(made(byte_level(PLAIN)), USER, turn | {key: value[:0]})[1] == "4<|end|>"  # there is none
+
+
+def test_reasoning_under_two_keys_is_read_from_one_unless_they_differ():
+    same = {"role": "assistant", "content": "4", "reasoning_content": "twos", "reasoning": "twos"}
+    tokenizer = made(byte_level(THINKS))
+    assert encoded(tokenizer, USER, same)[1] == "<think>\ntwos\n</think>\n\n4<|eot|>"
+    with pytest.raises(UserError, match="leaves out the answer's reasoning;"):
+        encoded(tokenizer, USER, same | {"reasoning": "another"})
+
+
+def test_other_keys_that_a_template_leaves_out_are_said_once(caplog):
+    tokenizer = made(byte_level(PLAIN))
+    asked = ({"role": "user", "content": "Hi", "name": "Ann"},)
+    for _ in range(2):
+        answer = encoded(tokenizer, asked, {"role": "assistant", "content": "4", "name": "Bot", "weight": 0})[1]
+        assert answer == "4<|end|>"
+    for part in ("a user message's name", "an assistant message's name", "an assistant message's weight"):
+        assert caplog.text.count(f"leaves out {part}:") == 1
+    caplog.clear()
+    named = made(byte_level(PLAIN.replace("{{ m['content'] }}", "{{ m.name }}{{ m['content'] }}")))
+    assert "Ann" in encoded(named, asked, "4")[0] and not caplog.text
+
+
 def test_what_a_template_leaves_out_of_a_prompt_is_said_once(caplog):
     template = (
         "{% for m in messages %}{% if m.role != 'system' %}<|u|>{{ m.content }}<|end|>{% endif %}{% endfor %}<|a|>"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from dualign.errors import UserError
@@ -13,12 +15,16 @@ from dualign.types import Message, Prompt
 log = logging.getLogger(__name__)
 
 PROBE = "words that stand in for others"
+REASONING = re.compile("reasoning|think|thought")  # as providers name it: reasoning_content, reasoning, thinking, ...
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+CALLS = ("tool_calls", "function_call")
 RENDERINGS = 3  # of a prompt and its answer, should the clock that a template shows move on between the two
 
 
 class ChatTemplate:
     """Renders by a Hugging Face tokenizer's template. Raises UserError, naming the row, for what the template refuses,
-    and for an answer that it leaves a part of out; what it leaves out of a prompt is said, once for each kind."""
+    and for an answer whose text, calls or reasoning it leaves out, under whatever key; what else it leaves out is said,
+    once for each kind."""
 
     def __init__(self, hf: Any) -> None:
         self.hf = hf
@@ -104,14 +110,8 @@ class ChatTemplate:
             raise ValueError("content must be text, not parts")
         found = []
         for at, message in enumerate(messages):
-            whose = "the answer's" if at == len(messages) - 1 and not generation else f"a {message['role']} message's"
-            content = message["content"].strip() if isinstance(message.get("content"), str) else ""
-            if content and content not in text and idle(at, message | {"content": PROBE}):
-                found.append(f"{whose} text")
-            hidden = ("tool_calls", "reasoning_content") if whose == "the answer's" else ("tool_calls",)
-            for key in hidden:  # reasoning of earlier turns is left out on purpose
-                if message.get(key) and idle(at, {k: v for k, v in message.items() if k != key}):
-                    found.append(f"{whose} {key}")
+            answer = at == len(messages) - 1 and not generation
+            found += _lost(message, text, answer, partial(idle, at))
         if prompt.tools and text_of(messages, Prompt(prompt.id, prompt.content)) == text:
             found.append("the tools")
         return text, found
@@ -145,6 +145,31 @@ def _as_json(call: dict[str, Any]) -> dict[str, Any]:
         return call | {"function": _as_json(call["function"])}
     arguments = call.get("arguments")
     return call | {"arguments": json.dumps(arguments, ensure_ascii=False)} if isinstance(arguments, dict) else call
+
+
+def _lost(message: Message, text: str, answer: bool, idle: Callable[[Message], bool]) -> list[str]:
+    """What of a message is not in the text: `idle` says whether another message in its place changes nothing."""
+    whose = f"{'an' if message['role'] == 'assistant' else 'a'} {message['role']} message's"
+    mine = "the answer's" if answer else whose
+    content = message["content"].strip() if isinstance(message.get("content"), str) else ""
+    found = [f"{mine} text"] if content and content not in text and idle(message | {"content": PROBE}) else []
+    thoughts = {k for k, v in message.items() if REASONING.search(k) and isinstance(v, str | list | dict)}
+    unread = bool(thoughts) and idle({k: v for k, v in message.items() if k not in thoughts})
+    for key in sorted(message.keys() - {"role", "content"}):
+        if message[key] in EMPTY or not idle({k: v for k, v in message.items() if k != key}):
+            continue
+        if key not in thoughts:
+            found.append(f"{mine if key in CALLS else whose} {key}")
+        elif answer and (unread or not _shown(message[key], text)):  # earlier turns' reasoning is left out on purpose
+            found.append(f"{mine} {key}")
+    return found
+
+
+def _shown(reasoning: Any, text: str) -> bool:
+    """Whether its words are in a text: two keys of a message may hold the same."""
+    parts = reasoning if isinstance(reasoning, list) else [reasoning]
+    words = [p.get("text") if isinstance(p, dict) else p for p in parts]
+    return all(isinstance(w, str) and w.strip() in text for w in words)
 
 
 def _reason(error: Exception) -> str:
