@@ -162,3 +162,32 @@ def test_tools_that_are_none_are_refused_with_their_row(tmp_path):
     assert plain.columns["tools"] == "hammer" and plain.tools is None
     (none,) = load_prompts(write(tmp_path, {"id": None, "prompt": [u("hi")], "tools": None}))
     assert none.tools is None and none.id == "x.jsonl:1"
+
+
+def test_tools_of_plain_rows_are_counted_unless_a_template_reads_them(tmp_path, caplog):
+    rows = [{"prompt": "Weather?", "completion": "22", "tools": tools} for tools in (TOOLS, json.dumps(TOOLS), None)]
+    source = write(tmp_path, *rows)
+    for load in (load_prompts, load_examples):
+        caplog.clear()
+        load(source)
+        assert "2 of 3 rows are plain text with tools: no template shows them" in caplog.text
+    caplog.clear()
+    chat = DataConfig(train=source, chat=True)
+    assert [p.tools for p in load_prompts(source, chat)] == [TOOLS, TOOLS, None]
+    assert [(e.prompt.tools, e.completions) for e in load_examples(source, chat)][1] == (TOOLS, ("22",))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+@pytest.mark.parametrize("prompt", ["Q", [u("Q")]])
+def test_completions_that_people_rejected_are_no_demonstrations(tmp_path, caplog, parquet, prompt):
+    def answer(text):
+        return text if prompt == "Q" else [a(text)]
+
+    rows = [{"prompt": prompt, "completion": answer(f"y{i}"), "label": i != 1} for i in range(3)]
+    source = write(tmp_path, *rows, parquet=parquet)
+    with pytest.raises(UserError, match=r"row 2: its 'label' is false: .*\(data\.bad_rows=skip"):
+        load_examples(source)
+    assert len(load_prompts(source)) == 3
+    kept = load_examples(source, DataConfig(train=source, bad_rows="skip"))
+    assert [e.completions for e in kept] == [("y0",), ("y2",)] and "1 of 3 rows left out" in caplog.text

@@ -85,9 +85,11 @@ def _examples(
 ) -> Iterator[Example]:
     """Each row's prompt and completions. A row that is not of the layout stops it, or is left out and counted."""
     first: UserError | None = None
-    skipped = several = 0
+    skipped = several = unread = 0
     for row in rows:
         try:
+            if layout == "completion" and not prompts_only and row.values.get("label") is False:
+                raise UserError(f"{row.where}: its 'label' is false: the completion is not one to learn from")
             content, answers = parse(row, layout, config, prompts_only)
             example = _example(row, prompt_of(row, content, config), [] if prompts_only else answers)
         except UserError as error:
@@ -95,12 +97,16 @@ def _examples(
                 raise UserError(f"{error} (data.bad_rows=skip leaves such rows out)") from None
             first, skipped = first or error, skipped + 1
             continue
+        unread += not example.prompt.conversational and any(map(row.values.get, TEMPLATE_COLUMNS))
         several += layout in ("completion", "messages") and _several(row, example, config)
         yield example
     if skipped == len(rows):
         raise UserError(f"{source}: none of its {skipped:,} rows can be used; the first: {first}")
     if skipped:
         log.warning("%s: %s of %s rows left out; the first: %s", source, f"{skipped:,}", f"{len(rows):,}", first)
+    if unread:
+        what = "no template shows them to the model (data.chat=true makes a plain prompt a user's message)"
+        log.warning("%s: %s of %s rows are plain text with tools: %s", source, f"{unread:,}", f"{len(rows):,}", what)
     if several:
         what = "the assistant's last turn is trained on, its earlier ones are context"
         log.warning("%s: %s of %s rows are longer conversations: %s", source, f"{several:,}", f"{len(rows):,}", what)
