@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -36,10 +36,18 @@ def layout_of(values: Mapping[str, Any], config: DataConfig) -> str:
     return "messages" if "messages" in values and not named else "prompt"
 
 
-def parse(row: Row, layout: str, config: DataConfig, prompts_only: bool) -> tuple[Content, list[str | Message]]:
+def parse(
+    row: Row, layout: str, config: DataConfig, prompts_only: bool, answers: Sequence[str] = ()
+) -> tuple[Content, list[str | Message]]:
     """The prompt, and the completions the layout promises: none, one or (chosen, rejected). Each is text, or where the
-    prompt is a conversation the assistant's message; what stands before it is in the prompt."""
-    names = {"completion": ("completion",), "messages": ("messages",), "preference": ("chosen", "rejected")}
+    prompt is a conversation the assistant's message; what stands before it is in the prompt. `answers`: the columns of
+    a prompt's completions where these are others."""
+    names = {
+        "prompt": tuple(answers),
+        "completion": ("completion",),
+        "messages": ("messages",),
+        "preference": ("chosen", "rejected"),
+    }
     if layout == "hh":
         return _parse_transcripts(row, config)
     own = layout == "messages" and config.prompt_column == "messages"
@@ -116,7 +124,7 @@ def _parted(row: Row, column: str, wholes: dict[str, list[Message]]) -> tuple[Co
     context, *others = [whole[:-1] for whole in wholes.values()]
     if any(other != context for other in others):
         raise UserError(
-            f"{row.where}: 'chosen' and 'rejected' differ before their last message, which alone is trained on"
+            f"{row.where}: {' and '.join(map(repr, wholes))} differ before their last message, which alone is the answer"
         )
     if not context:
         raise _nothing_in_common(row) if others else UserError(f"{row.where}: {column!r} has no turn before its last")

@@ -82,8 +82,9 @@ def load_responses(source: str, limit: int | None = None, config: DataConfig | N
 def _responses(row: Row, layout: str, names: Mapping[str, str], config: DataConfig) -> Responses:
     read = {name: answer_text(row.values.get(column)) for name, column in names.items()}
     none = {name for name, (text, _) in read.items() if not (text and text.strip())}
-    values = {**row.values, **{names[name]: _stand_in(row.values.get(names[name])) for name in none}}
-    content, answers = parse(replace(row, values=values), layout, config, layout == "prompt")
+    talk = next((value for column in names.values() if _is_talk(value := row.values.get(column))), None)
+    values = {**row.values, **{names[name]: _stand_in(row.values.get(names[name]), talk) for name in none}}
+    content, answers = parse(replace(row, values=values), layout, config, layout == "prompt", tuple(names.values()))
     texts = {name: text for name, (text, _) in read.items()}
     for name, answer in zip(names, answers, strict=False):  # a transcript's, or one with tool calls, is what was parsed
         if name not in none:
@@ -95,7 +96,7 @@ def _responses(row: Row, layout: str, names: Mapping[str, str], config: DataConf
 
 def answer_text(value: Any) -> tuple[str | None, str | None]:
     """(the answer's text, None), or (None, why there is none). `value`: text, or messages of which the last is it."""
-    if isinstance(value, list) and value and isinstance(value[-1], Mapping):
+    if _is_talk(value):
         last = value[-1]
         if last.get("role", "assistant") != "assistant":
             return None, "does not end with the assistant's message"
@@ -115,7 +116,11 @@ def answer_text(value: Any) -> tuple[str | None, str | None]:
     return value, None
 
 
-def _stand_in(value: Any) -> Any:
-    if isinstance(value, list) and value and isinstance(value[-1], Mapping):
-        return [*value[:-1], {**value[-1], "role": "assistant", "content": STAND_IN}]
-    return STAND_IN
+def _is_talk(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[-1], Mapping)
+
+
+def _stand_in(value: Any, talk: Any) -> Any:
+    """Of the same turns as what it stands in for, else as `talk`, another answer that is a conversation."""
+    turns = value if _is_talk(value) else talk
+    return [*turns[:-1], {**turns[-1], "role": "assistant", "content": STAND_IN}] if turns else STAND_IN

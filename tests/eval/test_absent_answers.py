@@ -151,6 +151,45 @@ def test_every_layout_keeps_rows_whose_answer_is_empty_or_absent(layout, tmp_pat
     assert len({row.prompt.text for row in rows}) == 1
 
 
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+SEVERAL = [*ask(1), said("A1"), *ask(2)]
+PAIRS = {"response": ("response_a", "response_b"), "preference": ("chosen", "rejected")}
+
+
+@pytest.mark.parametrize("names", PAIRS)
+@pytest.mark.parametrize("prompt", ["question 1", ask(1)])
+def test_answers_that_are_conversations_keep_their_turns(names, prompt, tmp_path):
+    a, b = PAIRS[names]
+    rows = [
+        {"prompt": prompt, a: [*SEVERAL, said("x")], b: [*SEVERAL, said("y")]},
+        {"prompt": prompt, a: [*SEVERAL, said("x")], b: None},
+        {"prompt": prompt, a: [*SEVERAL[1:], said("x")], b: [*SEVERAL, said("")]},
+    ]
+    found = load_responses(str(write(tmp_path / "r.jsonl", rows)))
+    assert [row.prompt.messages for row in found] == [SEVERAL] * 3
+    assert [tuple(row.texts.values()) for row in found] == [("x", "y"), ("x", None), ("x", "")]
+
+
+OTHERS = {
+    "another question": ([*ask(3), said("x")], [*ask(1), said("y")], "is of another conversation than 'prompt'"),
+    "other turns": ([*SEVERAL, said("x")], [*ask(1), said("B1"), *ask(2), said("y")], "differ before their last"),
+    "more turns": ([*SEVERAL, said("x")], "y", "differ before their last"),
+}
+
+
+@pytest.mark.parametrize("names", PAIRS)
+@pytest.mark.parametrize("case", OTHERS)
+def test_answers_to_another_conversation_are_left_out_and_counted(names, case, tmp_path, caplog):
+    (a, b), (first, second, told) = PAIRS[names], OTHERS[case]
+    rows = [{"prompt": ask(1), a: [said("x")], b: "y"}, {"prompt": ask(1), a: first, b: second}]
+    found = load_responses(str(write(tmp_path / "r.jsonl", rows)))
+    assert [(r.prompt.messages, tuple(r.texts.values())) for r in found] == [(ask(1), ("x", "y"))]
+    assert "1 of 2 rows left out" in caplog.text and "row 2: " in caplog.text and told in caplog.text
+
+
 def test_answers_in_parts_and_tool_calls_are_text():
     assert (
         answer_text([{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}])[
