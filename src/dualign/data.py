@@ -43,6 +43,11 @@ def load_prompts(source: str, config: DataConfig | None = None, split: str | Non
     return [example.prompt for example in _examples(source, rows, layout, config, prompts_only=True)]
 
 
+def lost_system_prompt(prompts: Sequence[Prompt], config: DataConfig) -> bool:
+    """Whether the system prompt reaches no model: every prompt is plain text, which is asked as it is."""
+    return bool(config.system_prompt and prompts) and not any(prompt.conversational for prompt in prompts)
+
+
 def load_examples(source: str, config: DataConfig | None = None, split: str | None = None) -> list[Example]:
     """The rows of a preference set, completions = (chosen, rejected), or of demonstrations, completions =
     (completion,), in its order. Raises UserError as load_prompts, and where rows hold prompts only."""

@@ -103,6 +103,8 @@ def sample_to(
         train=source, chat=chat, prompt_column=prompt_column, system_prompt=system_prompt, bad_rows="skip"
     )
     prompts = data.load_prompts(source, asked, "test") if known else [user_prompt("prompt", source, system_prompt)]
+    if data.lost_system_prompt(prompts, asked):
+        raise UserError(f"{source}: every prompt is plain text, so --system-prompt needs --chat")
     sampling = Sampling(k, max_new_tokens, temperature, top_p)
     prompts, left_out = prompts[:limit], dict[int, str]()
     rollouts = sample_from(ModelConfig(name=model), prompts, sampling, seed, left_out)

@@ -23,6 +23,7 @@ from dualign.journal import Journal
 from dualign.models.policy import Tokenizer
 from dualign.processes import Processes, everyones
 from dualign.rollout.base import Request, Sampler, Sampling
+from dualign.schema import DataConfig
 from dualign.types import Example, Label, Prompt, Rollout
 
 X = TypeVar("X")
@@ -289,7 +290,11 @@ def requests_of(
     return requests
 
 
-def _mention_plain_text(prompts: Sequence[Prompt], engine: Reads, say: Callable[[str], None]) -> None:
+def _mention_plain_text(
+    prompts: Sequence[Prompt], config: DataConfig, engine: Reads, say: Callable[[str], None]
+) -> None:
+    if data.lost_system_prompt(prompts, config):
+        say("note: every prompt is plain text, so data.system_prompt is not used; it needs data.chat=true")
     if engine.tokenizer.hf.chat_template is not None and any(not p.conversational for p in prompts):
         say(
             "note: prompts are plain text and reach the model as they are, though it has a chat template; "
@@ -328,11 +333,11 @@ def load_stream(config: Config, engine: Reads, say: Callable[[str], None]) -> li
     d, context = config.data, engine.context
     if config.algo.source == "online":
         prompts = data.load_prompts(d.train, d, d.split)
-        _mention_plain_text(prompts, engine, say)
+        _mention_plain_text(prompts, config.data, engine, say)
         new, limit = config.rollout.max_new_tokens, d.max_prompt_tokens
         return requests_of(prompts, engine.tokenizer, context, new, limit, say, bad_rows=d.bad_rows)
     examples = data.load_examples(d.train, d, d.split)
-    _mention_plain_text([e.prompt for e in examples], engine, say)
+    _mention_plain_text([e.prompt for e in examples], config.data, engine, say)
     return _fitting(config, engine, say, "data.train", d.train, examples)
 
 

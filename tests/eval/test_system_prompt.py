@@ -4,14 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import dualign
+from command import dualign as command
 from dualign.cli import application
 from dualign.errors import UserError
 from dualign.eval.asking import Asking
 from dualign.eval.evaluate import mean_reward, win_rate
-from runs_common import tree
+from runs_common import reward_file, tree
 
 PIRATE = "Answer like a pirate."
 SEEN = []
@@ -101,3 +103,26 @@ def test_another_prompt_column_can_be_named(world, tmp_path):
         mean_reward([world["pirate"]], asking=Asking(str(other)), reward=seen, out=tmp_path / "x.json")
     asking = Asking(str(other), max_new_tokens=4, prompt_column="question")
     assert shown(mean_reward, [world["pirate"]], asking=asking, out=tmp_path / "x.json")[0] == {PIRATE}
+
+
+def test_a_system_prompt_that_would_not_be_used_is_refused_or_said(tiny, tmp_path):
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": f"number {i}", "question": f"number {i}"} for i in range(4)])
+    config = tree(tiny, prompts, tmp_path / "run", {"name": "dar"}, online_batches=1)
+    config["data"] |= {"system_prompt": PIRATE}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config | {"reward": [reward_file()]}))
+    said = command("train", tmp_path / "recipe.yaml")
+    assert said.code == 0 and "system_prompt is not used; it needs data.chat=true" in " ".join(said.text.split())
+    run, out = str(tmp_path / "run"), tmp_path / "x.json"
+    result, _ = mean_reward([run], out=out)
+    assert result["systems"][0]["sampling"]["system_prompt"] is None, "its own evaluations did not use it"
+    tokens = ["--max-new-tokens", 4]
+    own = ["eval", "reward", run, "--prompts", prompts, *tokens]
+    instructions = ["--prompt-column", "prompt", "--column", "question", "--instructions", prompts]
+    for refused in (own, [*own, "--system-prompt", "Be terse."],
+                    ["sample", tiny, prompts, "--system-prompt", "Be terse.", *tokens],
+                    ["eval", "alpaca", run, *instructions, "--no-chat", *tokens]):  # fmt: skip
+        said = command(*refused, "--out", out)
+        assert said.code == 2 and "--system-prompt needs --chat" in said.text, said.text
+    for options, used in ((["--chat"], PIRATE), (["--system-prompt", ""], None)):
+        assert command(*own, *options, "--out", out).code == 0
+        assert json.loads(out.read_text())["systems"][0]["sampling"]["system_prompt"] == used

@@ -98,9 +98,10 @@ def alpaca(
     from dualign import data
     from dualign.annotate.function import load_function
     from dualign.eval import alpaca, judges, outputs, results, show, winrate
+    from dualign.eval.asking import load_prompts
 
     asked = _put(source, instructions, chat, system_prompt, prompt_column)
-    prompts = data.draw(data.load_prompts(instructions, asked, "eval"), limit)
+    prompts = data.draw(load_prompts(instructions, asked, "eval"), limit)
     theirs = alpaca.baseline(prompts, column, reference, asked)
     name = "-against-".join(["alpaca", *([alpaca.slug(column, reference)] if column or reference else [])])
     path, how = _setting(source, name, max_new_tokens, out, asked, judge, limit, system_prompt)
@@ -138,11 +139,12 @@ def ifeval(
     """IFEval: instructions that a program checks; no judge (needs lm-eval[ifeval])."""
     from dualign import data
     from dualign.eval import ifeval, results, show
+    from dualign.eval.asking import load_prompts
 
     ifeval.library()
     asked = _put(source, prompts, chat, system_prompt, prompt_column)
     path, how = _setting(source, "ifeval", max_new_tokens, out, asked, None, limit, system_prompt)
-    chosen = data.draw(data.load_prompts(prompts, asked, "train"), limit)
+    chosen = data.draw(load_prompts(prompts, asked, "train"), limit)
     ours = _answers(source, chosen, how)
     rows = ifeval.check([a for answers in ours.answers.values() for a in answers])
     result = results.provenance("ifeval", None, 0) | _about(source, path, how) | ifeval.table(rows)

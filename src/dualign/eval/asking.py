@@ -11,7 +11,9 @@ from dualign import data
 from dualign.config import load
 from dualign.errors import UserError
 from dualign.eval.outputs import SUFFIXES, Generation, is_run
+from dualign.runs import Run
 from dualign.schema import DataConfig
+from dualign.types import Prompt
 
 TOKENS = 128
 
@@ -64,6 +66,17 @@ def put(sources: Sequence[str], train: str, options: Asking) -> DataConfig:
     return DataConfig(train=train, bad_rows="skip", **chosen)
 
 
+def load_prompts(source: str, settings: DataConfig, split: str) -> list[Prompt]:
+    """Raises UserError where the system prompt would be left out in silence."""
+    prompts = data.load_prompts(source, settings, split)
+    if data.lost_system_prompt(prompts, settings):
+        raise UserError(
+            f"{source}: every prompt is plain text, so the system prompt {settings.system_prompt!r} would not be used: "
+            "--system-prompt needs --chat (a run's data.system_prompt needs data.chat=true), or say --system-prompt ''"
+        )
+    return prompts
+
+
 def generation(sources: Sequence[str], options: Asking, folder: Path) -> Generation:
     """How all of `sources` are sampled. With prompts of one's own, all get the same conversations."""
     o = options
@@ -71,7 +84,7 @@ def generation(sources: Sequence[str], options: Asking, folder: Path) -> Generat
     if o.prompts is None:
         return Generation(None, o.max_new_tokens, o.temperature, o.k, o.seed, folder)
     settings = put(sources, o.prompts, o)
-    prompts = data.draw(data.load_prompts(o.prompts, settings, settings.eval_split), o.limit)
+    prompts = data.draw(load_prompts(o.prompts, settings, settings.eval_split), o.limit)
     return Generation(prompts, o.max_new_tokens, o.temperature, o.k, o.seed, folder, settings)
 
 
@@ -86,6 +99,16 @@ def said(source: str, how: Generation, options: Asking) -> dict[str, Any]:
         return {"prompts": f"those of {source}"}
     c = load(Path(source) / "config.yaml")
     temperature = c.rollout.temperature if c.eval.temperature is None else c.eval.temperature
-    return {"prompts": "the run's own evaluations", "chat": c.data.chat, "system_prompt": c.data.system_prompt,
+    system_prompt = c.data.system_prompt
+    if system_prompt and not c.data.chat and data.lost_system_prompt(_evaluated(Path(source)), c.data):
+        system_prompt = None
+    return {"prompts": "the run's own evaluations", "chat": c.data.chat, "system_prompt": system_prompt,
             "k": c.eval.k, "max_new_tokens": c.rollout.max_new_tokens, "temperature": temperature,
             "top_p": c.rollout.top_p, "seed": c.run.seed}  # fmt: skip
+
+
+def _evaluated(folder: Path) -> list[Prompt]:
+    """The prompts of a run's first evaluation."""
+    run = Run.open(folder)
+    first = min((int(path.stem) for path in run.evaluations.glob("*.parquet")), default=None)
+    return [] if first is None else [row.rollout.prompt for row in run.read_evaluation(first)[0]]
