@@ -10,6 +10,8 @@ import typer
 from typer.testing import CliRunner
 
 from dualign.cli import judge as commands
+from dualign.cli.labelled import write_rows
+from dualign.data import load_prompts
 from dualign.errors import StopRun, UserError
 from fault_server import FaultServer
 
@@ -203,3 +205,27 @@ def test_what_is_wrong_is_told_before_anything_is_bought(pairs: Path, tmp_path: 
     pairs.write_text(json.dumps({**rows[0], "response_a": "x\ud800"}) + "\n")
     with pytest.raises(UserError, match="half of a character"):
         run("agreement", pairs)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_prompts_of_labels_keep_calls_and_whatever_else_they_have(tmp_path: Path, suffix: str) -> None:
+    calls = [{"city": "Paris", "unit": None}, {"days": 3}]
+    asked = [
+        [*message("user", "Weather?"),
+         {"role": "assistant", "content": "", "tool_calls": [
+             {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}]},
+         {"role": "tool", "content": "22 C", "tool_call_id": "1", "name": "weather"}]
+        for arguments in calls
+    ] + [message("user", "Hi")]  # fmt: skip
+    rows = [{"id": str(i), "prompt": prompt, "completion": "22", "reward": 1.0} for i, prompt in enumerate(asked)]
+    out = tmp_path / f"o{suffix}"
+    write_rows(out, iter(rows))
+    assert [p.messages for p in load_prompts(str(out))] == asked
+    assert [p.columns["reward"] for p in load_prompts(str(out))] == [1.0] * 3
+
+
+def test_messages_that_parquet_cannot_hold_are_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": [{"role": "user", "content": "?", "meta": meta}]} for meta in ("a", 1)]
+    with pytest.raises(UserError, match=r"do not fit one Parquet column: .*; write \.jsonl"):
+        write_rows(tmp_path / "o.parquet", rows)
+    assert not list(tmp_path.iterdir())

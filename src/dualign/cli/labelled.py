@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dualign.annotate.agreement import Pair
 from dualign.errors import UserError
+from dualign.models.template import arguments_as_json
 from dualign.responses import Responses, load_responses
 from dualign.schema import DataConfig
 
@@ -79,30 +80,16 @@ def _write_parquet(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    table = [{**row, "prompt": arguments_as_json(row["prompt"])} if "prompt" in row else row for row in rows]
     rewards = {"reward": pa.float64(), "value": pa.float64()}
-    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    writer = None
+    columns = list(table[0]) if table else []
     try:
-        for chunk in _chunks(rows, 1000):
-            if writer is None:
-                types = {**dict.fromkeys(chunk[0], pa.string()), **rewards, "prompt": messages}
-                schema = pa.schema([(name, types[name]) for name in chunk[0]])
-                writer = pq.ParquetWriter(path, schema, compression="zstd")
-            writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
-    finally:
-        if writer:
-            writer.close()
-
-
-def _chunks(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    chunk: list[dict[str, Any]] = []
-    for row in rows:
-        chunk.append(dict(row))
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+        prompts = pa.array([row.get("prompt") for row in table])
+        types = {**dict.fromkeys(columns, pa.string()), **rewards, "prompt": prompts.type}
+        schema = pa.schema([(name, types[name]) for name in columns])
+        pq.write_table(pa.Table.from_pylist(table, schema=schema), path, compression="zstd")
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"the prompts' messages do not fit one Parquet column: {error}; write .jsonl") from None
 
 
 def read_rewards(path: Path) -> dict[tuple[str, str], float]:
