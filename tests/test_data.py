@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+from datetime import datetime, timedelta
+from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -208,3 +210,22 @@ def test_one_kind_of_the_shipped_prompts():
         load_prompts("builtin:quickstart/test/rude")
     with pytest.raises(UserError, match="no such data"):
         load_prompts("builtin:quickstart/tset/everyday")
+
+
+@pytest.mark.parametrize("way", ["parquet", "data set"])
+def test_values_that_json_has_no_type_for_are_the_same_wherever_they_are_read(tmp_path, way):
+    import datasets
+
+    day = datetime(2024, 5, 6, 7, 8, 9)
+    row = {"prompt": "x", "n": Decimal("2.50"), "day": day.date(), "at": day, "took": timedelta(minutes=1),
+           "raw": b"caf\xc3\xa9", "bytes": b"\xff\x00", "deep": [{"n": Decimal("0.25"), "none": None}]}  # fmt: skip
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    if way == "data set":
+        datasets.Dataset(pa.Table.from_pylist([row])).save_to_disk(tmp_path / "d")
+    (prompt,) = load_prompts(str(path if way == "parquet" else tmp_path / "d"))
+    assert prompt.columns == {
+        "n": 2.5, "day": "2024-05-06", "at": "2024-05-06T07:08:09", "took": 60.0, "raw": "café", "bytes": "ff00",
+        "deep": [{"n": 0.25, "none": None}],
+    }  # fmt: skip
+    assert json.loads(json.dumps(prompt.columns)) == prompt.columns

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from dualign.conversation import kind_of, without_nulls
+from dualign.conversation import as_json, kind_of, without_nulls
 from dualign.errors import UserError
 from dualign.layouts import Row, layout_of, parse, prompt_of
 from dualign.schema import DataConfig
@@ -273,4 +273,4 @@ def _from_arrow(values: dict[str, Any]) -> dict[str, Any]:
         messages = isinstance(value, list) and any(isinstance(x, dict) and "role" in x for x in value)
         return messages or name in TEMPLATE_COLUMNS
 
-    return {k: without_nulls(v) if padded(k, v) else v for k, v in values.items()}
+    return {k: without_nulls(v) if padded(k, v) else v for k, v in as_json(values).items()}
