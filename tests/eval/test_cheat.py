@@ -12,6 +12,7 @@ import dualign
 from dualign.cli import application
 from dualign.errors import UserError
 from dualign.eval.cheat import _rose, independent, texts, verdict
+from dualign.heldout import kl_name
 from runs_common import tree, vowels, write_pairs, write_prompts
 
 
@@ -80,10 +81,17 @@ def test_what_texts_look_like():
     assert texts(["", "x"])["distinct_2"] == 0
 
 
+def test_what_the_distance_is_called_where_a_run_of_before_does_not_say():
+    assert "at log(π/π_0) of its samples of 9.0 nats" in verdict([batch(i) for i in range(10)])["verdict"]
+    named = verdict([batch(i, kl_name="KL to π_0") for i in range(10)])["verdict"]
+    assert "at KL to π_0 of 9.0 nats" in named
+
+
 def test_a_run_is_traced_batch_by_batch(tiny, tmp_path):
     config = tree(
         tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar", "beta": 0.3}, online_batches=6, lr=3e-3
     )
+    temperature = config["rollout"]["temperature"] = 0.9
     run = dualign.train(config, reward=vowels, quiet=True)
     second = f"{__file__}:negative_length"
     done = CliRunner().invoke(application(), ["eval", "cheat", str(run.folder), "--second", second])
@@ -93,6 +101,8 @@ def test_a_run_is_traced_batch_by_batch(tiny, tmp_path):
     table = result["batches"]
     assert [row["batch"] for row in table] == list(range(6))
     assert table[0]["reward_sd"] == table[0]["second_sd"] == 0 and table[0]["kl"] == pytest.approx(0, abs=1e-4)
+    kl = kl_name({"temperature": temperature, "top_p": 1.0})
+    assert f" at {kl} of " in result["verdict"] and kl in done.output and "KL to" not in done.output
     assert table[-1]["kl"] > table[0]["kl"] and result["verdict"] in done.output.replace("\n", " ")
     assert independent(run.folder) == "builtin:helpful"
     both = yaml.safe_load((run.folder / "config.yaml").read_text())

@@ -98,6 +98,18 @@ def test_equal_outcomes_are_not_certain():
     assert share([]).n == 0
 
 
+def test_few_losses_are_not_surer_than_none():
+    """Nineteen wins and a tie say no more than twenty wins: nor do few losses among many prompts."""
+    for n in (20, 40, 100):
+        won, tied, lost = (share([1.0] * (n - 1) + [last]) for last in (1.0, 0.5, 0.0))
+        assert lost.low < tied.low < won.low and won.high == 1 and tied.high > 0.99
+        mirrored = share([0.0] * (n - 1) + [0.5])
+        assert (mirrored.low, mirrored.high) == pytest.approx((1 - tied.high, 1 - tied.low), abs=0.01)
+    assert share([1.0] * 19 + [0.5]).low == pytest.approx(0.7995, abs=0.0005)
+    even = [1.0, 0.0] * 30
+    assert share(even) == bootstrap(even), "where both sides are many, nothing changes"
+
+
 @pytest.mark.parametrize("n", [4, 6, 12, 19])
 @pytest.mark.parametrize("p", [(0.3, 0.2, 0.5), (0.1, 0.0, 0.9)])
 def test_win_rates_of_few_prompts_cover_what_they_promise(n, p):

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dualign.errors import clean
+from dualign.heldout import kl_name
 from dualign.intervals import bracket, known, too_few
 
 
@@ -129,7 +130,8 @@ def _r(c: dict[str, float]) -> str:
 
 def cheat(result: dict[str, Any], path: Path) -> None:
     console = _console()
-    table = _table(f"batch by batch; second reward: {result['second']}", "batch", "reward (sd)", "second (sd)", "KL",
+    kl = next((row["kl_name"] for row in result["batches"] if row.get("kl_name")), kl_name({}))
+    table = _table(f"batch by batch; second reward: {result['second']}", "batch", "reward (sd)", "second (sd)", kl,
                    "no EOS", "length", "distinct-2", "repeats", "refusals", "same opening")  # fmt: skip
     for row in result["batches"]:
         table.add_row(str(row["batch"]), _signed(row["reward_sd"]), _signed(row["second_sd"]), _plain(row["kl"]),

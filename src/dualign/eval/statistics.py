@@ -16,6 +16,7 @@ from dualign.intervals import FEW, all_equal, bracket, half_width
 Array = NDArray[np.float64]
 RESAMPLES = 2000
 LEVEL = 0.95
+OTHERS = 5  # scores unlike the commonest, below which a bootstrap of a win rate is too sure
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def share(score_n: ArrayLike, seed: int = 0) -> Estimate:
     """A win rate: the mean of per-prompt scores in [0, 1] (1 won, 0.5 tie, 0 lost, or means of several pairs).
 
     Bootstrap from FEW prompts on. Of fewer, and where all scores are equal, Wilson's interval (1927), as if every score
-    were won or lost, which is never narrower: a bootstrap would say that of six wins nothing is uncertain.
+    were won or lost, which is never narrower: a bootstrap would say that of six wins nothing is uncertain. Where fewer
+    than OTHERS scores are not the commonest one, a bootstrap is too sure as well: on each side the wider of the two.
     """
     from dualign.annotate.agreement import wilson
 
@@ -104,7 +106,11 @@ def share(score_n: ArrayLike, seed: int = 0) -> Estimate:
         return NOTHING
     if len(x) < FEW or all_equal(x):
         return Estimate(float(x.mean()), *wilson(float(x.sum()), len(x)), len(x))
-    return bootstrap(x, seed=seed)
+    found = bootstrap(x, seed=seed)
+    if len(x) - np.unique(x, return_counts=True)[1].max() >= OTHERS:
+        return found
+    low, high = wilson(float(x.sum()), len(x))
+    return replace(found, low=min(low, found.low), high=max(high, found.high))
 
 
 def over_seeds(score_Sn: list[dict[str, float]]) -> tuple[Estimate, Estimate]:
