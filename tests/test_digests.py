@@ -4,12 +4,17 @@ import functools
 import json
 import os
 import shutil
+import xmlrpc.client
 
 import pytest
 
 from dualign import digests
+from dualign.annotate.function import load_function
 from dualign.annotate.settings import FunctionReward, HeadReward, JudgeReward
 from dualign.code_digest import of_function
+from dualign.config import build, dump
+from dualign.runs import Run
+from dualign.trainer import note_fetched
 from runs_common import reward_file, write_prompts
 
 SOURCE = '''
@@ -171,3 +176,103 @@ def test_a_large_file_is_hashed_once_and_again_where_it_may_have_changed(tmp_pat
 
 def test_the_suites_own_reward_has_a_digest():
     assert len(digests.of_reward(FunctionReward(**reward_file()))) == 64
+
+
+MUTATING = [
+    "seen[c.strip()] = len(c)",
+    "counts[len(c) % 2] += 1",
+    "counts[0], counts[1] = counts[1] + 1, counts[0]",
+    "memory.d[c.strip()] = 1; memory.last = c",
+    "memory.add(c)",
+    "seen.setdefault(c, []).append(1)",
+    "helper(c)",
+]
+STATEFUL = """
+seen, counts = {}, [0, 0]
+class Memory:
+    def __init__(self):
+        self.d, self.history, self.scale = {}, [], 1.0
+    def add(self, c):
+        self.d.setdefault(c, []).append(1); self.history += [c]
+memory = Memory()
+def helper(c):
+    seen[c] = 1
+def scored(c):
+    CHANGE
+    return len(seen) * memory.scale
+"""
+
+
+@pytest.mark.parametrize("change", MUTATING)
+def test_what_a_function_keeps_as_it_runs_is_no_part_of_it(change):
+    source = STATEFUL.replace("CHANGE", change)
+    made = module(source)
+    before = of_function(made["scored"])
+    made["scored"]("a b")
+    assert of_function(made["scored"]) == before
+    for old, new in (("self.scale = {}, [], 1.0", "self.scale = {}, [], 2.0"), ("* memory", "+ memory")):
+        assert of_function(module(source.replace(old, new))["scored"]) != before
+
+
+def test_what_answers_anything_or_is_nested_deep_ends_no_run():
+    proxy, deep = xmlrpc.client.ServerProxy("http://localhost:1"), None
+    for _ in range(3000):
+        deep = [deep]
+    assert of_function(lambda completions: proxy.score(completions)).count(":") == 1
+    assert of_function(lambda completions: deep) == ""
+    found = digests.of_rewards([], [lambda completions: deep])
+    assert list(found.values()) == [{}]
+
+
+def test_modules_that_a_reward_imports_are_part_of_it(tmp_path, monkeypatch):
+    (tmp_path / "near_reward").mkdir()
+    (tmp_path / "near_reward" / "__init__.py").write_text("from . import inner\n")
+    (tmp_path / "near_reward" / "inner.py").write_text("import json\ndef score(c):\n    return 1.0\n")
+    (tmp_path / "near_helper.py").write_text(
+        "import near_reward\ndef score(c):\n    return near_reward.inner.score(c)\n"
+    )
+    (tmp_path / "unrelated.py").write_text("x = 1\n")
+    file = tmp_path / "rewards.py"
+    file.write_text(
+        "import near_helper\ndef scored(completions):\n    return [near_helper.score(c) for c in completions]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    function = load_function(f"{file}:scored")
+
+    def imports_within(completions):
+        import near_reward.inner
+
+        return [near_reward.inner.score(c) for c in completions]
+
+    both = [FunctionReward(path=f"{file}:scored"), FunctionReward(path="rewards:scored")]
+    monkeypatch.chdir(tmp_path)
+    then, code = digests.of_rewards(both, [function, imports_within]), of_function(function)
+    (tmp_path / "unrelated.py").write_text("x = 2\n")
+    assert digests.of_rewards(both, [function, imports_within]) == then
+    (tmp_path / "near_reward" / "inner.py").write_text("import json\ndef score(c):\n    return 2.0\n")
+    now = digests.of_rewards(both, [function, imports_within])
+    assert len(now) == 4 and of_function(function) == code
+    for key in now:
+        words = digests.changed(then[key], now[key])
+        assert "inner.py (sha256" in words and "imported" in words
+        alone = {name: sha for name, sha in then[key].items() if "imported" not in name}
+        assert digests.changed(alone, now[key]) is None  # not known then
+
+
+def test_a_hubs_classifier_that_was_fetched_meanwhile_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    reward = [{"type": "classifier", "model": "org/judge"}]
+    config = build(
+        {"model": {"name": "org/m"}, "data": {"train": "p.jsonl"}, "reward": reward, "train": {"online_batches": 1}}
+    )
+    run = Run(tmp_path / "run")
+    run.create(dump(config), [], digests.of_run(config, near=True))
+    assert run.about["inputs"]["reward.0.model"] == {}
+    repo = tmp_path / "hub" / "models--org--judge"
+    (repo / "snapshots" / "c").mkdir(parents=True)
+    (repo / "snapshots" / "c" / "config.json").write_text("{}")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("c")
+    note_fetched(run, config)
+    run.unlock()
+    assert run.about["inputs"]["reward.0.model"] == {"commit": "c"}

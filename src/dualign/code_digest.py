@@ -10,34 +10,60 @@ from __future__ import annotations
 import dis
 import functools
 import hashlib
+import inspect
 import re
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 
+from dualign.code_files import find, is_users, with_imports
+
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), range, slice, Path)
 LOADS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_ATTR", "LOAD_FROM_DICT_OR_DEREF"}
-STORES = {"STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR", "STORE_NAME"}
+LOADS |= {"LOAD_METHOD"}
+STORES = {"STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR"}
+CHANGES = {"STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"}
 MUTATORS = {"add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem", "popleft", "put"}
 MUTATORS |= {"remove", "reverse", "setdefault", "sort", "update"}
-CHANGES = {"STORE_SUBSCR", "DELETE_SUBSCR", "COPY", "DUP_TOP_TWO"}  # after a name and a key: `seen[key] = ...`, `+=`
 
 
 def of_function(function: Callable[..., Any]) -> str:
-    """PYTHON:SHA256. Digests of different Pythons cannot be compared: each compiles in its own way."""
+    """PYTHON:SHA256. Digests of different Pythons cannot be compared: each compiles in its own way. Empty where a value
+    that the function holds cannot be looked into."""
     version = f"{sys.implementation.name}{sys.version_info.major}.{sys.version_info.minor}"
-    return f"{version}:{_Description().of(function, root=True)}"
+    try:
+        return f"{version}:{_described(function)[0]}"
+    except Exception:  # a user's object may do anything where it is asked for its parts, or is nested too deep
+        return ""
+
+
+def modules_of(function: Callable[..., Any]) -> dict[str, Path]:
+    """The files of the user's own modules that the function, or code that it names, refers to as modules, with what
+    these import."""
+    try:
+        return with_imports(_described(function)[1])
+    except Exception:
+        return {}
+
+
+def _described(function: Callable[..., Any]) -> tuple[str, list[Path]]:
+    first = _Description(_State())
+    first.of(function, root=True)  # finds what changes, wherever it is named
+    second = _Description(first.found)
+    return second.of(function, root=True), second.modules
 
 
 class _Description:
     """What is the same for the same function, part by part."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: _State) -> None:
+        self.state, self.found = state, _State()
+        self.modules: list[Path] = []
         self.done: dict[int, tuple[Any, str]] = {}  # by address, which holds only while the value is held on to
 
     def of(self, value: Any, root: bool = False) -> str:
@@ -57,10 +83,12 @@ class _Description:
                 yield self.of(item)
         elif isinstance(value, set | frozenset | dict):
             yield f"{type(value).__name__} of {len(value)}"
-            items = value.items() if isinstance(value, dict) else value
-            yield from sorted(self.of(item) for item in items)
+            if isinstance(value, dict):
+                yield from sorted(f"{self.of(key)}: {self.of(item)}" for key, item in value.items())
+            else:
+                yield from sorted(map(self.of, value))
         elif isinstance(value, FunctionType):
-            yield from self._function(value) if root or _is_users(value.__code__.co_filename) else _name(value)
+            yield from self._function(value) if root or is_users(value.__code__.co_filename) else _name(value)
         elif isinstance(value, MethodType):
             yield self.of(value.__func__, root)
             yield self.of(value.__self__)
@@ -75,26 +103,36 @@ class _Description:
         elif isinstance(value, np.ndarray) and value.dtype != object:
             yield f"array {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
         elif isinstance(value, type):
-            yield from self._class(value) if _is_users(_file(value)) else _name(value)
-        elif (wrapped := getattr(value, "__wrapped__", None)) is not None:  # functools.cache and its like
+            yield from self._class(value) if is_users(_file(value)) else _name(value)
+        elif callable(wrapped := inspect.getattr_static(value, "__wrapped__", None)):  # functools.cache and its like
             yield self.of(wrapped, root)
-        elif isinstance(value, ModuleType | BuiltinFunctionType) or not _is_users(_file(type(value))):
-            yield from _name(value if hasattr(value, "__name__") else type(value))
+        elif isinstance(value, ModuleType | BuiltinFunctionType) or not is_users(_file(type(value))):
+            if isinstance(value, ModuleType) and is_users(getattr(value, "__file__", None)):
+                self.modules.append(Path(str(value.__file__)))
+            yield from _name(type(value) if inspect.getattr_static(value, "__name__", None) is None else value)
         else:
             yield from self._object(value)
 
     def _function(self, f: FunctionType) -> Iterator[str]:
         yield from self._code(f.__code__)
         yield self.of((f.__defaults__, f.__kwdefaults__))
-        state = _state(f.__code__)
+        if f.__name__ != "__init__":  # which sets what an object is, not what becomes of it
+            self.found.add(f.__code__)
         for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
-            if name not in state:
+            if name not in self.state.assigned:
                 yield f"closes over {name}"
-                yield self.of(_inside(cell))
-        for name in sorted(_globals(f.__code__) - state):
+                yield self._held(_inside(cell), name)
+        names, imported = _globals(f.__code__)
+        for name in sorted(names - self.state.assigned):
             if name in f.__globals__:
                 yield f"global {name}"
-                yield self.of(f.__globals__[name])
+                yield self._held(f.__globals__[name], name)
+        near = Path(f.__code__.co_filename).parent
+        self.modules += [file for name in sorted(imported) for file in find(name, near).values()]
+
+    def _held(self, value: Any, name: str) -> str:
+        """What is under `name`: of a container that the code changes in place, its type alone."""
+        return self.of(type(value)) if name in self.state.mutated and _is_container(value) else self.of(value)
 
     def _code(self, code: CodeType) -> Iterator[str]:
         yield f"code {code.co_code.hex()} {getattr(code, 'co_exceptiontable', b'').hex()}"
@@ -117,12 +155,31 @@ class _Description:
 
     def _object(self, value: Any) -> Iterator[str]:
         yield self.of(type(value))
-        methods = [m for kind in type(value).__mro__ for m in vars(kind).values() if isinstance(m, FunctionType)]
-        state = set().union(*(_state(m.__code__) for m in methods if m.__name__ != "__init__"))
         for name, attribute in sorted(getattr(value, "__dict__", {}).items()):
-            if name not in state:
+            if name not in self.state.attributes:
                 yield f"has {name}"
-                yield self.of(attribute)
+                yield self._held(attribute, name)
+
+
+@dataclass
+class _State:
+    """The names of what code assigns to outside itself, variables and attributes, and of what it changes in place."""
+
+    assigned: set[str] = field(default_factory=set)
+    attributes: set[str] = field(default_factory=set)
+    mutated: set[str] = field(default_factory=set)
+
+    def add(self, code: CodeType) -> None:
+        for part in _parts(code):
+            steps = [s for s in dis.get_instructions(part) if s.opname in LOADS | STORES | CHANGES]
+            changed = {_start(s) for s in steps if s.opname in CHANGES or s.argval in MUTATORS}
+            for step in steps:
+                if step.opname == "STORE_GLOBAL" or (step.opname == "STORE_DEREF" and step.argval in code.co_freevars):
+                    self.assigned.add(str(step.argval))
+                elif step.opname == "STORE_ATTR":
+                    self.attributes.add(str(step.argval))
+                elif step.opname in LOADS and _start(step) in changed:
+                    self.mutated.add(str(step.argval))
 
 
 def _name(value: Any) -> Iterator[str]:
@@ -143,38 +200,23 @@ def _parts(code: CodeType) -> Iterator[CodeType]:
             yield from _parts(constant)
 
 
-def _globals(code: CodeType) -> set[str]:
-    """The names that are looked up in the module."""
-    return {
-        str(step.argval)
-        for part in _parts(code)
-        for step in dis.get_instructions(part)
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-    }
+def _globals(code: CodeType) -> tuple[set[str], set[str]]:
+    """The names that are looked up in the module, and the modules that are imported within."""
+    steps = [step for part in _parts(code) for step in dis.get_instructions(part)]
+    looked_up = {str(s.argval) for s in steps if s.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return looked_up, {str(s.argval) for s in steps if s.opname == "IMPORT_NAME"}
 
 
-def _state(code: CodeType) -> set[str]:
-    """The names of what the code assigns to, or changes in place, outside itself."""
-    found = set()
-    for part in _parts(code):
-        steps = [s for s in dis.get_instructions(part) if s.opname not in ("CACHE", "PRECALL", "PUSH_NULL")]
-        for i, step in enumerate(steps):
-            after = [s.opname for s in steps[i + 2 : i + 3]]
-            called = steps[i + 1].argval if i + 1 < len(steps) and steps[i + 1].opname.startswith("LOAD_") else None
-            mutated = called in MUTATORS or bool(CHANGES & set(after))
-            if step.opname in STORES or (step.opname in LOADS and mutated):
-                found.add(str(step.argval))
-    return found
+def _start(step: dis.Instruction) -> tuple[int | None, int | None]:
+    """Where the expression begins that the step is of: `seen` in all steps of `seen[key].d[other] = ...`."""
+    at = step.positions
+    return (at.lineno, at.col_offset) if at else (None, None)
 
 
-@functools.cache
-def _installed() -> tuple[str, ...]:
-    paths = sysconfig.get_paths()
-    return tuple(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-
-
-def _is_users(file: str | None) -> bool:
-    return file is not None and not file.startswith((*_installed(), "<frozen"))
+def _is_container(value: Any) -> bool:
+    return not isinstance(value, (*PLAIN, type, FunctionType, MethodType, ModuleType)) and not is_users(
+        _file(type(value))
+    )
 
 
 def _file(kind: type) -> str | None:

@@ -24,6 +24,7 @@ from dualign.annotate.settings import (
     PreferenceReward,
     RewardConfig,
 )
+from dualign.code_files import with_imports
 from dualign.config import Config
 from dualign.errors import UserError
 from dualign.manifest import sha256_of
@@ -41,6 +42,7 @@ OF_MODELS = (
 )
 OF_TOKENIZERS = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 OF_TEMPLATES = ("chat_template.*", "additional_chat_templates/*.jinja", "*.tiktoken", "*.py")
+IMPORTED = "imported "  # before the names of modules that a reward's own module imports
 ASKING = {  # settings of a reward that say how it is asked, and change no label
     "api_key_env", "base_url", "cache", "concurrency", "max_calls", "max_dollars", "max_tokens_total", "name",
     "price_completion", "price_prompt", "requests_per_minute", "retries", "timeout", "tokens_per_minute",
@@ -64,7 +66,7 @@ def of_run(config: Config, functions: Sequence[Callable[..., Any]] = (), near: b
 def of_rewards(rewards: Sequence[RewardConfig], functions: Sequence[Callable[..., Any]] = ()) -> dict[str, Digests]:
     """What a run's rewards read, likewise."""
     from dualign.annotate.function import name_of
-    from dualign.code_digest import of_function
+    from dualign.code_digest import modules_of, of_function
 
     found = {}
     for i, reward in enumerate(rewards):
@@ -72,7 +74,9 @@ def of_rewards(rewards: Sequence[RewardConfig], functions: Sequence[Callable[...
         if key:
             found[f"reward.{i}.{key}"] = files
     for i, function in enumerate(functions):
-        found[f"reward function {i} ({name_of(function)})"] = {"its code": of_function(function)}
+        code = of_function(function)
+        made_of = {"its code": code} | _imported(modules_of(function)) if code else {}
+        found[f"reward function {i} ({name_of(function)})"] = made_of
     return found
 
 
@@ -89,12 +93,14 @@ def of_reward(settings: RewardConfig) -> str:
 
 def changed(old: Digests, new: Digests) -> str | None:
     """What of an input is not what it was, in words; None where nothing is, or it cannot be known."""
+    both = old.keys() & new.keys()
+    unknown = {name for name in old.keys() ^ new.keys() if name.startswith(IMPORTED)}  # seen from another folder
+    unknown |= {name for name in both if ":" in old[name] and _python(old[name]) != _python(new[name])}
+    old, new = ({name: sha for name, sha in one.items() if name not in unknown} for one in (old, new))
     if not old or not new or sorted(old.values()) == sorted(new.values()):
         return None
     if len(old) == len(new) == 1:
         (name, was), (now_name, now) = *old.items(), *new.items()
-        if was.partition(":")[0] != now.partition(":")[0] and ":" in was and ":" in now:
-            return None  # compiled by another Python
         what = name if name == now_name else f"{now_name} (it was {name})"
         return f"{what} has changed since the run began (sha256 {_short(was)} then, {_short(now)} now)"
     names = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
@@ -105,6 +111,11 @@ def changed(old: Digests, new: Digests) -> str | None:
     )  # fmt: skip
     more = f" and {len(names) - 3} more files" if len(names) > 3 else ""
     return f"{told}{more} {'has' if len(names) == 1 else 'have'} changed since the run began"
+
+
+def _python(digest: str) -> str:
+    """That compiled the code which the digest is of: those of two cannot be compared."""
+    return digest.partition(":")[0]
 
 
 def _short(digest: str) -> str:
@@ -211,10 +222,10 @@ def _files_of(reward: RewardConfig) -> tuple[str, Digests]:
 
 
 def _of_function_at(path: str) -> Digests:
-    """The file of FILE.py:FUNCTION or package.module:FUNCTION."""
+    """The file of FILE.py:FUNCTION or package.module:FUNCTION, and those of the user's own modules that it imports."""
     place = path.rpartition(":")[0]
     if place.endswith(".py"):
-        return of_file(place)
+        return _with_imported(place)
     from dualign.annotate.function import importable
 
     importable(Path(os.getcwd()))
@@ -222,7 +233,17 @@ def _of_function_at(path: str) -> Digests:
         found = importlib.util.find_spec(place)
     except Exception:  # whatever a user's package raises: whoever loads the function says so
         return {}
-    return of_file(found.origin) if found and found.origin else {}
+    return _with_imported(found.origin) if found and found.origin else {}
+
+
+def _with_imported(path: str) -> Digests:
+    file = Path(path).expanduser().absolute()
+    others = {name: other for name, other in with_imports([file]).items() if other != file}
+    return of_file(file) | _imported(others)
+
+
+def _imported(files: dict[str, Path]) -> Digests:
+    return {f"{IMPORTED}{name}": _sha256(file) for name, file in files.items()}
 
 
 # --- files ---

@@ -90,6 +90,8 @@ def train(
     try:
         if config.reward or reward:
             annotator = annotate.build(config.reward, reward, run.folder, run.journal, engine)
+            if engine.main and not resume:
+                note_fetched(run, config)
         with Interrupts() as interrupts, view:
             for note in changes.notes:
                 view.say(note)
@@ -117,6 +119,15 @@ def _open(run: Run, config: Config, functions: Sequence[RewardFunction], changes
     run.tidy()
     run.write_text("config.yaml", dump(config))
     changes.record(run)
+
+
+def note_fetched(run: Run, config: Config) -> None:
+    """Digests of what a reward has only fetched now: a classifier of a hub."""
+    then = run.about.get("inputs") or {}
+    lacking = {f"reward.{i}.model" for i, _ in enumerate(config.reward)} & {key for key in then if not then[key]}
+    if lacking:
+        now = digests.of_rewards(config.reward)
+        run.note(inputs=then | {key: now[key] for key in lacking})
 
 
 class Trainer:
