@@ -69,6 +69,21 @@ def test_what_is_too_long_is_absent_and_the_rest_is_not(tmp_path):
     assert "limit of 128" in str(label_all(wide, [long])[0].reason)
 
 
+def test_a_conversation_that_its_template_refuses_is_absent_and_the_rest_is_not(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = save(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    system = Item(9, 9, Prompt("s", ({"role": "system", "content": "Be kind."}, *ITEMS[0].prompt.messages)), "ok")
+    labels = label_all(build([ClassifierReward(model=folder, dtype="float32")]), [ITEMS[0], system, *ITEMS[1:]])
+    assert labels[1].value is None and "refuses the conversation: no system role" in str(labels[1].reason)
+    expected = [alone(folder, item) for item in ITEMS]
+    assert [x.value for x in labels if x is not labels[1]] == pytest.approx(expected, abs=1e-4)
+
+
 def test_models_that_are_no_reward(tmp_path, tiny):
     save(tmp_path, labels=2)
     for model, message in [

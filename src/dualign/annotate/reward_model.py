@@ -28,7 +28,8 @@ class ClassifierAnnotator:
     """Labels a batch with the classifier's scalar, in batches of like length.
 
     A model with a chat template reads the whole conversation through it, one without reads (prompt, completion) as a
-    text pair. Inputs longer than `max_tokens`, or than the model's positions, are absent.
+    text pair. Inputs longer than `max_tokens`, or than the model's positions, are absent, and so are conversations that
+    the template refuses.
     """
 
     def __init__(self, settings: ClassifierReward) -> None:
@@ -53,13 +54,18 @@ class ClassifierAnnotator:
 
     def label(self, items: Sequence[Item]) -> list[Label]:
         """One label per item, in order."""
-        tokens = [self._tokens(item) for item in items]
-        fits = [n for n, t in enumerate(tokens) if len(t["input_ids"]) <= self._limit]
-        fits.sort(key=lambda n: len(tokens[n]["input_ids"]))
-        labels = [
-            Label.absent(f"{self.name}: {len(t['input_ids'])} tokens, more than its limit of {self._limit}")
-            for t in tokens
-        ]
+        labels: list[Label] = []
+        tokens: dict[int, dict[str, list[int]]] = {}
+        for n, item in enumerate(items):
+            row = self._tokens(item)
+            if isinstance(row, Label):
+                labels.append(row)
+                continue
+            length = len(row["input_ids"])
+            labels.append(Label.absent(f"{self.name}: {length} tokens, more than its limit of {self._limit}"))
+            if length <= self._limit:
+                tokens[n] = row
+        fits = sorted(tokens, key=lambda n: len(tokens[n]["input_ids"]))
         for start in range(0, len(fits), self._batch_size):
             rows = fits[start : start + self._batch_size]
             for n, reward in zip(rows, self._forward([tokens[n] for n in rows]), strict=True):
@@ -67,10 +73,16 @@ class ClassifierAnnotator:
                 labels[n] = Label(reward) if finite else Label.absent(f"{self.name} gave {reward}")
         return labels
 
-    def _tokens(self, item: Item) -> dict[str, list[int]]:
+    def _tokens(self, item: Item) -> dict[str, list[int]] | Label:
+        """A row as the model reads it; an absent label where the chat template does not take the conversation."""
+        from jinja2 import TemplateError
+
         if self._tokenizer.chat_template:
             messages = [*item.prompt.messages, {"role": "assistant", "content": item.completion}]
-            encoded = self._tokenizer.apply_chat_template(messages, tools=item.prompt.tools, return_dict=True)
+            try:
+                encoded = self._tokenizer.apply_chat_template(messages, tools=item.prompt.tools, return_dict=True)
+            except (TemplateError, TypeError) as error:  # what it raises itself; what it does not foresee
+                return Label.absent(f"{self.name}: its chat template refuses the conversation: {_line(error)}")
         else:
             encoded = self._tokenizer(_plain(item), item.completion)
         return self._encoded(encoded)
