@@ -45,6 +45,11 @@ class Prompt:
         return self.content if isinstance(self.content, str) else str(self.content[-1]["content"])
 
     @property
+    def texts(self) -> list[str]:
+        """What the prompt says: the plain text, or every message of a conversation."""
+        return [self.content] if isinstance(self.content, str) else [text_of(message) for message in self.content]
+
+    @property
     def tools(self) -> list[dict[str, Any]] | None:
         """What a conversation's assistant can call, as chat templates list it."""
         return self.for_template.get("tools")

@@ -192,3 +192,64 @@ def test_choices_in_json() -> None:
     assert extract.choice('```json\n{"winner": "Response 1"}\n```').value == 1
     assert extract.choice(fenced.replace("preferred", "more_harmful"), asks="loser").value == 2
     assert extract.choice('The first prints:\n```json\n{"winner": 1}\n```').value is None
+
+
+FENCE = "```json\n%s\n```"
+TEN = FENCE % '{"score": 10}'
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ('{"max_score": 10, "reason": "cannot rate an empty response"}', None), ('{"passing_score": 6, "passed": false}', None),
+        ('{"max_score": 10, "reason": "not closed well",}', None), ('{"score": null, "confidence_score": 9}', None),
+        ('{"analysis": "x", "relevance_score": 9, "score": "cannot be determined from this"}', None),
+        ('{"scores": {"helpfulness": 7, "safety_score": 9}, "final": "8, all things considered"}', None),
+        ("I cannot rate this.\n" + FENCE % '{"score": null, "max_score": 10}', None), ('{"score": true, "max_score": 10}', None),
+        ('{"score": "8 - a solid, helpful reply", "max_score": 10}', None), ('{"score": {"helpfulness": 7}}', None),
+        ('{"score": "8/10, good but rather too long", "confidence_score": 9}', None), ('{"score": "under 8"}', None),
+        ('{"coherence": {"score": 8}, "overall_score": 7}', 7), ('{"finalScore": "7/10", "maxScore": 10}', 7),
+        ('{"score": "**7**", "max_score": 10}', 7), ('{"evaluation": {"rating": 7, "confidence": 9}}', 7),
+        ('{"helpfulness": {"score": 7, "reason": "ok"}}', 7), ('{"评分": 8}', 8), ('{"score": 9, "rating": 8}', None),
+    ],
+)  # fmt: skip
+def test_a_key_is_told_by_the_whole_of_it(reply: str, score: float | None) -> None:
+    assert extract.score(reply).value == score
+
+
+@pytest.mark.parametrize(
+    ("reply", "choice"),
+    [
+        ('{"winner": "tie", "response": 1}', None), ('{"verdict": null, "response": 1}', None), ('{"answer": "none", "option": 2}', None),
+        ('{"winner": 1, "response": "what it says"}', 1), ('{"answer": 2}', 2), ('{"choice": "Response one"}', 1),
+        ('{"winner": 2, "first_choice": 1}', 2), ("The user wants:\n" + FENCE % '{"winner": 2}', None),
+        ("My verdict:\n" + FENCE % '{"winner": 2}', 2),
+    ],
+)  # fmt: skip
+def test_a_choice_is_told_by_its_key(reply: str, choice: float | None) -> None:
+    assert extract.choice(reply).value == choice
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"The user wants an answer in this format:\n{TEN}", f"The assistant simply answered with\n{TEN}", f"The answer:\n{TEN}",
+        f"{TEN}\nis not what the user asked for; it is useless.", f"The assistant replied:\nResult:\n{TEN}",
+        f"The user wanted a score.\n{TEN}", f"{TEN}\nThe response is just that.", f"{TEN}\nThe response is useless. It is all JSON.",
+        f"The reply is the block below.\n{TEN}",
+    ],
+)  # fmt: skip
+def test_a_block_that_the_judge_quotes_is_no_verdict(reply: str) -> None:
+    assert extract.score(reply).value is None
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "**Verdict**:", "Here's my final evaluation in JSON format:", "It is fair.\nScore:", "Based on the criteria, my rating is:",
+        "The response is clear. It misses one point.",
+    ],
+)  # fmt: skip
+def test_a_block_that_the_judge_announces_is_its_verdict(before: str) -> None:
+    assert extract.score(f"{before}\n\n{TEN}").value == 10
+    assert extract.score(f"{before}\n\n{TEN}", echoes=('Reply with {"score": 10}, please.',)).value is None

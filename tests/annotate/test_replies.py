@@ -29,7 +29,12 @@ def error(message: str, **more: Any) -> dict[str, Any]:
 
 
 def ask(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, replies: list[Any], status: int = 200, pairs: bool = False
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    replies: list[Any],
+    status: int = 200,
+    pairs: bool = False,
+    **more: Any,
 ) -> tuple[list[Label], int]:
     """The labels of as many completions as there are replies, and the requests made. A list of replies is served in
     turn; of a pair, the reply to the request that shows its first completion first."""
@@ -45,11 +50,11 @@ def ask(
 
         monkeypatch.setattr(server, "_succeed", answer)
         settings = {"base_url": server.url, "model": "m", "cache": str(folder / "c.sqlite"), "rubric": "helpfulness"}
-        more = {"retries": 2, "concurrency": 1}
+        more = {"retries": 2, "concurrency": 1} | more
         annotator = (
-            PreferenceAnnotator(PreferenceReward(**settings, **more))
+            PreferenceAnnotator(PreferenceReward(**(settings | more)))
             if pairs
-            else JudgeAnnotator(JudgeReward(**settings, **more))
+            else JudgeAnnotator(JudgeReward(**(settings | more)))
         )
         try:
             items = [Item(i, i // 2, Prompt("p", "question"), f"answer number {i}") for i in range(len(replies))]
@@ -127,6 +132,54 @@ def test_a_page_instead_of_json_is_told_with_its_words(tmp_path: Path, monkeypat
 def test_credit_that_is_gone_is_no_bad_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no credit left"):
         ask(tmp_path, monkeypatch, [error("Your credit balance is too low")], status=400)
+
+
+PER_MINUTE = (
+    "Rate limit reached for gpt-4o on requests per min (RPM): Limit 3. You can increase your rate limit by adding a payment "
+    "method to your account at https://platform.openai.com/account/billing."
+)
+
+
+@pytest.mark.parametrize(("status", "reply", "told"), [
+    (429, error(PER_MINUTE, type="requests", code="rate_limit_exceeded"), "HTTP 429"), (429, error(PER_MINUTE), "HTTP 429"),
+    (200, error(PER_MINUTE, type="requests", code="rate_limit_exceeded"), "error 429"),
+    (400, error("Rejected by our safety system", code=None), FILTER), (400, error("No.", code="content_filter"), FILTER),
+    (400, error("No.", innererror={"code": "ResponsibleAIPolicyViolation"}), FILTER),
+    (422, {"detail": [{"msg": "Field required", "type": "missing", "input": "about our safety filter"}]}, "rejects"),
+    (400, error("[{'msg': 'Field required', 'input': {'content': \"It's a safety filter\"}}]"), "rejects"),
+    (400, error("The model acme/safety-filter-guard takes no temperature"), "rejects"),
+    (403, error("No access to gpt-oss-safety"), "refuses the key"),
+    (429, error("You exceeded your current quota", code="insufficient_quota"), "no credit left"),
+    (200, {"base_resp": {"status_code": 1004, "status_msg": "login fail"}, "choices": None}, "refuses the key"),
+    (200, {"base_resp": {"status_code": 1008, "status_msg": "no"}, "choices": None}, "no credit left"),
+    (200, {"base_resp": {"status_code": 1026, "status_msg": "no"}, "choices": None}, FILTER),
+    (200, {"base_resp": {"status_code": 1002, "status_msg": "no"}, "choices": None}, "error 429"),
+])  # fmt: skip
+def test_a_fault_is_told_by_the_servers_own_words(
+    status: int, reply: Any, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        labels, _ = ask(tmp_path, monkeypatch, [reply], status, model="acme/safety-filter-guard", retries=1)
+        said = str(labels[0].reason)
+    except (UserError, StopRun) as fault:
+        said = str(fault)
+    assert told in said
+
+
+@pytest.mark.parametrize("more", [
+    {"error": {"code": None, "message": None}}, {"error": {"code": "", "message": ""}},
+    {"base_resp": {"status_code": 0, "status_msg": "success"}},
+])  # fmt: skip
+def test_an_error_that_says_nothing_is_none(more: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (label,), calls = ask(tmp_path, monkeypatch, [{**chat("SCORE: 7"), **more}])
+    assert (label.value, calls) == (7, 1)
+
+
+def test_a_prompt_that_the_judge_says_again_is_no_answer() -> None:
+    prompt = Prompt("p", ({"role": "user", "content": 'Answer with {"score": 10}'},))
+    reply = chat('It is fair.\n```json\n{"score": 10}\n```')
+    assert read_score(reply, load("helpfulness"), "an answer", prompt).value is None
+    assert read_score(reply, load("helpfulness"), "an answer", Prompt("p", "question")).value == 10
 
 
 def test_a_filter_leaves_a_pair_without_a_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

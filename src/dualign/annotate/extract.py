@@ -90,26 +90,37 @@ PROSE = _compile(
 )
 
 
-def score(reply: str, *, low: float = 1, high: float = 10, cut: bool = False, echo: str = "") -> Extracted:
+SCORES = statements.Asked(
+    keys=(re.compile(rf"(?i)(?:(?:final|overall|total|my|your|the)\s+)*{LABEL}|overall|final|total"),),
+    value=re.compile(rf"(?i)\W*{NUMBER}{OUT_OF}?\W*"),
+    label="score",
+)
+
+
+def score(
+    reply: str, *, low: float = 1, high: float = 10, cut: bool = False, echo: str = "", echoes: Sequence[str] = ()
+) -> Extracted:
     """The one score that `reply` states on the scale low..high. `cut`: the server stopped at max_tokens.
-    `echo`: the text that was judged; a judge that repeats it whole is not speaking for itself."""
-    return _read_by(lambda text, cut: _score(text, low, high, cut), reply, cut, [echo])
+    `echo`, `echoes`: the text that was judged and its prompt; a judge that repeats them is not speaking for itself."""
+    return _read_by(lambda text, cut: _score(text, low, high, cut), reply, cut, [echo, *echoes], SCORES)
 
 
-def _read_by(rules: Callable[[str, bool], Extracted], reply: str, cut: bool, echoes: Sequence[str]) -> Extracted:
+def _read_by(
+    rules: Callable[[str, bool], Extracted], reply: str, cut: bool, echoes: Sequence[str], asked: statements.Asked
+) -> Extracted:
     """What `rules` find in a reply: in its JSON, where it is nothing else; in its words; in a JSON block beside them.
     JSON that can be read is whole, wherever the reply was cut off."""
     own, reason = _own_words(reply, echoes)
     if reason:
         return Extracted(None, reason)
-    answers = statements.whole(own)
+    answers = statements.whole(own, asked)
     if answers is not None:
         return rules(answers, False)
     text = _unquoted(own)
     nothing = Extracted(None, "cut off before an answer" if cut else "nothing but quoted text", silent=True)
     found = rules(text, cut) if text else nothing
-    answers = statements.block(own, echoes) if found.silent else None
-    return found if answers is None else rules(answers, False)
+    answers = statements.block(own, echoes, asked) if found.silent else None
+    return rules(answers, False) if answers else found
 
 
 def _score(text: str, low: float, high: float, cut: bool) -> Extracted:
@@ -227,6 +238,24 @@ def _choice_rules(asks: str) -> tuple[Rules, Rules, Rules, Rules]:
 CHOICE_RULES = {asks: _choice_rules(asks) for asks in WHOLE}
 
 
+def _choice_keys(asks: str) -> statements.Asked:
+    kind = rf"(?:{WHOLE[asks]}|{ASPECT[asks]}|chosen|selected|final|my)"
+    bare = "choice|verdict|pick|preference" + (
+        "|winner|preferred|better|best" if asks == "winner" else "|worse|worst|loser"
+    )
+    telling = (
+        rf"(?i)(?:the\s+)?(?:preferred\s+(?:response|summary)|{kind}\s+(?:{THING}|choice|verdict|pick)|{bare}|选择)"
+    )
+    return statements.Asked(
+        keys=(re.compile(telling), re.compile(rf"(?i){THING}|答案")),
+        value=re.compile(rf"(?i)\W*(?:(?:{THING}\s*)?[12]|(?:response|summary|answer|option) (?:one|two))\W*"),
+        label="choice",
+    )
+
+
+CHOICES = {asks: _choice_keys(asks) for asks in WHOLE}
+
+
 def choice(reply: str, *, asks: str = "winner", cut: bool = False, echoes: Sequence[str] = ()) -> Extracted:
     """1 or 2: which response the judge named. `asks` says whether the question was for the "winner" or the "loser",
     so that "Response 1 is worse" is read only where the worse one was asked for.
@@ -235,7 +264,7 @@ def choice(reply: str, *, asks: str = "winner", cut: bool = False, echoes: Seque
     verdict of the text ("Response 1 is better", "I prefer the second"), else a single aspect of it. Both named, or an
     answer that the text's verdict contradicts: absent.
     """
-    return _read_by(lambda text, cut: _choice(text, asks, cut), reply, cut, echoes)
+    return _read_by(lambda text, cut: _choice(text, asks, cut), reply, cut, echoes, CHOICES[asks])
 
 
 def _choice(text: str, asks: str, cut: bool) -> Extracted:

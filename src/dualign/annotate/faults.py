@@ -14,8 +14,10 @@ from dualign.annotate.settings import Endpoint
 
 TOO_LONG = re.compile(r"context[ _]length|maximum.{0,20}(?:length|context)|too (?:long|many tokens)|input length", re.I)
 FILTERED = re.compile(
-    r"content[ _-]?(?:filter|policy|management|exists risk)|safety|moderation|flagged|data_inspection|ResponsibleAI",
-    re.I,
+    r"content[ _-]?(?:filter|policy|management|exists risk)|moderation|flagged|data_inspection|ResponsibleAI|"
+    r"^safety$|safety[ _-](?:system|filter|polic|setting|guideline|reason|check|violation|block)|"
+    r"\b(?:for|due to|because of|blocked by) safety\b",
+    re.I | re.M,
 )
 NO_CREDIT = re.compile(
     r"insufficient[_ ](?:quota|credit|balance|funds)|billing|exceeded your current quota|payment|credit balance|"
@@ -23,13 +25,23 @@ NO_CREDIT = re.compile(
     re.I,
 )
 FILTER = "refused by the provider's content filter"
+RATE = re.compile(r"rate[ _-]?limit", re.I)
+SPENT = re.compile(r"insufficient|exceeded your current quota|credit balance|out of credits|arrear", re.I)
+QUOTED = re.compile(  # addresses too, and the input that validators send back
+    r"`[^`]*`|\"[^\"]*\s[^\"]*\"|(?<!\w)'[^'\n]*\s[^'\n]*'(?!\w)|https?://\S+|"
+    r"(?s:['\"]input['\"]\s*:.*|input_value=.*)"
+)
+MINIMAX = {  # the codes of its `base_resp`, as an HTTP status or a code of others
+    1000: 503, 1001: 503, 1002: 429, 1004: 401, 1008: 402, 1013: 503, 1026: "content_filter", 1027: "content_filter",
+    1039: 413, 2049: 401,
+}  # fmt: skip
 STATUS = {  # of an error that says in words only what an HTTP status would
     402: NO_CREDIT,
     400: FILTERED,
     413: TOO_LONG,
     401: re.compile(r"api[ _-]?key|authenti|unauthori[sz]ed", re.I),
     403: re.compile(r"permission|forbidden|access denied", re.I),
-    429: re.compile(r"rate[ _-]?limit|too[ _]?many[ _]?requests|throttl", re.I),
+    429: re.compile(rf"{RATE.pattern}|too[ _]?many[ _]?requests|throttl", re.I),
     404: re.compile(r"not[ _]?found|does not exist|no such model|unknown model", re.I),
     503: re.compile(
         r"overload|unavailable|server[ _]?error|internal|time[d -]*out|capacity|try again|retry|temporar|upstream|"
@@ -81,7 +93,8 @@ def of_exception(error: Exception, key: str, settings: Endpoint) -> AttemptError
         said = re.sub(r"^Error code: \d+ - ", "", str(error.message))
         wait = retry_after(error.response.headers.get("retry-after"))
         status = error.status_code
-        return _of_status(status, f"HTTP {status}", _clean(said, key), f"{said} {error.body}", settings, wait)
+        own = _own_words(error.body or said, settings.model)
+        return _of_status(status, f"HTTP {status}", _clean(said, key), own, settings, wait)
     if isinstance(error, (TimeoutError, openai.APITimeoutError)):
         return AttemptError(f"no answer within {settings.timeout:g} s", passing=True)
     if isinstance(error, openai.APIConnectionError):
@@ -106,54 +119,97 @@ def of_payload(payload: Any, key: str, settings: Endpoint) -> AttemptError | Non
     error = _error_in(payload)
     if error is None:
         return None
-    status, said = _status_of(error), _clean(_message_of(error), key)
-    return _of_status(
-        status, f"error {status} in an HTTP 200", said, str(error), settings, None, not payload.get("usage")
-    )
+    own = _own_words(error, settings.model)
+    status, said = _status_of(error, own), _clean(_message_of(error), key)
+    return _of_status(status, f"error {status} in an HTTP 200", said, own, settings, None, not payload.get("usage"))
 
 
 def _error_in(payload: dict[str, Any]) -> Any:
     """The error that a reply or its first choice holds, in the forms that servers give it; None where there is none."""
     choices = payload.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    if found := payload.get("error") or choice.get("error"):
-        return payload if found is True else found
+    for found in (payload.get("error"), choice.get("error")):
+        if _tells(found):
+            return payload if found is True else found
+    base = payload.get("base_resp")
+    if isinstance(base, dict) and str(base.get("status_code") or 0) != "0":
+        number = int(base["status_code"]) if str(base["status_code"]).isdecimal() else 0
+        return {"code": MINIMAX.get(number, base["status_code"]), "message": base.get("status_msg")}
     bare = not ({"choices", "data"} & payload.keys()) and "code" in payload and _message_of(payload)
     return payload if payload.get("object") == "error" or bare else None
 
 
-def _status_of(error: Any) -> int:
-    """The HTTP status that an error object stands for: its own number, else by its words; 400 where they say nothing."""
+def _tells(error: Any) -> bool:
+    """Whether an error says anything: one whose fields are all empty is none."""
+    return any(map(_tells, error.values())) if isinstance(error, dict) else bool(error)
+
+
+@dataclass(frozen=True)
+class OwnWords:
+    """What a server itself says of a fault: its codes and types, a line each, and its message, without the model's
+    name, addresses and quoted text. Whatever else a body holds may be the request, sent back."""
+
+    codes: str
+    message: str
+
+    def match(self, pattern: re.Pattern[str]) -> bool:
+        return bool(pattern.search(self.codes) or pattern.search(self.message))
+
+    @property
+    def no_credit(self) -> bool:
+        """Of a rate limit too, servers tell how a payment would raise it."""
+        if RATE.search(self.codes):
+            return False
+        return self.match(SPENT if RATE.search(self.message) else NO_CREDIT)
+
+
+def _own_words(error: Any, model: str) -> OwnWords:
+    fields = error if isinstance(error, dict) else {}
+    inner = [fields[name] for name in ("error", "innererror") if isinstance(fields.get(name), dict)]
+    codes = [str(f[name]) for f in (fields, *inner) for name in ("code", "status", "type") if f.get(name)]
+    message = " ".join(_message_of(f) for f in (error, *inner))
+    name = "|".join(map(re.escape, (model, model.rsplit("/", 1)[-1])))
+    return OwnWords("\n".join(codes), QUOTED.sub(" ", re.sub(rf"(?<![\w-])(?:{name})(?![\w-])", " ", message)))
+
+
+def _status_of(error: Any, own: OwnWords) -> int:
+    """The HTTP status that an error object stands for: its own number, else by its codes, else by its message; 400
+    where they say nothing."""
     fields = error if isinstance(error, dict) else {}
     for name in ("code", "status", "status_code", "http_code"):
         number = str(fields.get(name))
         if re.fullmatch(r"[45]\d\d", number):
             return int(number)
-    words = " ".join(str(fields.get(name, "")) for name in ("code", "status", "type")) + " " + _message_of(error)
-    return next((status for status, pattern in STATUS.items() if pattern.search(words)), 400)
+    for words in (own.codes, own.message):
+        for status, pattern in STATUS.items():
+            if pattern.search(words) and (status != 402 or own.no_credit):
+                return status
+    return 400
 
 
 def _message_of(error: Any) -> str:
     if not isinstance(error, dict):
         return str(error)
     found = next((error[name] for name in ("message", "msg", "detail") if error.get(name)), "")
-    return found if isinstance(found, str) else json.dumps(found)
+    if isinstance(found, list):  # what is wrong with each field, which may stand beside it
+        found = "; ".join(_message_of(each) for each in found)
+    return _message_of(found) if isinstance(found, dict) else str(found)
 
 
 def _of_status(
-    status: int, shown: str, said: str, body: str, settings: Endpoint, wait: float | None, unbilled: bool = True
+    status: int, shown: str, said: str, own: OwnWords, settings: Endpoint, wait: float | None, unbilled: bool = True
 ) -> AttemptError:
-    """`shown`: the status for people; `said`: the server's words, cleaned; `body`: all that it sent."""
+    """`shown`: the status for people; `said`: all that the server sent, cleaned; `own`: the words that tell the fault."""
     where = f"{settings.model} at {shown_url(settings.base_url)}"
 
     def fault(message: str, **kind: Any) -> AttemptError:
         return AttemptError(message, turned_away=unbilled, **kind)
 
-    if status == 402 or (status in (400, 403, 429) and NO_CREDIT.search(body)):
+    if status == 402 or (status in (400, 403, 429) and own.no_credit):
         return fault(f"{where}: the account has no credit left ({status}: {said})", lasting=True)
     if status in (408, 409, 425, 429) or status >= 500:
         return fault(f"{shown}: {said}", passing=True, down=status in (429, 502, 503, 504), wait=wait)
-    if status in (400, 403) and FILTERED.search(body) and not TOO_LONG.search(said):
+    if status in (400, 403) and own.match(FILTERED) and not own.match(TOO_LONG):
         return fault(FILTER)
     if status in (401, 403):
         advice = f"put a valid key in the environment variable {settings.api_key_env}"
@@ -161,9 +217,9 @@ def _of_status(
     if status == 404:
         advice = "check `model` and `base_url` (most servers want it to end in /v1)"
         return fault(f"{where}: not found ({shown}: {said}); {advice}", lasting=True)
-    if status == 413 or TOO_LONG.search(said):
+    if status == 413 or own.match(TOO_LONG):
         return fault("the prompt is too long for the judge")
-    if FILTERED.search(body):
+    if own.match(FILTERED):
         return fault(FILTER)
     return fault(f"{where}: the server rejects the request ({shown}: {said})", suspect=True)
 

@@ -16,7 +16,7 @@ from dualign.annotate.client import Client, Payload, Request
 from dualign.annotate.reply import read_reply
 from dualign.annotate.rubric import Rubric, load
 from dualign.annotate.settings import JudgeReward, JudgeSampling
-from dualign.types import Label, Message
+from dualign.types import Label, Message, Prompt
 
 Row = TypeVar("Row")
 Asked = TypeVar("Asked")
@@ -40,10 +40,11 @@ class JudgeAnnotator:
     def ask(self, item: Item) -> list[Future[Label]]:
         """Starts asking for one completion: a future per sample."""
         messages = self.rubric.reward_messages(item.prompt, item.completion)
-        more = {"logprobs": True, "top_logprobs": 20} if self.settings.expected_score else {}
+        expected = self.settings.expected_score
+        more = {"logprobs": True, "top_logprobs": 20} if expected else {}
 
         def read(payload: Payload) -> Label:
-            return read_score(payload, self.rubric, item.completion, expected=self.settings.expected_score)
+            return read_score(payload, self.rubric, item.completion, item.prompt, expected=expected)
 
         return [
             self.client.submit(chat(self.settings, messages, self.rubric.name, sample, more), read)
@@ -95,10 +96,12 @@ def chat(
     return Request("chat/completions", {"messages": messages, **sampling}, rubric, sample)
 
 
-def read_score(payload: Payload, rubric: Rubric, completion: str, *, expected: bool = False) -> Label:
+def read_score(
+    payload: Payload, rubric: Rubric, completion: str, prompt: Prompt | None = None, *, expected: bool = False
+) -> Label:
     text, cut, tokens = read_reply(payload)
     low, high = rubric.scale
-    found = extract.score(text, low=low, high=high, cut=cut, echo=completion)
+    found = extract.score(text, low=low, high=high, cut=cut, echo=completion, echoes=prompt.texts if prompt else ())
     if found.value is None:
         return Label.absent(found.reason or "no score in the reply", note=text)
     mean = expected_score(tokens, found.value, low, high) if expected else None

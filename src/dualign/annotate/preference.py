@@ -92,7 +92,7 @@ class PreferenceAnnotator:
 
         def read(payload: Payload) -> Label:
             text, cut, _ = read_reply(payload)
-            found = extract.choice(text, asks=asks, cut=cut, echoes=(first, second))
+            found = extract.choice(text, asks=asks, cut=cut, echoes=(first, second, *prompt.texts))
             if found.value is None:
                 return Label.absent(found.reason or "no choice in the reply", note=text)
             return Label(found.value if asks == "winner" else 3 - found.value, note=text)
