@@ -107,3 +107,6 @@ class _BranchLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+    def get_max_cache_shape(self) -> int:  # its name in earlier versions of transformers 5
+        return self.get_max_length()
