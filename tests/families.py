@@ -263,8 +263,8 @@ def sweep(names: list[str], precision: str) -> dict[str, dict[str, str]]:
 INTRODUCTION = """# Models
 
 What dualign makes of the causal families of transformers {version}: tiny models with random weights, one of each family
-that builds from a configuration, in fp32 and in bf16. `python tests/families.py --markdown` makes this page, and the slow
-tests hold it.
+that builds from a configuration, in fp32. `python tests/families.py --markdown` makes this page. The slow tests hold it,
+and try the families in bf16, too.
 
 - **decode**: how completions are sampled, found out on loading by comparing a few short texts with plain forward passes,
   past every window. *Our loop* keeps keys and values and says by masks what each kind of layer sees. *Its own cache*:
@@ -287,17 +287,10 @@ decoding agreed in the run's own precision, and `sampler_gap` is watched in ever
 """
 
 
-def cell(*found: str | None) -> str:
-    """What both precisions say of one column."""
-    words = [f.split(":")[0] for f in found if f]
-    wrong = next((f for f in found if f and f.startswith("!")), None)
-    return wrong or "; ".join(dict.fromkeys(words)) or "-"
-
-
-def markdown(fp32: dict[str, dict[str, str]], bf16: dict[str, dict[str, str]]) -> str:
+def markdown(found: dict[str, dict[str, str]]) -> str:
     """docs/models.md"""
     columns = ("decode", "score", "gradient", "LoRA", "PPO")
-    rows = {n: [cell(fp32[n].get(c), bf16.get(n, {}).get(c)) for c in columns] for n in fp32}
+    rows = {name: [cells.get(c, "-").split(":")[0] for c in columns] for name, cells in found.items()}
     counts = Counter(cells[0] for cells in rows.values())
     said = "; ".join(f"{word}: {count}" for word, count in counts.most_common())
     page = INTRODUCTION.format(version=transformers.__version__, counts=f"{len(rows)} models: {said}.")
@@ -323,7 +316,7 @@ def main(arguments: list[str]) -> None:
                 words = " | ".join(f"{k}: {v.splitlines()[0][:150]}" for k, v in found.items())
                 print(f"{precision} {name:24} {words}", file=sys.stderr, flush=True)
     if "--markdown" in arguments:
-        print(markdown(**every), end="")
+        print(markdown(every["fp32"]), end="")
     for precision, found in every.items():
         words = [
             "wrong" if any(v.startswith("!") for v in f.values()) else f["decode"].split(":")[0] for f in found.values()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from dualign.models.master import round_linears
 from dualign.models.packing import MicroBatch
-from dualign.models.policy import Policy
+from dualign.models.policy import Policy, copied
 
 
 class Critic(Policy):
@@ -22,7 +21,7 @@ class Critic(Policy):
     def __init__(self, policy: Policy) -> None:
         nn.Module.__init__(self)
         self.key, self.precision, self.share, self.flash = policy.key, policy.precision, policy.share, policy.flash
-        decoder: Any = copy.deepcopy(policy.base)
+        decoder: Any = copied(policy.base)
         self.model = self.base = decoder.requires_grad_(True)
         self.head = None
         self.value = nn.Linear(policy.width(), 1)

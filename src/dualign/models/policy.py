@@ -271,7 +271,7 @@ class Policy(nn.Module):
     def frozen_copy(self) -> Policy:
         """The same policy, to be kept as it is; in bf16 with its linear layers rounded: the same numbers from half
         the memory."""
-        return copy.deepcopy(self).freeze()
+        return copied(self).freeze()
 
     def freeze(self) -> Policy:
         """This policy itself, likewise."""
@@ -309,6 +309,15 @@ class Policy(nn.Module):
         if self.precision != "bf16":
             return {}
         return round_linears(self, keep=self.head.weight if self.head is not None else None)
+
+
+def copied(module: nn.Module) -> Any:
+    """A copy of its own. What a recurrent layer kept of its last pass is let go of the graph, which cannot be copied."""
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                setattr(part, name, value.detach())
+    return copy.deepcopy(module)
 
 
 def _decoder_of(model: Any) -> Any:
