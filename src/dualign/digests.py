@@ -28,6 +28,7 @@ from dualign.code_files import with_imports
 from dualign.config import Config
 from dualign.errors import UserError
 from dualign.manifest import sha256_of
+from dualign.schema import ModelConfig
 
 Digests = dict[str, str]  # sha256 by file name, or by what else a thing is told by; empty: cannot be had
 LARGE = 2**20  # bytes from which a file's digest is remembered between processes
@@ -53,14 +54,20 @@ def of_run(config: Config, functions: Sequence[Callable[..., Any]] = (), near: b
     """Everything that a run reads, by the key that names it. `functions`: the rewards given as Python functions;
     `near`: without data sets by name, which a hub might be asked for."""
     d, m = config.data, config.model
-    found = {"model.name": of_model(m.name, m.revision), "data.train": of_data(d.train, d.subset, d.split, near)}
-    if m.reference:
-        found["model.reference"] = of_model(m.reference, m.reference_revision)
+    found = of_models(m) | {"data.train": of_data(d.train, d.subset, d.split, near)}
     if m.chat_template:
         found["model.chat_template"] = of_file(m.chat_template)
     if d.eval:
         found["data.eval"] = of_data(d.eval, d.subset, d.eval_split, near)
     return found | of_rewards(config.reward, functions)
+
+
+def of_models(m: ModelConfig) -> dict[str, Digests]:
+    """The policy's and π_0's."""
+    found = {"model.name": of_model(m.name, m.revision)}
+    if m.reference:
+        found["model.reference"] = of_model(m.reference, m.reference_revision)
+    return found
 
 
 def of_rewards(rewards: Sequence[RewardConfig], functions: Sequence[Callable[..., Any]] = ()) -> dict[str, Digests]:

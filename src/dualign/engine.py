@@ -283,7 +283,8 @@ class Engine:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             where = first_gradient(self.masters.named.items())
             self._clear_gradients()
-            raise StopRun(f"the loss ({loss}) or its gradient (norm {norm}) is not finite; no step was taken; {where}")
+            found = f"the loss ({loss}) or its gradient (norm {norm}) is not finite; no step was taken"
+            raise StopRun(f"{found}; {where}" if where else found)
         # Adafactor opens the masters that it steps on
         with nullcontext() if isinstance(self.optimizer, Adafactor) else self.masters.whole():
             self.optimizer.step()

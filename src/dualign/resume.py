@@ -149,24 +149,30 @@ def check_inputs(run: Run, now: dict[str, Digests]) -> Changes:
     return Changes(tuple(found), {key: now[key] for key in found}, notes)
 
 
-def check_prompts(run: Run, source: Source, tokenizer: Tokenizer) -> None:
-    """Raises UserError where the last batch that is stored would not be made of the same prompts now."""
+def check_tokens(run: Run, source: Source, tokenizer: Tokenizer) -> None:
+    """Raises UserError where the last batch that is stored would not be made of the same prompts (and, from a fixed set,
+    completions) now."""
     steps = [int(path.stem) for path in run.batches.glob("*.parquet")]
     b = run.read_batch(max(steps)) if steps else None
     if b is None:
         return
-    now = source.prompt_ids(b.step)
+    known = source.known(b.step)
     for row in b.rows:
         r = row.rollout
-        if r.group >= len(now) or r.prompt_ids != now[r.group]:
-            there = tokenizer.hf.decode(list(now[r.group])) if r.group < len(now) else "none"
-            dated = "; its chat template writes the date" if "strftime" in str(tokenizer.hf.chat_template) else ""
-            raise UserError(
-                f"{run.batch_path(b.step)}: prompt {r.prompt.id} is not tokenized as it was when the batch was made{dated}. "
-                f"Then: {_beginning(tokenizer.hf.decode(list(r.prompt_ids)))} Now: {_beginning(there)} "
-                "Go on with the data, the template and the versions of packages that the run began with (run.json)"
-            )
+        prompt_ids, completions = known[r.group] if r.group < len(known) else ((), [])
+        pairs = [("prompt", r.prompt_ids, prompt_ids)]
+        if completions:
+            pairs.append(("completion of prompt", r.completion_ids, completions[r.index % len(completions)]))
+        for what, then, now in pairs:
+            if then != now:
+                dated = "; its chat template writes the date" if "strftime" in str(tokenizer.hf.chat_template) else ""
+                raise UserError(
+                    f"{run.batch_path(b.step)}: {what} {r.prompt.id} is not tokenized as it was when the batch was "
+                    f"made{dated}. Then: {_beginning(tokenizer, then)} Now: {_beginning(tokenizer, now)} "
+                    "Go on with the data, the template and the versions of packages that the run began with (run.json)"
+                )
 
 
-def _beginning(text: str) -> str:
+def _beginning(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    text = tokenizer.hf.decode(list(ids)) if ids else "none"
     return repr(text if len(text) <= 200 else f"{text[:200]}...")

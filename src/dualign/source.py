@@ -63,13 +63,16 @@ class Stream(Generic[X]):
         return self.items[int(order[at])]
 
 
+Known = tuple[tuple[int, ...], list[tuple[int, ...]]]  # a prompt's tokens, and those of its completions in a fixed set
+
+
 class Source(Protocol):
     def collect(self, step: int, clock: Clock) -> list[Row]:
         """The rows of online batch `step` that this process makes."""
         ...
 
-    def prompt_ids(self, step: int) -> list[tuple[int, ...]]:
-        """The tokens of the batch's prompts, by group."""
+    def known(self, step: int) -> list[Known]:
+        """What is known of the batch before it is made, by group."""
         ...
 
 
@@ -88,8 +91,8 @@ class OnlineSource:
         rows = self.labeller.rows(self.engine.mine(requests), self.sampling, (self.seed, step), clock)
         return [penalised(row, self.penalty) for row in rows]
 
-    def prompt_ids(self, step: int) -> list[tuple[int, ...]]:
-        return [request.prompt_ids for request in self.stream.at(step)]
+    def known(self, step: int) -> list[Known]:
+        return [(request.prompt_ids, []) for request in self.stream.at(step)]
 
 
 def penalised(row: Row, penalty: float) -> Row:
@@ -188,8 +191,8 @@ class DatasetSource:
             numbered = list(enumerate(self.stream.at(step)))
             return [row for g, example in self.engine.mine(numbered) for row in self.rows_of(g, example)]
 
-    def prompt_ids(self, step: int) -> list[tuple[int, ...]]:
-        return [encoded(example, self.size, self.engine.tokenizer)[0] for example in self.stream.at(step)]
+    def known(self, step: int) -> list[Known]:
+        return [encoded(example, self.size, self.engine.tokenizer) for example in self.stream.at(step)]
 
     def rows_of(self, group: int, example: Example) -> Iterator[Row]:
         """One row per completion of the example, as the online batch's group `group`."""
@@ -274,9 +277,13 @@ def requests_of(
         if limit is not None and len(ids) > limit:
             return False
         if len(ids) + new_tokens > context:
+            left = context - new_tokens
+            mend = (
+                f"set data.max_prompt_tokens={left} to leave such prompts out" if left > 0 else "ask for fewer new ones"
+            )
             raise UserError(
                 f"prompt {prompts[i].id}: its {len(ids)} tokens and {new_tokens} new ones exceed the model's "
-                f"context of {context}; set data.max_prompt_tokens={context - new_tokens} to leave such prompts out"
+                f"context of {context}; {mend}"
             )
         return True
 

@@ -43,7 +43,7 @@ from dualign.interrupt import Interrupts, StopAsked
 from dualign.models.adapters import own_base
 from dualign.models.dates import freeze_date
 from dualign.processes import everyones
-from dualign.resume import Changes, check_prompts, check_same_run, told
+from dualign.resume import Changes, check_inputs, check_same_run, check_tokens, told
 from dualign.rollout.base import Sampler
 from dualign.runs import Run
 from dualign.source import (
@@ -80,6 +80,8 @@ def train(
     if config.algo.source == "online" and not config.reward and not reward:
         raise UserError("reward: none given; name at least one (type: function, head, classifier, judge, ...)")
     engine = Engine(config)
+    if resume:  # what a hub calls by one name may have changed while it was fetched
+        check_inputs(Run.open(Path(config.run.dir)), digests.of_models(config.model))
     view = View(config, quiet=quiet or not engine.main)
     run = Run(Path(config.run.dir), engine.rank)
     if engine.main:
@@ -291,7 +293,7 @@ class Trainer:
         )
         if found:
             self.view.say(f"going on from {found}: {progress['step']} online batches done")
-        check_prompts(self.run, self.source, self.engine.tokenizer)
+        check_tokens(self.run, self.source, self.engine.tokenizer)
         if progress["step"] > self.config.train.online_batches:
             raise UserError(
                 f"train.online_batches={self.config.train.online_batches}: the run has done {progress['step']} already"

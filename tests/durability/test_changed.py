@@ -18,7 +18,7 @@ from dualign.errors import UserError
 from dualign.models.dates import freeze_date
 from dualign.resume import check_changes
 from dualign.runs import Run
-from runs_common import metrics, tree, vowels, write_prompts
+from runs_common import metrics, tree, vowels, write_pairs, write_prompts
 
 REWARD = "def scored(completions, **columns):\n    return [float(len(c[0]['content'])) for c in completions]\n"
 MORE = "train.online_batches=4"
@@ -118,6 +118,16 @@ def test_a_run_that_never_said_what_it_was_made_from_goes_on_and_says_so(there):
     (there / "prompts.jsonl").write_text((there / "prompts.jsonl").read_text().replace("say", "sing"))
     said = command("resume", run.folder, "train.online_batches=5")
     assert said.code == 2 and "is not tokenized as it was" in said.err and "say" in said.err and "sing" in said.err
+
+
+def test_completions_of_a_fixed_set_must_be_the_stored_ones(tiny, tmp_path):
+    pairs = write_pairs(tmp_path)
+    config = tree(tiny, pairs, tmp_path / "run", {"name": "offline_dpo"})
+    dualign.train(config, quiet=True)
+    Run.open(tmp_path / "run").note(inputs=None)
+    pairs.write_text(pairs.read_text().replace("xyz", "xyy"))
+    said = command("resume", tmp_path / "run", MORE)
+    assert said.code == 2 and "completion of prompt" in said.err and "xyz" in said.err and "xyy" in said.err
 
 
 def test_a_python_reward_is_what_it_does_not_what_it_is_called(tiny, tmp_path):

@@ -175,7 +175,7 @@ class Policy(nn.Module):
         of the beginning of one of them alone: it sees padding, or later tokens."""
         tokens = self._sample_tokens()
         plain = self(pack(tokens, range(len(tokens)), tokens.width, 0, False).to(self.device))
-        prompt, completion = tokens.prompt_ids[-1], tokens.completion_ids[-1][:3]
+        prompt, completion = tokens.prompt_ids[-1], tokens.completion_ids[-1][:5]  # past a small window
         logp = self.alone(prompt, completion)
         if not logp.isfinite().all():
             where = first_not_finite(self, lambda: self.alone(prompt, completion))
@@ -184,7 +184,8 @@ class Policy(nn.Module):
         off = (plain[-1, : len(logp)] - logp).abs().max()
         if off > TOLERANCE or (off > NOISE and off > 0.05 * heard):
             raise UserError(
-                f"{self.name} sees later tokens or padding: it is no causal language model, or not used as one"
+                f"{self.name} says something else of a text alone than in a batch: it sees later tokens or padding (no "
+                "causal language model, or not used as one), or its windows only with a mask"
             )
         return plain
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dualign import assets
-from dualign.errors import UserError
+from dualign.errors import FOREIGN, UserError, first_line
 from dualign.models.template import ChatTemplate
 from dualign.schema import ModelConfig
 from dualign.types import Example, Finish, Message, Prompt
@@ -201,12 +201,11 @@ def load_tokenizer(config: ModelConfig, model: Any) -> Tokenizer:
     adapter = assets.adapter_of(name, config.revision)
     try:
         hf: Any = AutoTokenizer.from_pretrained(name, **source)
-    except (OSError, ValueError) as error:
+    except (OSError, *FOREIGN) as error:
         if adapter is not None:  # one that came without
             base = config.model_copy(update={"name": adapter.base, "revision": adapter.base_revision})
             return load_tokenizer(base, model)
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"model.name: the tokenizer of {config.name} cannot be loaded: {first}") from None
+        raise UserError(f"model.name: the tokenizer of {config.name} cannot be loaded: {first_line(error)}") from None
     if config.chat_template:
         path = Path(config.chat_template)
         if not path.is_file():
