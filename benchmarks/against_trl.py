@@ -5,7 +5,7 @@
 
 Both get the same model, prompts, temperature, lengths, reward function (which costs nothing), Adafactor at 1e-5, fp32
 weights under bf16 autocast, and two updates per online batch; GRPO with a KL term to π_0 of equal β, so both score π_t
-and π_0. All else is each library's own default: dualign's processes set what its command line sets (`dualign.cpu`),
+and π_0. All else is each library's own default: dualign's processes set what its command line sets (`dualign.common.cpu`),
 TRL's nothing; TRL has gradient checkpointing on and dualign off, so GRPO is also measured the other way round. Every run
 is a process of its own; the order turns round with each repeat; a run's first online batch is warm-up.
 """

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a parent that only starts others stays small: torch is imported where it is needed
-    from dualign.batch import WeightedBatch
+    from dualign.common.types import Rollout
     from dualign.config import Config
-    from dualign.engine import Engine
     from dualign.rollout.base import Request, Sampler
-    from dualign.types import Rollout
+    from dualign.run.batch import WeightedBatch
+    from dualign.training.engine import Engine
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("dualign", "torch", "transformers", "accelerate", "trl")
@@ -133,10 +133,10 @@ def online_batch(
     phase: Phase,
 ) -> WeightedBatch:
     """What the trainer does with one online batch, without files and labels' waiting, each part within `phase`."""
-    from dualign.batch import Row, labelled, updates, weigh
+    from dualign.common.types import Label
     from dualign.rollout.base import Sampling
+    from dualign.run.batch import Row, labelled, updates, weigh
     from dualign.trainer import log_pi_t
-    from dualign.types import Label
 
     r, seed = config.rollout, config.run.seed
     rollouts: list[Rollout] = []

@@ -10,7 +10,7 @@ end at their first line break or full stop, so that most rows are done long befo
 
 from __future__ import annotations
 
-from dualign import cpu
+from dualign.common import cpu
 
 cpu.tune()
 
@@ -25,11 +25,12 @@ import torch
 
 from common import RESULTS, machine, save, spread, table
 from dualign import assets, data
+from dualign.data.settings import DataConfig
 from dualign.models.policy import Policy, Tokenizer, load_model
+from dualign.models.settings import ModelConfig
 from dualign.rollout.base import Request, Sampling
-from dualign.rollout.hf import HFSampler
-from dualign.schema import DataConfig, ModelConfig
-from dualign.source import requests_of
+from dualign.rollout.hf.sampler import HFSampler
+from dualign.training.source import requests_of
 
 TEMPERATURE = 0.9
 Lengths = list[int]

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from common import RESULTS, forward_flops, machine, matmul_rate, online_batch, pairs_of, save, spread, table
+from dualign.common.types import Prompt, Rollout
 from dualign.config import Config, build
-from dualign.engine import Engine
 from dualign.rollout.base import Request
-from dualign.types import Prompt, Rollout
+from dualign.training.engine import Engine
 
 COMMON = {"vocab_size": 151936, "num_key_value_heads": 2, "max_position_embeddings": 32768, "tie_word_embeddings": True}
 SHAPES: dict[str, dict[str, Any]] = {

@@ -29,7 +29,7 @@ from dualign.annotate.base import Item
 from dualign.annotate.cache import Cache
 from dualign.annotate.judge import JudgeAnnotator, windowed
 from dualign.annotate.settings import JudgeReward
-from dualign.types import Prompt
+from dualign.common.types import Prompt
 from fault_server import FaultServer, key_of
 
 CONCURRENCY = 32

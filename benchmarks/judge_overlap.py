@@ -18,11 +18,12 @@ from dualign import data
 from dualign.annotate.base import Item
 from dualign.annotate.judge import JudgeAnnotator
 from dualign.annotate.settings import JudgeReward
+from dualign.common.types import Rollout
+from dualign.data.settings import DataConfig
 from dualign.models.policy import Policy, load_model
+from dualign.models.settings import ModelConfig
 from dualign.rollout.base import Request, Sampling
-from dualign.rollout.hf import HFSampler
-from dualign.schema import DataConfig, ModelConfig
-from dualign.types import Rollout
+from dualign.rollout.hf.sampler import HFSampler
 
 SERVER = Path(__file__).resolve().parents[1] / "tests" / "fault_server.py"
 

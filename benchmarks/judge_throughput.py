@@ -25,9 +25,9 @@ from dualign.annotate.base import Item
 from dualign.annotate.judge import JudgeAnnotator, windowed
 from dualign.annotate.rubric import load
 from dualign.annotate.settings import JudgeReward
+from dualign.common.types import Prompt
 from dualign.eval.judges import judge_pairs, open_judge
 from dualign.eval.outputs import Answer, Outputs
-from dualign.types import Prompt
 
 SERVER = Path(__file__).resolve().parents[1] / "tests" / "fault_server.py"
 CONCURRENCY, LATENCY = 64, 0.05

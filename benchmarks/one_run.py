@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dualign import cpu
+from dualign.common import cpu
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if sys.argv[1].startswith("dualign"):  # what its command line does; TRL's environment is left as it is
@@ -22,8 +22,8 @@ if sys.argv[1].startswith("dualign"):  # what its command line does; TRL's envir
 from against_trl import RANDOM, SYSTEMS, Work
 from common import forward_flops, matmul_rate, pairs_of
 from dualign import assets
-from dualign.data import load_prompts
-from dualign.schema import DataConfig
+from dualign.data.rows import load_prompts
+from dualign.data.settings import DataConfig
 
 LR, WARMUP, TEMPERATURE = 1e-5, 15, 0.9
 BETA = {"GRPO": 0.04, "RLOO": 0.03}  # dualign's defaults, given to TRL

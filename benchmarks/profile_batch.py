@@ -7,7 +7,7 @@ The first online batch warms up, the second is timed, the third runs under torch
 
 from __future__ import annotations
 
-from dualign import cpu
+from dualign.common import cpu
 
 cpu.tune()
 
@@ -19,11 +19,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from common import online_batch
+from dualign.common.types import Rollout
 from dualign.config import load
-from dualign.engine import Engine
 from dualign.rollout.base import Request
-from dualign.source import Clock, load_stream
-from dualign.types import Rollout
+from dualign.training.engine import Engine
+from dualign.training.source import Clock, load_stream
 
 
 def reward(rollout: Rollout) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dualign import cpu
+from dualign.common import cpu
 
 cpu.tune()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -102,7 +102,7 @@ def compile_by(monkeypatch):
 
     import torch
 
-    from dualign.models import fused
+    from dualign.models import compile as fused
 
     def compile_layers(policy, backend):
         monkeypatch.setattr(fused, "can_compile", lambda: True)

@@ -24,15 +24,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from conftest import make_tokenizer
-from dualign.errors import UserError
+from dualign.common.errors import UserError
+from dualign.common.types import Prompt
 from dualign.models.adapters import with_lora
 from dualign.models.critic import Critic
 from dualign.models.packing import Tokens
 from dualign.models.policy import Policy, load_model
+from dualign.models.settings import LoraConfig, ModelConfig
 from dualign.rollout.base import Request, Sampling
-from dualign.rollout.hf import HFSampler
-from dualign.schema import LoraConfig, ModelConfig
-from dualign.types import Prompt
+from dualign.rollout.hf.sampler import HFSampler
 
 TINY: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "lru_width"), 32),

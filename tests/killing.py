@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from dualign.runs import Run
+from dualign.run.folder import Run
 from runs_common import metrics, tree, weights, write_prompts
 
 REWARD = '''
@@ -93,7 +93,7 @@ def go_on(recipe: Path, run: Path) -> tuple[str, ...]:
 
 def readable(run: Path) -> list[str]:
     """What is wrong with the folder as it stands: everything that is there can be read and is what was written."""
-    from dualign.verify import verify
+    from dualign.run.verify import verify
 
     if not (run / "config.yaml").exists():
         return []

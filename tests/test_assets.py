@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from dualign import assets
-from dualign.errors import UserError
+from dualign.common.errors import UserError
 
 NAME = "all-minilm-l6-v2"
 
@@ -150,5 +150,5 @@ def test_embedded_policy_is_ready_to_train():
 
 
 def test_imports_light():
-    code = "import dualign.assets, dualign.data, dualign.annotate, sys; sys.exit('torch' in sys.modules)"
+    code = "import dualign.assets, dualign.data.rows, dualign.annotate, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

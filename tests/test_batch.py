@@ -10,8 +10,8 @@ import torch
 
 import dualign
 from dualign.algos import ALGORITHMS
-from dualign.batch import Row, labelled, updates
-from dualign.types import Label, Prompt, Rollout
+from dualign.common.types import Label, Prompt, Rollout
+from dualign.run.batch import Row, labelled, updates
 from runs_common import metrics, tree, vowels
 
 

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dualign.data import load_examples, load_prompts
-from dualign.errors import UserError
-from dualign.schema import DataConfig
+from dualign.common.errors import UserError
+from dualign.data.rows import load_examples, load_prompts
+from dualign.data.settings import DataConfig
 
 
 def u(text):

@@ -8,12 +8,12 @@ import xmlrpc.client
 
 import pytest
 
-from dualign import digests
 from dualign.annotate.function import load_function
 from dualign.annotate.settings import FunctionReward, HeadReward, JudgeReward
-from dualign.code_digest import of_function
+from dualign.common.code_digest import of_function
 from dualign.config import build, dump
-from dualign.runs import Run
+from dualign.run import digests
+from dualign.run.folder import Run
 from dualign.trainer import note_fetched
 from runs_common import reward_file, write_prompts
 

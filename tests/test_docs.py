@@ -47,7 +47,7 @@ def test_every_system_has_its_row(system: type) -> None:
 
 def test_the_configuration_page_is_what_the_code_says() -> None:
     """Made by `dualign keys --markdown > docs/configuration.md`; every key says what it does."""
-    from dualign import reference
+    from dualign.config import keys as reference
 
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == reference.markdown()
     assert [f"{heading}: {key.name}" for heading, keys in reference.sections() for key in keys if not key.meaning] == []
@@ -57,7 +57,7 @@ def test_keys_of_one_section_are_printed_and_a_wrong_name_is_refused() -> None:
     from typer.testing import CliRunner
 
     from dualign.cli import application
-    from dualign.errors import UserError
+    from dualign.common.errors import UserError
 
     printed = CliRunner().invoke(application(), ["keys", "dar", "eval"]).stdout
     assert "w_clip" in printed and "20" in printed and "micro_batch_tokens" not in printed and "every" in printed

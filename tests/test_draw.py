@@ -8,9 +8,9 @@ import pytest
 import dualign
 from dualign import data
 from dualign.config import build
-from dualign.heldout import key_of
-from dualign.pairs import make_pairs
-from dualign.plan import print_plan
+from dualign.training.heldout import key_of
+from dualign.training.pairs import make_pairs
+from dualign.training.plan import print_plan
 from runs_common import reward_file, tree, vowels
 
 

@@ -5,14 +5,14 @@ import torch
 from transformers import BloomConfig, Gemma3Config, Gemma3TextConfig, GPT2Config, OPTConfig, OPTForCausalLM
 
 from conftest import make_tokenizer
-from dualign.batch import Row, labelled
+from dualign.common.types import Label, Prompt, Rollout
 from dualign.config import build
-from dualign.engine import Engine
 from dualign.models.load import context_of
 from dualign.models.packing import pack
 from dualign.models.policy import Policy, load_model
-from dualign.schema import ModelConfig
-from dualign.types import Label, Prompt, Rollout
+from dualign.models.settings import ModelConfig
+from dualign.run.batch import Row, labelled
+from dualign.training.engine import Engine
 from runs_common import tree, write_demonstrations, write_prompts
 
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 import dualign
+from dualign.common.types import Prompt
 from dualign.config import build
-from dualign.engine import Engine
-from dualign.models.fused import can_compile, compile_layers
+from dualign.models.compile import can_compile, compile_layers
 from dualign.models.logprobs import token_logp
 from dualign.models.packing import Tokens, pack
 from dualign.models.policy import Policy, load_model
+from dualign.models.settings import ModelConfig
 from dualign.rollout.base import Request, Sampling
-from dualign.rollout.hf import HFSampler
-from dualign.schema import ModelConfig
-from dualign.types import Prompt
+from dualign.rollout.hf.sampler import HFSampler
+from dualign.training.engine import Engine
 from runs_common import tree, vowels, write_prompts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -172,7 +172,7 @@ def test_the_first_updates_forward_pass_gives_log_probs(tiny, tmp_path, monkeypa
     """As a pass of its own does, and the update is the same, up to the rounding of bf16."""
     batches = []
     for name, random in (("once", False), ("twice", True)):
-        monkeypatch.setattr("dualign.engine._drops", lambda model, random=random: random)
+        monkeypatch.setattr("dualign.training.engine._drops", lambda model, random=random: random)
         (tmp_path / name).mkdir()
         run = dualign.train(recipe(tiny, tmp_path / name, online_batches=1), reward=vowels, quiet=True)
         batches.append((run.read_batch(0).batch, run.metrics()[0]))

@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dualign
-from dualign.batch import Row
-from dualign.errors import StopRun
-from dualign.heldout import HeldOut, gains, kl_name
-from dualign.intervals import FEW, bracket, half_width, plus_minus
-from dualign.types import Label, Prompt, Rollout
-from dualign.verify import verify
-from dualign.view import verdict
+from dualign.common.errors import StopRun
+from dualign.common.intervals import FEW, bracket, half_width, plus_minus
+from dualign.common.types import Label, Prompt, Rollout
+from dualign.run.batch import Row
+from dualign.run.verify import verify
+from dualign.training.heldout import HeldOut, gains, kl_name
+from dualign.training.view import verdict
 from runs_common import tree, vowels, write_prompts
 
 

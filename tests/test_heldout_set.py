@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM
 
 import dualign
 from dualign.algos import ALGORITHMS
+from dualign.common.errors import StopRun, UserError
 from dualign.config import build
-from dualign.errors import StopRun, UserError
 from dualign.eval.outputs import Generation, points
 from dualign.eval.report import write_report
-from dualign.heldout import key_of
-from dualign.plan import print_plan
-from dualign.runs import Run
-from dualign.view import View, verdict, warnings_of
+from dualign.run.folder import Run
+from dualign.training.heldout import key_of
+from dualign.training.plan import print_plan
+from dualign.training.view import View, verdict, warnings_of
 from runs_common import metrics, tree, vowels, write_demonstrations, write_pairs, write_prompts
 
 

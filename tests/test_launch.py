@@ -9,8 +9,8 @@ import sys
 import pytest
 import yaml
 
-from dualign.errors import UserError
-from dualign.launch import first, settle
+from dualign.common.errors import UserError
+from dualign.common.launch import first, settle
 from runs_common import free_port, reward_file, tree, write_prompts
 
 MEET = {"MASTER_ADDR": "h", "MASTER_PORT": "1"}

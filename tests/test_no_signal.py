@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import dualign
 from dualign.algos import ALGORITHMS, Batch
-from dualign.view import warnings_of
+from dualign.training.view import warnings_of
 from runs_common import metrics, tree, vowels, weights, write_prompts
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers.optimization import Adafactor as Library
 
-from dualign.optim import Adafactor
-from dualign.state import load_state, save_state
+from dualign.training.adafactor import Adafactor
+from dualign.training.checkpoint import load_state, save_state
 
 SHAPES = [(7, 5), (2500, 3), (11,), (2, 6, 4), (7, 5), (11,), (2, 6, 4), (7, 5), ()]
 

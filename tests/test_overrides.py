@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from dualign.compare.grid import cells
-from dualign.compare.grid import load as load_grid
+from dualign.common.errors import UserError
 from dualign.config import load
-from dualign.errors import UserError
+from dualign.eval.compare.grid import cells
+from dualign.eval.compare.grid import load as load_grid
 
 RECIPE = "model: {name: m}\ndata: {train: p}\ntrain: {online_batches: 1}\n"
 

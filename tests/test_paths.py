@@ -10,9 +10,9 @@ import yaml
 
 from command import dualign as command
 from dualign.annotate.settings import Endpoint
+from dualign.common.paths import at_home
 from dualign.config import build, load
 from dualign.eval.asking import Asking
-from dualign.paths import at_home
 from runs_common import reward_file, tree, write_prompts
 
 
@@ -45,7 +45,7 @@ def test_texts_that_are_no_paths_stay_as_they_are(text):
 @pytest.mark.parametrize("written", [["--system-prompt=~/ be terse"], ["--system-prompt", "~/ be terse"]])
 def test_texts_of_a_command_line_stay_as_they_are(written, monkeypatch):
     given = []
-    monkeypatch.setattr("dualign.sampling.sample_to", lambda *arguments: given.extend(arguments))
+    monkeypatch.setattr("dualign.rollout.sample.sample_to", lambda *arguments: given.extend(arguments))
     assert command("sample", "~/my model", "~/ means what?", *written, "--out", "~/my answers.jsonl").code == 0
     home = Path.home()
     assert given[:3] == [str(home / "my model"), "~/ means what?", home / "my answers.jsonl"]

@@ -11,10 +11,10 @@ import pytest
 import dualign
 from dualign import config as configs
 from dualign.algos import ALGORITHMS
-from dualign.compare import grid as grids
-from dualign.compare.plan import plan_lines
-from dualign.errors import UserError
-from dualign.plan import print_plan
+from dualign.common.errors import UserError
+from dualign.eval.compare import grid as grids
+from dualign.eval.compare.plan import plan_lines
+from dualign.training.plan import print_plan
 from runs_common import metrics, vowels, write_pairs
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 import dualign
 from dualign import config as configs
 from dualign.cli import application
-from dualign.data import load_examples
-from dualign.errors import UserError
-from dualign.pairs import make_pairs
-from dualign.sft import sft_config
+from dualign.cli.sft import sft_config
+from dualign.common.errors import UserError
+from dualign.data.rows import load_examples
+from dualign.training.pairs import make_pairs
 from runs_common import launch, metrics, reward_file, tree, vowels, write_demonstrations, write_pairs, write_prompts
 
 
@@ -71,7 +71,7 @@ def test_sft_of_two_processes_leaves_one_link(tiny, tmp_path):
 
 
 def test_sft_goes_on_and_refuses_another_run(tiny, tmp_path):
-    from dualign.sft import make
+    from dualign.cli.sft import make
 
     config = sft_config(None, SMALL, str(write_pairs(tmp_path)), str(tiny), str(tmp_path / "run"), 1)
     link = make(config)

@@ -10,7 +10,7 @@ import pytest
 import dualign
 from conftest import TEMPLATE, make_model, make_tokenizer
 from dualign import data
-from dualign.errors import UserError
+from dualign.common.errors import UserError
 from runs_common import tree, vowels
 
 U, A = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
@@ -74,7 +74,7 @@ def test_rows_that_are_refused_are_left_out_and_counted(tmp_path, capsys, algo):
 
 
 def test_an_unforeseen_error_before_sampling_leaves_no_folder(tmp_path, monkeypatch):
-    from dualign.source import OnlineSource
+    from dualign.training.source import OnlineSource
 
     asked = config(tmp_path, model(tmp_path), [{"prompt": [U]}])
     with monkeypatch.context() as patched:

@@ -18,13 +18,13 @@ import dualign
 from command import dualign as command
 from conftest import save_tiny
 from dualign.algos import ALGORITHMS
-from dualign.batch import update_rows
+from dualign.common.errors import StopRun, UserError
 from dualign.config import build
-from dualign.engine import Engine
-from dualign.errors import StopRun, UserError
 from dualign.models.policy import Policy
-from dualign.resume import resumed_config
-from dualign.runs import Run
+from dualign.run.batch import update_rows
+from dualign.run.folder import Run
+from dualign.training.engine import Engine
+from dualign.training.resume import resumed_config
 from runs_common import (
     launch,
     metrics,
@@ -180,7 +180,7 @@ def test_the_first_updates_forward_pass_gives_its_rows_log_probs(algo, size, tin
 
     # one batch: in a later one, weights that differ in their last bits may choose another token
     config, short, one, rows = trained("short", batches=1)
-    monkeypatch.setattr("dualign.engine._drops", lambda model: True)
+    monkeypatch.setattr("dualign.training.engine._drops", lambda model: True)
     _, plain, two, more = trained("twice", batches=1)
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
     a, b = (run.read_batch(0) for run in (short, plain))

@@ -25,10 +25,6 @@ def preload() -> None:
     import transformers  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    import dualign.cli
-    import dualign.heldout
-    import dualign.trainer  # noqa: F401
-
     torch.set_num_threads(1)
 
 

@@ -13,7 +13,7 @@ __all__ = ["StopRun", "UserError", "__version__", "load", "train"]
 def __getattr__(name: str) -> Any:
     """Names are imported when they are asked for, so that `import dualign` does not load torch."""
     if name == "train":
-        from dualign import cpu
+        from dualign.common import cpu
 
         cpu.tune()
         from dualign.trainer import train
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
         return load
     if name in ("UserError", "StopRun"):
-        from dualign import errors
+        from dualign.common import errors
 
         return getattr(errors, name)
     raise AttributeError(f"module 'dualign' has no attribute {name!r}")

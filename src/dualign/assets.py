@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dualign.errors import UserError
+from dualign.common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from dualign import annotate, digests
+from dualign import annotate
 from dualign.algos import Algorithm, Batch
 from dualign.annotate.base import Annotator
 from dualign.annotate.function import name_of
-from dualign.batch import (
+from dualign.common.errors import AbsentError, RewardError, StopRun, UserError
+from dualign.common.interrupt import Interrupts, StopAsked
+from dualign.common.processes import everyones
+from dualign.config import Config, build, dump
+from dualign.models.adapters import own_base
+from dualign.models.dates import freeze_date
+from dualign.rollout.base import Sampler
+from dualign.run import digests
+from dualign.run.batch import (
     WeightedBatch,
     check_finite,
     has_signal,
@@ -33,21 +40,13 @@ from dualign.batch import (
     updates,
     weigh,
 )
-from dualign.config import Config, build, dump
-from dualign.engine import Engine, Sums
-from dualign.errors import AbsentError, RewardError, StopRun, UserError
-from dualign.evaluations import Evaluations, stop_if_absent
-from dualign.gap import check_sampler
-from dualign.heldout import distinct
-from dualign.interrupt import Interrupts, StopAsked
-from dualign.models.adapters import own_base
-from dualign.models.dates import freeze_date
-from dualign.processes import everyones
-from dualign.resume import Changes, check_inputs, check_same_run, check_tokens, told
-from dualign.rollout.base import Sampler
-from dualign.runs import Run
-from dualign.source import (
-    PENALTY,
+from dualign.run.folder import Run
+from dualign.run.metrics import batch_record
+from dualign.training.engine import Engine, Sums
+from dualign.training.evaluations import Evaluations, stop_if_absent
+from dualign.training.gap import check_sampler
+from dualign.training.resume import Changes, check_inputs, check_same_run, check_tokens, told
+from dualign.training.source import (
     Clock,
     DatasetSource,
     Labeller,
@@ -55,7 +54,7 @@ from dualign.source import (
     Source,
     load_stream,
 )
-from dualign.view import View, plan_lines, warnings_of
+from dualign.training.view import View, plan_lines, warnings_of
 
 RewardFunction = Callable[..., Any]
 Phases = Callable[[str], AbstractContextManager[None]]
@@ -277,7 +276,7 @@ class Trainer:
         self.view.phase(step, "saving a checkpoint")
         progress = {"step": step, "update": update, "labels": self.labels, "losses": losses}
         if self.engine.main:
-            if own_base(self.config) is not None:
+            if own_base(self.config.model, self.config.run.dir) is not None:
                 self.run.keep_base(self.engine.save_base)
             keep = self.config.run.keep_last
             self.run.save_checkpoint(step, update, lambda folder: self.engine.save(folder, progress), keep)
@@ -358,40 +357,3 @@ def log_pi_t(
     with clock("update"):
         old_NT[first, : tokens.width], begun = engine.begin(algo, tokens, weighted)
     return old_NT, begun
-
-
-def batch_record(b: WeightedBatch, losses: list[dict[str, float]]) -> dict[str, Any]:
-    """One line of metrics.jsonl: what was sampled, how it was rewarded and weighted, and how the updates went."""
-    batch = b.batch
-    lengths = [len(row.rollout.completion_ids) for row in b.rows]
-    sampled = any(row.rollout.sampler_logp for row in b.rows)
-    rewarded: dict[str, Any] = {
-        "reward": float(batch.reward_N.mean()) if len(batch) else None,
-        "reward_std": float(batch.reward_N.std()) if len(batch) > 1 else 0.0,
-    }
-    record: dict[str, Any] = {
-        "step": b.step,
-        **(rewarded if sampled else {}),  # a fixed set has none: its 1 and 0 say which answer was chosen
-        "length": float(np.mean(lengths)),
-        "missing_eos": float(np.mean([row.rollout.finish == "length" for row in b.rows])),
-        "distinct": distinct([row.rollout.text for row in b.rows]),
-        "absent": b.absent,
-        **b.stats,
-    }
-    if any(PENALTY in row.label.parts for row in b.rows):
-        own = [v - (row.label.parts.get(PENALTY) or 0.0) for row in b.rows if (v := row.label.value) is not None]
-        record["reward_unpenalised"] = float(np.mean(own))
-    rewards = {name for row in b.rows for name in row.label.parts} - {PENALTY}
-    for name in sorted(rewards) if len(rewards) > 1 else ():  # from the rows, so that a replay agrees
-        given = [row.label.parts[name] for row in b.rows if name in row.label.parts]  # of the rows that it applies to
-        labels = [value for value in given if value is not None]
-        record[f"{name}/absent"] = 1 - len(labels) / len(given)
-        record[f"{name}/mean"] = float(np.mean(labels)) if labels else None
-    if sampled and (gap := b.gap) is not None:
-        record["kl"] = gap
-    if batch.logp_old_NT is not None and sampled:
-        gap_N = ((batch.logp_old_NT - recorded_logp(b)) * batch.mask_NT).sum(-1)
-        record["sampler_gap"] = float(gap_N.abs().mean())  # 0 where log π_t is what was recorded
-    for name in dict.fromkeys(name for loss in losses for name in loss):
-        record[name] = float(np.mean([loss.get(name, 0.0) for loss in losses]))
-    return record

@@ -22,7 +22,7 @@ from dualign.algos.iter_sft import IterSFT
 from dualign.algos.ppo import PPO
 from dualign.algos.rloo import RLOO
 from dualign.algos.slic import SLiC
-from dualign.errors import UserError
+from dualign.common.errors import UserError
 
 KEYS = sorted(golden.SYSTEMS)
 CASE = reference.make_case()

@@ -9,7 +9,7 @@ import pytest
 from dualign.annotate import agreement
 from dualign.annotate.agreement import Pair
 from dualign.annotate.preference import Verdict
-from dualign.types import Prompt
+from dualign.common.types import Prompt
 from shared import shared
 
 

@@ -12,8 +12,8 @@ from dualign.annotate.base import Item, label_all
 from dualign.annotate.budget import Hold, Ledger, Spent, prompt_bound
 from dualign.annotate.judge import JudgeAnnotator
 from dualign.annotate.settings import Endpoint, JudgeReward
-from dualign.errors import StopRun, UserError
-from dualign.types import Prompt
+from dualign.common.errors import StopRun, UserError
+from dualign.common.types import Prompt
 from fault_server import FaultServer
 
 WHERE = {"base_url": "http://localhost:1/v1", "model": "m"}

@@ -11,7 +11,7 @@ from dualign.annotate.base import Item, label_all
 from dualign.annotate.cache import Cache, Row, canonical, key_of
 from dualign.annotate.judge import JudgeAnnotator
 from dualign.annotate.settings import JudgeReward
-from dualign.types import Label, Prompt
+from dualign.common.types import Label, Prompt
 from fault_server import FaultServer
 
 REQUEST = {"model": "m", "rubric": "r", "messages": [{"role": "user", "content": "hi"}], "temperature": 0.0}

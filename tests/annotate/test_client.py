@@ -18,8 +18,8 @@ from dualign.annotate.client import Client, Pace
 from dualign.annotate.faults import retry_after
 from dualign.annotate.judge import JudgeAnnotator
 from dualign.annotate.settings import Endpoint, JudgeReward
-from dualign.errors import StopRun, UserError
-from dualign.types import Label, Prompt
+from dualign.common.errors import StopRun, UserError
+from dualign.common.types import Label, Prompt
 from fault_server import PASSING, FaultServer
 
 
@@ -245,7 +245,7 @@ import dualign.annotate.client as client
 from dualign.annotate.base import Item
 from dualign.annotate.judge import JudgeAnnotator, windowed
 from dualign.annotate.settings import JudgeReward
-from dualign.types import Prompt
+from dualign.common.types import Prompt
 client.FIRST_WAIT = 0.05
 url, cache, out, n = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 judge = JudgeAnnotator(JudgeReward(base_url=url, model="m", rubric="helpfulness", cache=cache, timeout=2.5,

@@ -15,8 +15,8 @@ from dualign.annotate.base import BatchSession, Item, label_all
 from dualign.annotate.combined import CombinedAnnotator, Term
 from dualign.annotate.function import FunctionAnnotator, load_function
 from dualign.annotate.settings import FunctionReward, HeadReward
-from dualign.errors import StopRun, UserError
-from dualign.types import Label, Prompt
+from dualign.common.errors import StopRun, UserError
+from dualign.common.types import Label, Prompt
 
 CHAT = ({"role": "user", "content": "2+2?"},)
 ITEMS = [Item(n, n // 2, Prompt(f"p{n // 2}", CHAT, {"answer": n // 2}), f"c{n}", (n, 9)) for n in range(4)]
@@ -246,7 +246,7 @@ def test_rewards_by_column_label_their_own_rows_and_no_others():
     from dualign.annotate.base import Item, label_all
     from dualign.annotate.combined import CombinedAnnotator, Term
     from dualign.annotate.function import FunctionAnnotator
-    from dualign.types import Prompt
+    from dualign.common.types import Prompt
 
     seen = []
 

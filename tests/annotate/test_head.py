@@ -16,9 +16,9 @@ from dualign.annotate.features import DIM, encoder, features
 from dualign.annotate.head import load_head
 from dualign.annotate.settings import HeadReward
 from dualign.cli import application
-from dualign.data import load_examples
-from dualign.errors import UserError
-from dualign.types import Prompt
+from dualign.common.errors import UserError
+from dualign.common.types import Prompt
+from dualign.data.rows import load_examples
 from shared import shared
 
 APOLOGY = "I'm sorry, but I can't help with that."

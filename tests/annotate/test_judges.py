@@ -12,8 +12,8 @@ from dualign.annotate.judge import JudgeAnnotator, expected_score
 from dualign.annotate.preference import PreferenceAnnotator, Verdict
 from dualign.annotate.served import ServedAnnotator, read_value
 from dualign.annotate.settings import JudgeReward, PreferenceReward, ServedReward
-from dualign.errors import UserError
-from dualign.types import Label, Prompt
+from dualign.common.errors import UserError
+from dualign.common.types import Label, Prompt
 from fault_server import FaultServer
 
 

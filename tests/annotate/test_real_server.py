@@ -21,7 +21,7 @@ from dualign.annotate.base import Item, label_all
 from dualign.annotate.judge import JudgeAnnotator
 from dualign.annotate.preference import PreferenceAnnotator
 from dualign.annotate.settings import JudgeReward, PreferenceReward
-from dualign.types import Prompt
+from dualign.common.types import Prompt
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, reason="needs the extra dualign[serve]")
 

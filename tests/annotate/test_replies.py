@@ -12,8 +12,8 @@ from dualign.annotate.judge import JudgeAnnotator, read_score
 from dualign.annotate.preference import PreferenceAnnotator
 from dualign.annotate.rubric import load
 from dualign.annotate.settings import JudgeReward, PreferenceReward
-from dualign.errors import StopRun, UserError
-from dualign.types import Label, Prompt
+from dualign.common.errors import StopRun, UserError
+from dualign.common.types import Label, Prompt
 from fault_server import FaultServer
 
 FILTER = "refused by the provider's content filter"

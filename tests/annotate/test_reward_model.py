@@ -9,8 +9,8 @@ from conftest import make_tokenizer
 from dualign.annotate import build
 from dualign.annotate.base import Item, label_all
 from dualign.annotate.settings import ClassifierReward
-from dualign.errors import UserError
-from dualign.types import Prompt
+from dualign.common.errors import UserError
+from dualign.common.types import Prompt
 
 ITEMS = [
     Item(n, n, Prompt(f"p{n}", ({"role": "user", "content": "Hi! " * (n + 1)},)), "ok " * (7 - 2 * n)) for n in range(4)

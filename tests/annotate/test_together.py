@@ -14,11 +14,11 @@ from dualign.annotate.combined import CombinedAnnotator, Term
 from dualign.annotate.function import FunctionAnnotator
 from dualign.annotate.remembered import Remembered
 from dualign.annotate.together import Together
-from dualign.errors import StopRun, UserError
-from dualign.journal import Journal
+from dualign.common.errors import StopRun, UserError
+from dualign.common.types import Label, Prompt, Rollout
 from dualign.rollout.base import Request, Sampling
-from dualign.source import Clock, Labeller
-from dualign.types import Label, Prompt, Rollout
+from dualign.run.journal import Journal
+from dualign.training.source import Clock, Labeller
 
 ITEMS = [Item(i, i // 2, Prompt(str(i // 2), "x", {"kind": "ab"[i // 2 % 2]}), "y" * (1 + i * i)) for i in range(12)]
 

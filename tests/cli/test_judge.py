@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from dualign.cli import judge as commands
 from dualign.cli.labelled import write_rows
-from dualign.data import load_prompts
-from dualign.errors import StopRun, UserError
+from dualign.common.errors import StopRun, UserError
+from dualign.data.rows import load_prompts
 from fault_server import FaultServer
 
 app = typer.Typer()

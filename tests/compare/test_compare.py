@@ -19,16 +19,16 @@ from typer.testing import CliRunner
 
 import dualign
 from dualign.cli import application
-from dualign.compare import cells as running
-from dualign.compare.cells import CellError, run_grid, state
-from dualign.compare.grid import cells, load, selection_cells
-from dualign.compare.plan import plan_lines
-from dualign.compare.report import write_report
+from dualign.common.errors import UserError
 from dualign.config import dump
-from dualign.errors import UserError
-from dualign.resume import resumed_config
-from dualign.runs import Run
-from dualign.verify import verify
+from dualign.eval.compare import cells as running
+from dualign.eval.compare.cells import CellError, run_grid, state
+from dualign.eval.compare.grid import cells, load, selection_cells
+from dualign.eval.compare.plan import plan_lines
+from dualign.eval.compare.report import write_report
+from dualign.run.folder import Run
+from dualign.run.verify import verify
+from dualign.training.resume import resumed_config
 from runs_common import launch, reward_file, tree, write_prompts
 
 T95 = {2: 12.706204736432095, 3: 4.302652729696142}  # t quantiles for two and three seeds

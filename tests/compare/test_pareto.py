@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dualign.compare.pareto import fit
-from dualign.compare.results import Mean, Point, chance, labels_to_reach, reward_at
+from dualign.eval.compare.pareto import fit
+from dualign.eval.compare.results import Mean, Point, chance, labels_to_reach, reward_at
 
 
 def test_a_parabola_is_found_again_with_its_peak():

@@ -12,12 +12,12 @@ from transformers import AutoTokenizer
 import dualign
 from command import dualign as command
 from conftest import TEMPLATE, save_tiny
-from dualign import digests
+from dualign.common.errors import UserError
 from dualign.config import build, dump, load
-from dualign.errors import UserError
 from dualign.models.dates import freeze_date
-from dualign.resume import check_changes
-from dualign.runs import Run
+from dualign.run import digests
+from dualign.run.folder import Run
+from dualign.training.resume import check_changes
 from runs_common import metrics, tree, vowels, write_pairs, write_prompts
 
 REWARD = "def scored(completions, **columns):\n    return [float(len(c[0]['content'])) for c in completions]\n"

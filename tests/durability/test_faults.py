@@ -16,11 +16,11 @@ import yaml
 
 import dualign
 from command import dualign as command
-from dualign.engine import Engine
-from dualign.errors import StopRun, UserError
-from dualign.interrupt import Interrupts
+from dualign.common.errors import StopRun, UserError
+from dualign.common.interrupt import Interrupts
 from dualign.models.policy import Policy
-from dualign.runs import Run
+from dualign.run.folder import Run
+from dualign.training.engine import Engine
 from killing import prepare, readable, same
 from runs_common import metrics, reward_file, tree, vowels, weights, write_prompts
 

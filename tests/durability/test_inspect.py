@@ -13,8 +13,8 @@ import dualign
 from command import dualign as command
 from dualign.algos.dar import DAR
 from dualign.config import load
-from dualign.replay import again, cosine, stored, what_if
-from dualign.runs import Run
+from dualign.run.folder import Run
+from dualign.run.replay import again, cosine, stored, what_if
 from runs_common import reward_file, tree, vowels, write_prompts
 
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 import dualign
 from command import dualign as command
+from dualign.common.errors import UserError
+from dualign.common.yaml_text import parse_yaml
 from dualign.config import build, dump
-from dualign.data import load_examples, load_prompts
-from dualign.errors import UserError
-from dualign.replay import replay, stored
-from dualign.runs import Run
-from dualign.yaml_text import parse_yaml
+from dualign.data.rows import load_examples, load_prompts
+from dualign.run.folder import Run
+from dualign.run.replay import replay, stored
 from runs_common import metrics, reward_file, tree, write_prompts
 
 

@@ -10,9 +10,9 @@ import yaml
 
 import dualign
 from command import dualign as command
+from dualign.common.errors import UserError, clean
+from dualign.common.yaml_text import parse_yaml
 from dualign.config import build
-from dualign.errors import UserError, clean
-from dualign.yaml_text import parse_yaml
 from fault_server import FaultServer
 from killing import prepare
 from runs_common import reward_file, tree, write_prompts
@@ -125,7 +125,7 @@ def test_a_model_of_pickled_weights_is_refused(tiny, tmp_path):
 
 @pytest.mark.parametrize("name", ["../../../etc/passwd", "../prompts/quickstart", "..//quickstart", "x/../../y"])
 def test_builtin_names_lead_nowhere_else(name):
-    from dualign.data import load_prompts
+    from dualign.data.rows import load_prompts
 
     with pytest.raises(UserError, match="no such data in the package"):
         load_prompts(f"builtin:{name}")

@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 
 from conftest import make_model, make_tokenizer
 from dualign.cli import application
-from dualign.errors import UserError
+from dualign.common.errors import UserError
+from dualign.data.responses import answer_text, load_responses
 from dualign.eval.judges import judge_pairs, open_judge
 from dualign.eval.outputs import Outputs, grouped, read
 from dualign.eval.winrate import measure
-from dualign.responses import answer_text, load_responses
 from fault_server import FaultServer
 
 
@@ -270,9 +270,9 @@ def test_messages_name_the_options_that_a_command_has(tiny, tmp_path):
 def test_ifeval_checks_empty_answers_and_counts_absent_ones(monkeypatch):
     from types import SimpleNamespace
 
+    from dualign.common.types import Prompt
     from dualign.eval import ifeval
     from dualign.eval.outputs import Answer
-    from dualign.types import Prompt
 
     def process_results(doc, texts):
         followed = [bool(texts[0])] * len(doc["instruction_id_list"])

@@ -6,9 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dualign.cli import application
-from dualign.errors import UserError
+from dualign.common.errors import UserError
+from dualign.common.types import Label
 from dualign.eval import mtbench
-from dualign.types import Label
 from fault_server import FaultServer
 from shared import shared
 
@@ -148,9 +148,9 @@ def length(completions, **columns):
 
 def test_ifeval_checks_instructions_with_the_library():
     pytest.importorskip("lm_eval.tasks.ifeval.utils", reason="lm-eval[ifeval] is not installed")
+    from dualign.common.types import Prompt
     from dualign.eval import ifeval
     from dualign.eval.outputs import Answer
-    from dualign.types import Prompt
 
     columns = {"instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
                "kwargs": [{}, {"relation": "at least", "num_words": 4}]}  # fmt: skip

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 import dualign
 from dualign.cli import application
-from dualign.errors import UserError
+from dualign.common.errors import UserError
 from dualign.eval.cheat import _rose, independent, texts, verdict
-from dualign.heldout import kl_name
+from dualign.training.heldout import kl_name
 from runs_common import tree, vowels, write_pairs, write_prompts
 
 

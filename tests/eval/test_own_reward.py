@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import dualign
 from conftest import make_model, make_tokenizer
 from dualign.cli import application
-from dualign.errors import UserError
+from dualign.common.errors import UserError
 from dualign.eval.asking import Asking
 from dualign.eval.evaluate import mean_reward, win_rate
 from dualign.eval.report import write_report

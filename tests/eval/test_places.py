@@ -86,7 +86,7 @@ class Opened:
 
 def test_benchmarks_by_different_judges_and_ways_of_asking(run):
     from dualign.cli.eval_benchmarks import TOKENS, _setting
-    from dualign.schema import DataConfig
+    from dualign.data.settings import DataConfig
 
     def name(judge=None, limit=None, system=None, chat=True, tokens=TOKENS["alpaca"]):
         asked = DataConfig(train="p.jsonl", chat=chat, system_prompt=system)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import dualign
 from dualign.cli import application
-from dualign.errors import UserError
+from dualign.common.errors import UserError
 from dualign.eval.report import write_report
 from dualign.eval.report.data import collect, evenly
 from runs_common import tree, vowels, write_prompts

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dualign.common.intervals import FEW
 from dualign.eval.length import by_length, length_controlled
 from dualign.eval.statistics import bootstrap, correlation, over_seeds, share, t_interval
-from dualign.intervals import FEW
 
 EXPERIMENTS = 1000
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import dualign
 from command import dualign as command
 from dualign.cli import application
-from dualign.errors import UserError
+from dualign.common.errors import UserError
 from dualign.eval.asking import Asking
 from dualign.eval.evaluate import mean_reward, win_rate
 from runs_common import reward_file, tree

@@ -12,14 +12,14 @@ from typer.testing import CliRunner
 
 import dualign
 from dualign.cli import application
-from dualign.data import load_prompts
-from dualign.errors import UserError
+from dualign.common.errors import UserError
+from dualign.common.intervals import FEW
+from dualign.data.rows import load_prompts
 from dualign.eval import alpaca, cost, rewards, show
 from dualign.eval.judges import judge_pairs, open_judge
 from dualign.eval.outputs import Generation, Outputs, generate, grouped, points, read
 from dualign.eval.winrate import measure
-from dualign.intervals import FEW
-from dualign.schema import ModelConfig
+from dualign.models.settings import ModelConfig
 from fault_server import FaultServer
 from runs_common import tree, vowels, write_prompts
 

@@ -11,17 +11,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dualign
 from command import dualign as command
 from conftest import make_model, make_tokenizer, save_tiny
-from dualign import digests
+from dualign.common.errors import UserError
+from dualign.common.types import Prompt
 from dualign.config import build
-from dualign.engine import Engine
-from dualign.errors import UserError
 from dualign.eval.outputs import Generation, points
 from dualign.models.packing import Tokens
 from dualign.models.policy import Policy, load_model
-from dualign.plan import memory_estimate, parameters_of
+from dualign.models.settings import ModelConfig
 from dualign.rollout.base import Request, Sampling
-from dualign.schema import ModelConfig
-from dualign.types import Prompt
+from dualign.run import digests
+from dualign.training.engine import Engine
+from dualign.training.plan import memory_estimate, parameters_of
 from runs_common import metrics, reward_file, tree, vowels, write_demonstrations, write_prompts
 
 peft = pytest.importorskip("peft")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dualign.models.lean import LeanFeedForward, LeanNorm, keep_less
 from dualign.models.packing import Tokens
 from dualign.models.policy import Policy, load_model
-from dualign.schema import ModelConfig
+from dualign.models.recompute import LeanFeedForward, LeanNorm, keep_less
+from dualign.models.settings import ModelConfig
 
 TOKENS = Tokens(((5, 6, 7), (5, 6, 7), (9,)), ((1, 2, 3, 4), (8,), (3, 3, 3)), (0, 0, 1))
 

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dualign
-from dualign.engine import Engine
-from dualign.errors import StopRun, UserError
+from dualign.common.errors import StopRun, UserError
 from dualign.models.finite import first_gradient, first_not_finite
 from dualign.models.policy import Policy, load_model
-from dualign.schema import ModelConfig
+from dualign.models.settings import ModelConfig
+from dualign.training.engine import Engine
 from runs_common import tree, vowels, write_prompts
 
 

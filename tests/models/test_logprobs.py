@@ -12,8 +12,8 @@ from dualign.models.logprobs import token_logp
 from dualign.models.master import LightEmbedding, Masters, joined, remainder
 from dualign.models.packing import Tokens, deal, pack, plan, size_of
 from dualign.models.policy import Policy, load_model
-from dualign.optim import Adafactor
-from dualign.schema import ModelConfig
+from dualign.models.settings import ModelConfig
+from dualign.training.adafactor import Adafactor
 
 
 def test_token_logp_and_its_gradients_match_log_softmax(monkeypatch):

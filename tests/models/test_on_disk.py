@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 
-from dualign.models.on_disk import move_to_file
+from dualign.models.mmap import move_to_file
 from dualign.models.packing import Tokens, pack
 from dualign.models.policy import Policy, load_model
-from dualign.schema import ModelConfig
+from dualign.models.settings import ModelConfig
 
 
 def resident_mb() -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from dualign.errors import UserError
+from dualign.common.errors import UserError
+from dualign.common.types import Example, Prompt
 from dualign.models.tokenizer import Tokenizer
-from dualign.types import Example, Prompt
 
 PLAIN = (
     "{% for m in messages %}<|{{ m['role'][0] }}|>{{ m['content'] }}<|end|>{% endfor %}"

@@ -13,13 +13,13 @@ from transformers import (
 )
 
 from conftest import make_tokenizer
+from dualign.common.types import Prompt
 from dualign.models.policy import Policy, Tokenizer, load_model
-from dualign.rollout import hf
+from dualign.models.settings import ModelConfig
 from dualign.rollout.base import Request, Sampling
-from dualign.rollout.hf import HFSampler
-from dualign.rollout.packed import supported
-from dualign.schema import ModelConfig
-from dualign.types import Prompt
+from dualign.rollout.hf.cpu_linear import supported
+from dualign.rollout.hf.sampler import HFSampler
+from dualign.rollout.hf import sampler as hf
 
 pytestmark = pytest.mark.skipif(
     not supported(torch.zeros(1, dtype=torch.bfloat16)), reason="this processor lays out no bf16 weights"

@@ -9,16 +9,16 @@ from transformers import AutoModelForCausalLM
 
 import dualign
 import families
-from dualign.errors import StopRun, UserError
+from dualign.common.errors import StopRun, UserError
+from dualign.common.types import Prompt
 from dualign.models.load import context_of
 from dualign.models.policy import Policy, load_model
+from dualign.models.settings import ModelConfig
 from dualign.models.windows import small_windows, windows_of
 from dualign.rollout.base import Request, Sampling
-from dualign.rollout.hf import HFSampler
-from dualign.rollout.trial import Decoding
-from dualign.runs import Run
-from dualign.schema import ModelConfig
-from dualign.types import Prompt
+from dualign.rollout.hf.sampler import HFSampler
+from dualign.rollout.hf.trial import Decoding
+from dualign.run.folder import Run
 from families import sampled
 from runs_common import tree, vowels, write_prompts
 
@@ -157,7 +157,7 @@ def test_logits_that_are_capped_only_when_large_are_the_models_affair(tmp_path):
 
 def off_by(nats):
     """A sampler that gives every token another log-prob than the model's."""
-    from dualign.rollout import hf
+    from dualign.rollout.hf import sampler as hf
 
     real = hf.finished
     return lambda row, tokenizer, ids, logp: real(row, tokenizer, ids, [x - nats for x in logp])
@@ -169,9 +169,9 @@ def test_a_sampler_that_parts_from_the_policy_stops_the_run(log_probs, tiny, tmp
     config["rollout"]["log_probs"] = log_probs
     del config["data"]["eval"]
     trial = off_by(0.3)
-    monkeypatch.setattr("dualign.rollout.trial.try_out", lambda *given: Decoding(own=True))
-    monkeypatch.setattr("dualign.rollout.hf.try_out", lambda *given: Decoding(own=True))
-    monkeypatch.setattr("dualign.rollout.hf.finished", trial)
+    monkeypatch.setattr("dualign.rollout.hf.trial.try_out", lambda *given: Decoding(own=True))
+    monkeypatch.setattr("dualign.rollout.hf.sampler.try_out", lambda *given: Decoding(own=True))
+    monkeypatch.setattr("dualign.rollout.hf.sampler.finished", trial)
     with pytest.raises(
         StopRun, match=r"online batch 0: the sampler's log-probs are 0\.3 nats a token from the policy's"
     ):
@@ -183,7 +183,7 @@ def test_a_sampler_that_parts_from_the_policy_stops_the_run(log_probs, tiny, tmp
 
 
 def test_log_probs_are_recorded_only_where_decoding_was_shown_to_agree(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("dualign.rollout.hf.try_out", lambda *given: Decoding(own=True, agrees=False))
+    monkeypatch.setattr("dualign.rollout.hf.sampler.try_out", lambda *given: Decoding(own=True, agrees=False))
     config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"})
     assert len(dualign.train(config, reward=vowels, quiet=True).metrics()) == 3
     config["rollout"]["log_probs"], config["run"]["dir"] = "recorded", str(tmp_path / "recorded")

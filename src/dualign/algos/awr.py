@@ -15,7 +15,7 @@ from torch import Tensor
 from dualign.algos.advantages import Baseline, advantages
 from dualign.algos.base import Algorithm, Batch, Columns, Stats
 from dualign.algos.dar import weight_stats
-from dualign.errors import UserError
+from dualign.common.errors import UserError
 
 
 class RWR(Algorithm):

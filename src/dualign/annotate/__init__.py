@@ -20,8 +20,8 @@ from dualign.annotate.settings import (
     ServedReward,
 )
 from dualign.annotate.together import Together
-from dualign.errors import UserError
-from dualign.processes import Processes
+from dualign.common.errors import UserError
+from dualign.common.processes import Processes
 
 __all__ = ["build"]
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from dualign.annotate.base import Annotator, Item, label_all
 from dualign.annotate.preference import Verdict
-from dualign.types import Prompt
+from dualign.common.types import Prompt
 
 Human = Literal["a", "b", "tie"]
 

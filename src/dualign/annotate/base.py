@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from dualign.types import Label, Prompt, Rollout
+from dualign.common.types import Label, Prompt, Rollout
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dualign.annotate.cache import connect
 from dualign.annotate.settings import Endpoint
-from dualign.errors import UserError
+from dualign.common.errors import UserError
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS account (

@@ -28,8 +28,8 @@ from dualign.annotate.budget import Hold, Ledger, Spent, prompt_bound
 from dualign.annotate.cache import Cache, Row, canonical, default_path, key_of
 from dualign.annotate.faults import AttemptError, MalformedError, NoAnswerError, of_exception, of_payload, shown_url
 from dualign.annotate.settings import Endpoint
-from dualign.errors import StopRun, UserError
-from dualign.types import Label
+from dualign.common.errors import StopRun, UserError
+from dualign.common.types import Label
 
 Payload = Mapping[str, Any]
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds of back-off

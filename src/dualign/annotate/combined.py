@@ -11,7 +11,7 @@ from typing import Any
 
 from dualign.annotate.base import Annotator, Item, Session
 from dualign.annotate.together import Close, meet
-from dualign.types import Label
+from dualign.common.types import Label
 
 
 @dataclass(frozen=True)

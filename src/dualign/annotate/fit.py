@@ -11,8 +11,8 @@ import numpy as np
 
 from dualign.annotate.features import DIM, ENCODER, Array, encoder, features
 from dualign.annotate.head import Head
-from dualign.errors import UserError
-from dualign.types import Example
+from dualign.common.errors import UserError
+from dualign.common.types import Example
 
 GRID = (0.003, 0.01, 0.03, 0.1, 0.3)  # inverse ridge strengths tried
 GATE_C = 3.0

@@ -24,8 +24,8 @@ from types import ModuleType
 from typing import Any
 
 from dualign.annotate.base import BatchSession, Item, Session
-from dualign.errors import RewardError, UserError
-from dualign.types import Label
+from dualign.common.errors import RewardError, UserError
+from dualign.common.types import Label
 
 RewardFunction = Callable[..., Any]
 

@@ -14,8 +14,8 @@ import numpy as np
 from dualign.annotate.base import BatchSession, Item, Session
 from dualign.annotate.features import DIM, ENCODER, Array, encoder, features
 from dualign.annotate.settings import HeadReward
-from dualign.errors import UserError
-from dualign.types import Label
+from dualign.common.errors import UserError
+from dualign.common.types import Label
 
 SHAPES = {"weight": (2 * DIM,), "mean": (), "std": (), "gate_weight": (DIM,), "gate_bias": ()}
 
@@ -87,7 +87,7 @@ def file_of(path: str) -> Path:
         if not Path(path).expanduser().is_file():
             raise UserError(f"reward head {path}: no such file; make one with `dualign reward fit`")
         return Path(path).expanduser()
-    folder = Path(str(files("dualign"))) / "heads"
+    folder = Path(str(files("dualign.annotate"))) / "heads"
     file = folder / f"{path.removeprefix('builtin:')}.safetensors"
     if file.name != f"{path.removeprefix('builtin:')}.safetensors" or not file.is_file():  # no way out of the package
         have = ", ".join(f"builtin:{p.stem}" for p in sorted(folder.glob("*.safetensors")))

@@ -16,7 +16,7 @@ from dualign.annotate.client import Client, Payload, Request
 from dualign.annotate.reply import read_reply
 from dualign.annotate.rubric import Rubric, load
 from dualign.annotate.settings import JudgeReward, JudgeSampling
-from dualign.types import Label, Message, Prompt
+from dualign.common.types import Label, Message, Prompt
 
 Row = TypeVar("Row")
 Asked = TypeVar("Asked")

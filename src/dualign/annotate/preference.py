@@ -19,7 +19,7 @@ from dualign.annotate.judge import chat
 from dualign.annotate.reply import read_reply
 from dualign.annotate.rubric import load
 from dualign.annotate.settings import PreferenceReward
-from dualign.types import Label, Prompt
+from dualign.common.types import Label, Prompt
 
 Side = Literal["a", "b"]
 

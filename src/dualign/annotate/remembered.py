@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from dualign.annotate.base import Annotator, Item, Session
-from dualign.types import Label
+from dualign.common.types import Label
 
 
 class Memory(Protocol):

@@ -16,8 +16,8 @@ from typing import Any
 from dualign.annotate.base import BatchSession, Item, Session
 from dualign.annotate.settings import ClassifierReward
 from dualign.assets import resolve
-from dualign.errors import UserError
-from dualign.types import Label, text_of
+from dualign.common.errors import UserError
+from dualign.common.types import Label, text_of
 
 log = logging.getLogger(__name__)
 PROBES = (1, 8, 150)  # words: past the windows of encoders that have some

@@ -16,10 +16,10 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from dualign.annotate.settings import Settings
-from dualign.errors import UserError
-from dualign.types import Message, Prompt, text_of
-from dualign.yaml_text import parse_yaml
+from dualign.common.errors import UserError
+from dualign.common.settings import Settings
+from dualign.common.types import Message, Prompt, text_of
+from dualign.common.yaml_text import parse_yaml
 
 BUILT_IN = ("summarization", "helpfulness", "harmlessness")
 NOTICE = (

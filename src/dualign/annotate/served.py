@@ -12,8 +12,8 @@ from dualign.annotate.base import Item
 from dualign.annotate.client import Client, Payload, Request
 from dualign.annotate.faults import MalformedError
 from dualign.annotate.settings import ServedReward
-from dualign.errors import UserError
-from dualign.types import Label
+from dualign.common.errors import UserError
+from dualign.common.types import Label
 
 
 class ServedAnnotator:

@@ -3,27 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from dualign.paths import at_home
-
-
-class Settings(BaseModel):
-    """Strict and frozen. Of the keys that may hold a path (PATHS), one that begins with ~/ begins in the user's folder;
-    other texts stay as they are."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-    PATHS: ClassVar[tuple[str, ...]] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _at_home(cls, tree: Any) -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        held = {key: at_home(tree[key]) for key in cls.PATHS if isinstance(tree.get(key), str)}
-        return {**tree, **held}
+from dualign.common.settings import Settings
 
 
 class RewardSettings(Settings):

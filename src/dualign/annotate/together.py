@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 from dualign.annotate.base import Annotator, Item, Session
-from dualign.processes import Processes, everyones
-from dualign.types import Label
+from dualign.common.processes import Processes, everyones
+from dualign.common.types import Label
 
 Close = Callable[[Session], Mapping[int, Label]]
 

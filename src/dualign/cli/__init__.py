@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from dualign.paths import at_home
+from dualign.common.paths import at_home
 
 GROUPS = ("train", "reward", "judge", "evaluate", "compare", "inspect")
 
@@ -57,8 +57,8 @@ def application() -> typer.Typer:
 
 def main() -> None:
     """Exit codes: 0 done; 2 bad input; 3 stopped cleanly and can be resumed; 130 interrupted."""
-    from dualign import cpu, launch
-    from dualign.errors import StopRun, UserError, clean
+    from dualign.common import cpu, launch
+    from dualign.common.errors import StopRun, UserError, clean
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     cpu.tune()

@@ -10,7 +10,7 @@ from typing import Any
 from dualign.annotate import agreement
 from dualign.annotate.settings import HeadReward, JudgeReward, PreferenceReward
 from dualign.cli.labelled import labelled_pairs
-from dualign.errors import UserError, clean
+from dualign.common.errors import UserError, clean
 
 Report = dict[str, Any]
 

@@ -49,20 +49,20 @@ def sweep(
 def _run(
     path: str, base: str | None, out: Path | None, jobs: int, report_only: bool, dry_run: bool, needs: str
 ) -> None:
-    from dualign.compare.grid import load
-    from dualign.errors import StopRun, UserError
+    from dualign.common.errors import StopRun, UserError
+    from dualign.eval.compare.grid import load
 
     grid = load(path, base, str(out) if out else None)
     axes = any(grid.system(name).axes for name in grid.systems)
     if needs == "axes" and not axes:
         raise UserError(f"{path}: has no axes to sweep; `dualign compare {path}` compares its systems")
     if dry_run:
-        from dualign.compare.plan import plan_lines
+        from dualign.eval.compare.plan import plan_lines
 
         print("\n".join(plan_lines(grid, jobs)))
         return
-    from dualign.compare.cells import run_grid, subprocesses
-    from dualign.compare.report import write_report
+    from dualign.eval.compare.cells import run_grid, subprocesses
+    from dualign.eval.compare.report import write_report
 
     execute = subprocesses(grid.launch, jobs)
     failed = {} if report_only else run_grid(grid, execute, partial(print, flush=True), jobs)
@@ -86,7 +86,7 @@ def sft(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
 ) -> None:
     """Make π_0: supervised fine-tuning on demonstrations or chosen responses."""
-    from dualign.sft import sft_config
+    from dualign.cli.sft import sft_config
 
     # `dualign sft key=value --data ...`: without a recipe, the first argument is an override
     given = list(overrides or ())
@@ -94,12 +94,12 @@ def sft(
         given, recipe = [recipe, *given], None
     config = sft_config(recipe, given, data, model, str(out) if out else None, epochs)
     if dry_run:
-        from dualign.plan import print_plan
+        from dualign.training.plan import print_plan
 
         print_plan(config)
         return
+    from dualign.cli.sft import make
     from dualign.cli.train import _leave_group, _quiet
-    from dualign.sft import make
 
     _quiet()
     print(f"π_0 is {(model_folder := make(config))}: the next run takes it as model.name={model_folder}")
@@ -118,6 +118,6 @@ def pairs(
 
     config = configs.load(recipe, overrides or ())
     _quiet()
-    from dualign.pairs import make_pairs
+    from dualign.training.pairs import make_pairs
 
     print(make_pairs(config, out, limit))

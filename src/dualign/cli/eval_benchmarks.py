@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dualign.paths import as_written
+from dualign.common.paths import as_written
 
 if TYPE_CHECKING:
+    from dualign.data.settings import DataConfig
     from dualign.eval.outputs import Generation, Outputs
-    from dualign.schema import DataConfig, ModelConfig
+    from dualign.models.settings import ModelConfig
 
 Source = Annotated[str, typer.Argument(help="a run (its last checkpoint), a checkpoint, a model")]
 JudgeModel = Annotated[
@@ -195,11 +196,11 @@ def _about(source: str, path: Path, how: Generation) -> dict[str, Any]:
 
 def _model(source: str) -> ModelConfig:
     """What is sampled: a run's last checkpoint, else what was named. Raises UserError for a run without one."""
+    from dualign.common.errors import UserError
     from dualign.config import load
-    from dualign.errors import UserError
     from dualign.eval import outputs
-    from dualign.runs import Run
-    from dualign.schema import ModelConfig
+    from dualign.models.settings import ModelConfig
+    from dualign.run.folder import Run
 
     if not outputs.is_run(source):
         return ModelConfig(name=source)

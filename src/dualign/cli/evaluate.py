@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dualign.paths import as_written
+from dualign.common.paths import as_written
 
 JUDGE_HELP = (
     "builtin:NAME or a head file; FILE.py:FUNCTION; a YAML file or inline mapping of reward settings; "

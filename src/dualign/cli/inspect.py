@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from dualign.replay import Effect
+    from dualign.run.replay import Effect
 
 RunFolder = Annotated[Path, typer.Argument(help="the run's folder")]
 
@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 def verify(run: RunFolder) -> None:
     """Check a run's files, and what it was made from, against their recorded hashes, and its batches against its metrics.
     Exit code 1: damaged or changed."""
-    from dualign.verify import verify as check
+    from dualign.run.verify import verify as check
 
     findings = check(run)
     for finding in findings:
@@ -36,9 +36,9 @@ def verify(run: RunFolder) -> None:
 
 def replay(run: RunFolder) -> None:
     """Compute advantages and weights again from the stored batches, and compare. Exit code 1: different."""
-    from dualign import replay as stored
     from dualign.config import load
-    from dualign.runs import Run
+    from dualign.run import replay as stored
+    from dualign.run.folder import Run
 
     opened = Run.open(run)
     algo = load(opened.config_file).algo
@@ -63,8 +63,8 @@ def what_if(
     ] = False,
 ) -> None:
     """What other settings of the algorithm would have made of the stored batches. No model, no label."""
-    from dualign import replay as stored
-    from dualign.runs import Run
+    from dualign.run import replay as stored
+    from dualign.run.folder import Run
 
     opened = Run.open(run)
     config, other = stored.changed(opened, settings)
@@ -82,7 +82,7 @@ def what_if(
 
 def _effects(effects: Sequence[Effect]) -> Iterator[str]:
     """A line per batch, one for the run, and how the weights are spread."""
-    from dualign.replay import EDGES, cosine, histogram
+    from dualign.run.replay import EDGES, cosine, histogram
 
     for e in effects:
         yield f"batch {e.step:4d}  {_shares([e])}  direction {e.cosine:+.4f}"

@@ -45,7 +45,7 @@ def judge(
 ) -> None:
     """Label a file with an LLM judge. Run it again to go on: what was bought is in the cache."""
     from dualign.cli.labelled import load_responses, write_rows
-    from dualign.schema import DataConfig
+    from dualign.data.settings import DataConfig
 
     rows = load_responses(file, limit, DataConfig(train=file, prompt_column=prompt_column))
     settings = {"rubric": rubric, "base_url": base_url, "model": model, **_settings(more)}
@@ -62,7 +62,7 @@ def _rewarded(rows: Sequence[Any], settings: dict[str, Any]) -> Iterator[dict[st
     """A row per response, in order. Raises StopRun where the judge or the budget ends it."""
     from dualign.annotate.base import Item
     from dualign.annotate.judge import JudgeAnnotator, windowed
-    from dualign.types import Label
+    from dualign.common.types import Label
 
     judge = JudgeAnnotator(_validated("judge", settings))
     responses = [(row, name) for row in rows for name in row.texts]
@@ -86,7 +86,7 @@ def _compared(rows: Sequence[Any], settings: dict[str, Any], file: str) -> Itera
     """A row per pair: value 1 where the first response won, 0 where it lost, 0.5 for a tie."""
     from dualign.annotate.judge import windowed
     from dualign.annotate.preference import PreferenceAnnotator, Verdict
-    from dualign.errors import UserError
+    from dualign.common.errors import UserError
 
     if any(len(row.texts) != 2 for row in rows):
         raise UserError(f"{file}: --pairs needs two responses in every row (chosen/rejected or response_a/response_b)")
@@ -110,7 +110,7 @@ def _compared(rows: Sequence[Any], settings: dict[str, Any], file: str) -> Itera
 
 def _answered(client: Any, asked: int) -> None:
     """Raises StopRun where there was no reply at all."""
-    from dualign.errors import StopRun
+    from dualign.common.errors import StopRun
 
     if asked and not client.answered:
         raise StopRun("the judge never answered: nothing was labelled and nothing written. Run again when it is back")
@@ -126,7 +126,7 @@ def labels(
 
     from dualign.annotate.cache import Cache, default_path
     from dualign.cli.labelled import write_rows
-    from dualign.errors import UserError
+    from dualign.common.errors import UserError
 
     path = cache or default_path()
     if not path.is_file():
@@ -161,7 +161,7 @@ def agreement(
 ) -> None:
     """How often AI rewards, AI preferences and reward heads agree with people, beside the longer answer and people."""
     from dualign.cli.agreement_report import measure_file, print_report, write_plot
-    from dualign.errors import UserError
+    from dualign.common.errors import UserError
 
     given = {"rubric": rubric, "base_url": base_url, "model": model}
     if any(given.values()) and not all(given.values()):
@@ -191,7 +191,7 @@ def granularity(
 
     from dualign.annotate.agreement import granularity as correlate
     from dualign.cli.labelled import read_rewards
-    from dualign.errors import UserError
+    from dualign.common.errors import UserError
 
     found = correlate(read_rewards(a), read_rewards(b))
     if found.rows < 2:
@@ -209,8 +209,8 @@ def granularity(
 
 def _settings(more: list[str] | None) -> dict[str, Any]:
     """`key=value` settings, values read as YAML reads them."""
-    from dualign.errors import UserError
-    from dualign.yaml_text import parse_yaml
+    from dualign.common.errors import UserError
+    from dualign.common.yaml_text import parse_yaml
 
     settings = {}
     for text in more or []:
@@ -227,7 +227,7 @@ def _validated(kind: str, settings: dict[str, Any]) -> Any:
     from pydantic import ValidationError
 
     from dualign.annotate.settings import JudgeReward, PreferenceReward
-    from dualign.errors import UserError
+    from dualign.common.errors import UserError
 
     model: Any = {"judge": JudgeReward, "preference": PreferenceReward}[kind]
     try:

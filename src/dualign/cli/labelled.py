@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dualign.annotate.agreement import Pair
-from dualign.errors import UserError
+from dualign.common.errors import UserError
+from dualign.data.responses import Responses, load_responses
+from dualign.data.settings import DataConfig
 from dualign.models.template import arguments_as_json
-from dualign.responses import Responses, load_responses
-from dualign.schema import DataConfig
 
 __all__ = ["Responses", "load_pairs", "load_responses", "read_rewards", "write_rows"]
 

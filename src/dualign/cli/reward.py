@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dualign.errors import UserError
+from dualign.common.errors import UserError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from dualign.annotate.features import Array
     from dualign.annotate.fit import Pairs
-    from dualign.schema import DataConfig
-    from dualign.types import Example
+    from dualign.common.types import Example
+    from dualign.data.settings import DataConfig
 
 PromptColumn = Annotated[str, typer.Option(help="the column that holds the prompt")]
 
@@ -86,7 +86,7 @@ def score(
     import numpy as np
 
     from dualign.annotate.head import load_head
-    from dualign.responses import load_responses
+    from dualign.data.responses import load_responses
 
     loaded, rows = load_head(head), load_responses(file, config=_reading(file, prompt_column))
     texts = [(row.prompt.text, text) for row in rows for text in row.texts.values() if text is not None]
@@ -119,13 +119,13 @@ def _progress() -> Progress:
 
 def _reading(source: str, prompt_column: str) -> DataConfig:
     """Rows that are not of the data's format are left out and counted."""
-    from dualign.schema import DataConfig
+    from dualign.data.settings import DataConfig
 
     return DataConfig(train=source, prompt_column=prompt_column, bad_rows="skip")
 
 
 def _preferences(source: str, prompt_column: str) -> list[Example]:
-    from dualign.data import load_examples
+    from dualign.data.rows import load_examples
 
     rows = load_examples(source, _reading(source, prompt_column))
     if len(rows[0].completions) != 2:
@@ -143,7 +143,7 @@ def _encode(progress: Progress, source: str, rows: Sequence[Example]) -> Pairs:
 def _gate_prompts(progress: Progress, source: str, kinds: Sequence[str], prompt_column: str) -> list[Array]:
     """Encoded prompts of each kind. Raises UserError for a kind that no prompt has."""
     from dualign.annotate.features import encoder
-    from dualign.data import load_prompts
+    from dualign.data.rows import load_prompts
 
     prompts = load_prompts(source, _reading(source, prompt_column))
     texts = {kind: [p.text for p in prompts if p.columns.get("kind") == kind] for kind in kinds}
@@ -162,7 +162,7 @@ def _name(source: str) -> str:
 
 def _sha256(source: str) -> str | None:
     """Of a local file; None for a data set taken by name."""
-    from dualign.data import local_file
+    from dualign.data.rows import local_file
 
     path = local_file(source)
     if path is None:
@@ -172,7 +172,7 @@ def _sha256(source: str) -> str | None:
 
 
 def _save(out: Path, data: bytes) -> None:
-    from dualign.runs import durable
+    from dualign.common.durable import durable
 
     def write(aside: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)

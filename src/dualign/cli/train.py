@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dualign.paths import as_written
+from dualign.common.paths import as_written
 
 if TYPE_CHECKING:
     from dualign.config import Config
@@ -33,7 +33,7 @@ def train(
 
     config = configs.load(recipe, overrides or ())
     if dry_run:
-        from dualign.plan import print_plan
+        from dualign.training.plan import print_plan
 
         print_plan(config)
         return
@@ -45,7 +45,7 @@ def resume(
     overrides: Overrides = None,
 ) -> None:
     """Go on with a run that was stopped or killed, to the same weights that it would have reached."""
-    from dualign.resume import resumed_config
+    from dualign.training.resume import resumed_config
 
     _fit(resumed_config(run, overrides or ()), resume=True)
 
@@ -73,7 +73,7 @@ def sample(
 ) -> None:
     """Sample completions from a model."""
     _quiet()
-    from dualign.sampling import sample_to
+    from dualign.rollout.sample import sample_to
 
     sample_to(
         model, prompts, out, k, max_new_tokens, temperature, top_p, limit, seed, chat, prompt_column, system_prompt
@@ -94,7 +94,7 @@ def keys(
     markdown: Annotated[bool, typer.Option(help="all of them, as docs/configuration.md has them")] = False,
 ) -> None:
     """Every key of a recipe: what it takes, its default, what it does."""
-    from dualign import reference
+    from dualign.config import keys as reference
 
     if markdown:
         print(reference.markdown(), end="")

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dualign.errors import UserError
+from dualign.common.errors import UserError
+from dualign.common.intervals import bracket, too_few
+from dualign.common.types import Prompt
+from dualign.data.responses import answer_text
+from dualign.data.settings import DataConfig
 from dualign.eval.outputs import Answer, Outputs, grouped, read
-from dualign.intervals import bracket, too_few
-from dualign.responses import answer_text
-from dualign.schema import DataConfig
-from dualign.types import Prompt
 
 BASELINES = ("reference_gpt4_1106_preview", "reference_text_davinci_003")  # AlpacaEval 2's, AlpacaEval 1's
 
@@ -51,7 +51,7 @@ def slug(column: str | None, file: Path | None) -> str:
 
 def write_outputs(path: Path, outputs: Outputs) -> None:
     """AlpacaEval's format: a list of {instruction, output, generator, dataset}. Absent answers are left out."""
-    from dualign.runs import write_text
+    from dualign.common.durable import write_text
 
     rows = [
         {"instruction": a.prompt.text, "output": a.text, "generator": outputs.name,

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dualign import data
+from dualign.common.errors import UserError
+from dualign.common.types import Prompt
 from dualign.config import load
-from dualign.errors import UserError
+from dualign.data.settings import DataConfig
 from dualign.eval.outputs import SUFFIXES, Generation, is_run
-from dualign.runs import Run
-from dualign.schema import DataConfig
-from dualign.types import Prompt
+from dualign.run.folder import Run
 
 TOKENS = 128
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from dualign.errors import UserError
+from dualign.common.errors import UserError
+from dualign.common.types import Label
 from dualign.eval.judges import Judge, score
 from dualign.eval.outputs import Answer
 from dualign.eval.statistics import correlation
-from dualign.heldout import kl_name
-from dualign.source import PENALTY
-from dualign.types import Label
+from dualign.run.batch import PENALTY
+from dualign.training.heldout import kl_name
 
 Json = dict[str, Any]
 CLEAR = 1.96  # standard errors
@@ -49,7 +49,7 @@ def independent(run: Path) -> str:
 def trace(run: Path, second: Judge, until: int | None = None) -> list[Json]:
     """One row of signs per online batch, of the first `until`. Raises UserError for a run without batches."""
     from dualign.config import load
-    from dualign.runs import Run
+    from dualign.run.folder import Run
 
     opened = Run.open(run)
     config = load(opened.config_file)

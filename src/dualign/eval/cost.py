@@ -6,9 +6,9 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from dualign.errors import UserError
+from dualign.common.errors import UserError
+from dualign.common.intervals import FEW
 from dualign.eval.outputs import is_run
-from dualign.intervals import FEW
 
 COLUMNS = ("calls", "prompt_tokens", "completion_tokens", "picodollars")
 
@@ -16,7 +16,7 @@ COLUMNS = ("calls", "prompt_tokens", "completion_tokens", "picodollars")
 def cost_of(folder: Path) -> dict[str, Any]:
     """Labels, judge calls, tokens, dollars and hours of a run. Calls and tokens are 0 where labels cost nothing (reward
     heads, functions): what the account of bought labels says, retries and other runs' cache hits not included."""
-    from dualign.runs import Run
+    from dualign.run.folder import Run
 
     metrics = Run.open(folder).metrics()
     calls, prompt, completion, picodollars = _bought(folder / "spent.sqlite")

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from dualign.annotate.function import RewardFunction, name_of
-from dualign.errors import UserError
+from dualign.common.errors import UserError
 from dualign.eval import cheat, cost, outputs, results, rewards, winrate
 from dualign.eval.asking import Asking, data_of, generation, said
 from dualign.eval.judges import Judges, open_judge
 from dualign.eval.outputs import Generation, Outputs
 from dualign.eval.places import named, place, slug
-from dualign.runs import Run
+from dualign.run.folder import Run
 
 Reward = RewardFunction | Sequence[RewardFunction]
 Result = tuple[dict[str, Any], Path]

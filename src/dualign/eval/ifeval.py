@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dualign.errors import UserError
+from dualign.common.errors import UserError
+from dualign.common.intervals import bracket
 from dualign.eval.outputs import Answer
 from dualign.eval.statistics import share
-from dualign.intervals import bracket
 
 COLUMNS = ("instruction_id_list", "kwargs")
 MISSING = "counting sentences needs NLTK's data: python -m nltk.downloader punkt punkt_tab"

@@ -17,14 +17,14 @@ from pydantic import TypeAdapter, ValidationError
 from dualign.annotate.base import Annotator, Item, label_all
 from dualign.annotate.function import RewardFunction, name_of
 from dualign.annotate.settings import FunctionReward, JudgeSampling, RewardConfig
-from dualign.errors import UserError
+from dualign.common.errors import UserError
+from dualign.common.types import Label, Prompt
+from dualign.common.yaml_text import parse_yaml
 from dualign.eval.outputs import Answer, Outputs, is_run
-from dualign.types import Label, Prompt
-from dualign.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from dualign.annotate.client import Client
-    from dualign.runs import Run
+    from dualign.run.folder import Run
 
 HELP = (
     "builtin:NAME or a head file; FILE.py:FUNCTION; a YAML file or an inline mapping of reward settings "
@@ -49,8 +49,8 @@ class Chosen:
     @cached_property
     def digest(self) -> str:
         """The same for the same rewards: their settings, and the files and functions that they name."""
-        from dualign.code_digest import of_function
-        from dualign.digests import of_reward
+        from dualign.common.code_digest import of_function
+        from dualign.run.digests import of_reward
 
         parts = [*map(of_reward, self.settings), *map(of_function, self.functions)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
@@ -161,7 +161,7 @@ def choose(spec: str, run: str | None = None, functions: Sequence[RewardFunction
 def _own(run: str, given: Mapping[str, RewardFunction]) -> Chosen:
     """All that the run was trained on: what its configuration names, and what it was given in Python."""
     from dualign.config import load
-    from dualign.runs import Run
+    from dualign.run.folder import Run
 
     opened = Run.open(Path(run))
     settings = tuple(load(opened.config_file).reward)
@@ -182,7 +182,7 @@ def _own(run: str, given: Mapping[str, RewardFunction]) -> Chosen:
 def _changed(run: Run, settings: Sequence[RewardConfig], functions: Sequence[RewardFunction]) -> str | None:
     """In words: the file of a reward function has changed since the run began, which may be elsewhere in the file. Raises
     UserError for what surely is another reward."""
-    from dualign import digests
+    from dualign.run import digests
 
     then = run.about.get("inputs")
     if not isinstance(then, dict):  # a run of before does not say

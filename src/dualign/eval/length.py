@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from dualign.common.intervals import FEW
 from dualign.eval.statistics import NOTHING, RESAMPLES, Array, Estimate, counts, percentile, share
-from dualign.intervals import FEW
 
 RIDGE = (
     0.01  # on both coefficients, per fit (not per row): keeps a separable sample finite, moves others by ~0.1 points

@@ -18,12 +18,12 @@ from dualign.annotate.client import Client, Payload
 from dualign.annotate.judge import chat
 from dualign.annotate.reply import read_reply
 from dualign.annotate.settings import JudgeSampling
-from dualign.errors import UserError
+from dualign.common.errors import UserError
+from dualign.common.intervals import bracket
+from dualign.common.types import Label, Message, Prompt, user_prompt
 from dualign.eval.outputs import Answer, Generation, generate
 from dualign.eval.statistics import t_interval
-from dualign.intervals import bracket
-from dualign.schema import ModelConfig
-from dualign.types import Label, Message, Prompt, user_prompt
+from dualign.models.settings import ModelConfig
 
 NEED_REFERENCE = ("math", "reasoning", "coding")
 # (has reference, turn) -> the name of FastChat's prompt

@@ -14,12 +14,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualign.errors import UserError
-from dualign.schema import DataConfig, ModelConfig
-from dualign.types import Prompt, user_prompt
+from dualign.common.errors import UserError
+from dualign.common.types import Prompt, user_prompt
+from dualign.data.settings import DataConfig
+from dualign.models.settings import ModelConfig
 
 if TYPE_CHECKING:
-    from dualign.responses import Responses
+    from dualign.data.responses import Responses
 
 log = logging.getLogger(__name__)
 PI_0 = "π_0"
@@ -114,7 +115,7 @@ def points(source: str, how: Generation) -> list[Outputs]:
 def _evaluations(folder: Path) -> list[Outputs]:
     """What a run's own evaluations sampled: costs nothing."""
     from dualign import config as configs
-    from dualign.runs import Run
+    from dualign.run.folder import Run
 
     run = Run.open(folder)
     files = sorted(run.evaluations.glob("*.parquet"))
@@ -134,7 +135,7 @@ def _evaluations(folder: Path) -> list[Outputs]:
 
 def _checkpoints(folder: Path, how: Generation) -> list[Outputs]:
     from dualign import config as configs
-    from dualign.runs import Run
+    from dualign.run.folder import Run
 
     run = Run.open(folder)
     first = configs.load(folder / "config.yaml").model
@@ -179,10 +180,10 @@ def read(path: Path, config: DataConfig | None = None) -> list[Answer]:
     """Outputs in `dualign sample`'s form (prompt, completion), in AlpacaEval's (instruction, output), or a run's
     evaluations/*.parquet. `config`: how its prompts were put to the model. A row without an answer is absent. Raises
     UserError for a file without any."""
-    from dualign.responses import load_responses
+    from dualign.data.responses import load_responses
 
     if path.suffix == ".parquet" and path.parent.name == "evaluations":
-        from dualign.runs import Run
+        from dualign.run.folder import Run
 
         return list(map(_answer, Run(path.parent.parent).read_evaluation(int(path.stem))[0]))
     if path.suffix == ".json":
@@ -206,7 +207,7 @@ def _given(row: Responses) -> Answer:
 
 
 def _alpaca(path: Path, config: DataConfig | None) -> list[Answer]:
-    from dualign.responses import answer_text
+    from dualign.data.responses import answer_text
 
     expected = "expected a list of objects with instruction and output, as AlpacaEval has them"
     try:
@@ -233,7 +234,7 @@ def _alpaca(path: Path, config: DataConfig | None) -> list[Answer]:
 def generate(model: ModelConfig, how: Generation) -> list[Answer]:
     """Samples from `model`, once: the outputs are kept under what decides them. A prompt that the model cannot be asked
     (longer than its context) has absent answers. Raises UserError without prompts."""
-    from dualign.runs import write_text
+    from dualign.common.durable import write_text
 
     if how.prompts is None:
         raise UserError(f"{model.name}: to sample from a model, name prompts with --prompts")
@@ -250,7 +251,7 @@ def generate(model: ModelConfig, how: Generation) -> list[Answer]:
 def _sampled(model: ModelConfig, how: Generation, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     """K rows for each prompt, in order."""
     from dualign.rollout.base import Sampling
-    from dualign.sampling import sample_from
+    from dualign.rollout.sample import sample_from
 
     left_out: dict[int, str] = {}
     found = sample_from(model, prompts, Sampling(how.k, how.max_new_tokens, how.temperature), how.seed, left_out)
@@ -278,7 +279,7 @@ def _kept(prompt: Prompt, row: dict[str, Any]) -> Answer:
 
 def kept_under(model: ModelConfig, how: Generation) -> str:
     """A digest of what decides the outputs: the model, how it is asked and on what, and this package's code."""
-    from dualign.runs import code_digest
+    from dualign.common.code_digest import code_digest
 
     about = {
         "model": identity(model),
@@ -291,7 +292,7 @@ def kept_under(model: ModelConfig, how: Generation) -> str:
 
 def identity(model: ModelConfig) -> list[Any]:
     """What tells a model from another of the same name: its settings, and the digests of its files."""
-    from dualign.digests import of_model
+    from dualign.run.digests import of_model
 
     template = Path(model.chat_template or "")
     return [

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dualign.errors import UserError
+from dualign.common.errors import UserError
 
 VERSIONED = ("dualign", "torch", "transformers", "numpy", "scipy", "openai")
 
@@ -52,7 +52,7 @@ def provenance(kind: str, judge: Mapping[str, Any] | None, seed: int) -> dict[st
 
 def write(path: Path, result: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -> None:
     """`path` gets the numbers; what they were computed from goes, a row a line, into the .jsonl of the same name."""
-    from dualign.runs import write_text
+    from dualign.common.durable import write_text
 
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(finite(row), ensure_ascii=False) for row in rows]

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from dualign.common.intervals import too_few
 from dualign.eval.judges import Judge, score
 from dualign.eval.outputs import Answer, Outputs
 from dualign.eval.statistics import correlation, t_interval
-from dualign.intervals import too_few
 
 SHOWN = 20  # disagreements that are listed
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dualign.errors import clean
-from dualign.heldout import kl_name
-from dualign.intervals import bracket, known, too_few
+from dualign.common.errors import clean
+from dualign.common.intervals import bracket, known, too_few
+from dualign.training.heldout import kl_name
 
 
 def _console() -> Console:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from dualign.intervals import FEW, all_equal, bracket, half_width
+from dualign.common.intervals import FEW, all_equal, bracket, half_width
 
 Array = NDArray[np.float64]
 RESAMPLES = 2000

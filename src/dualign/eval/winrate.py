@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from dualign.errors import UserError
+from dualign.common.errors import UserError
+from dualign.common.intervals import FEW
 from dualign.eval.judges import Judge, Pair, judge_pairs
 from dualign.eval.length import by_length, length_controlled
 from dualign.eval.outputs import Outputs
 from dualign.eval.statistics import over_seeds, share
-from dualign.intervals import FEW
 
 
 def sides(source: str, points: list[Outputs], other: Outputs | None) -> tuple[list[Outputs], Outputs]:

@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dualign import assets
-from dualign.errors import FOREIGN, UserError
-from dualign.schema import ModelConfig
+from dualign.common.errors import FOREIGN, UserError
+from dualign.models.settings import ModelConfig
 
 if TYPE_CHECKING:
-    from dualign.config import Config
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +79,12 @@ def _has_adapter(module: Any) -> bool:
     return type(module).__module__.startswith("peft.")
 
 
-def own_base(config: Config) -> Path | None:
-    """Where a run keeps the model that its adapters are of, as no other folder has it: that of another adapter, merged.
+def own_base(m: ModelConfig, run: str) -> Path | None:
+    """Where the run in folder `run` keeps the model that its adapters are of, as no other folder has it: that of
+    another adapter, merged.
     None for adapters of a model that is somewhere, and for whole weights."""
-    m = config.model
     merged = m.lora is not None and assets.adapter_of(assets.resolve(m.name), m.revision) is not None
-    return Path(config.run.dir).resolve() / "base" if merged else None
+    return Path(run).resolve() / "base" if merged else None
 
 
 def with_lora(model: Any, config: ModelConfig, own: Path | None) -> Any:

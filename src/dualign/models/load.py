@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError
 
 from dualign import assets
-from dualign.errors import FOREIGN, UserError, first_line, out_of_memory
+from dualign.common.errors import FOREIGN, UserError, first_line, out_of_memory
 from dualign.models.adapters import merged
+from dualign.models.settings import ModelConfig
 from dualign.models.tokenizer import Tokenizer, load_tokenizer, source_of
-from dualign.schema import ModelConfig
 
 log = logging.getLogger(__name__)
 

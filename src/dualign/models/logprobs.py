@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dualign.models.fused import Fused, can_compile
+from dualign.models.compile import Fused, can_compile
 from dualign.models.master import gradient_of
 
 CHUNK = 512  # tokens whose logits are made by one matrix product, into one buffer

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualign.errors import FOREIGN, UserError, first_line, out_of_memory
+from dualign.common.errors import FOREIGN, UserError, first_line, out_of_memory
 from dualign.models.finite import first_not_finite
 from dualign.models.load import load_model
 from dualign.models.logprobs import token_logp
 from dualign.models.master import LightEmbedding, round_linears, widened
-from dualign.models.on_disk import move_to_file
+from dualign.models.mmap import move_to_file
 from dualign.models.packing import MicroBatch, Tokens, pack
 from dualign.models.tokenizer import Tokenizer
 from dualign.models.windows import small_windows

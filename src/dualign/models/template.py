@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from dualign.errors import UserError
-from dualign.types import Message, Prompt
+from dualign.common.errors import UserError
+from dualign.common.types import Message, Prompt
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from dualign import assets
-from dualign.errors import FOREIGN, UserError, first_line
+from dualign.common.errors import FOREIGN, UserError, first_line
+from dualign.common.types import Example, Finish, Message, Prompt
+from dualign.models.settings import ModelConfig
 from dualign.models.template import ChatTemplate
-from dualign.schema import ModelConfig
-from dualign.types import Example, Finish, Message, Prompt
 
 Ids = tuple[int, ...]
 

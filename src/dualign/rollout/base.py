@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dualign.types import Prompt, Rollout
+from dualign.common.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dualign.errors import UserError
+from dualign.common.errors import UserError
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """The page's path. Raises UserError without matplotlib, and for what is no run."""
+    from dualign.common.durable import write_text
     from dualign.eval.report.data import collect
     from dualign.eval.report.figures import draw_all
     from dualign.eval.report.page import render
-    from dualign.runs import write_text
 
     first, *others = folders
     several = first.parent / f"report-{'-'.join(folder.name for folder in folders)}"  # not over the first one's own

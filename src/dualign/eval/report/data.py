@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from dualign.errors import UserError
+from dualign.common.errors import UserError
+from dualign.common.yaml_text import parse_yaml
 from dualign.eval import results
 from dualign.eval.outputs import PI_0
 from dualign.eval.show import asked
-from dualign.heldout import kl_name
-from dualign.runs import Run, read_table
-from dualign.yaml_text import parse_yaml
+from dualign.run.folder import Run, read_table
+from dualign.training.heldout import kl_name
 
 TEXT_BUDGET = 2_400_000  # characters of prompts and completions in one page, all runs together
 LONGEST = 4000  # characters shown of one text

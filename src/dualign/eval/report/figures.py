@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dualign.errors import UserError
+from dualign.common.errors import UserError
 from dualign.eval.report.data import Json, RunData
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Drawn:
     rows: list[list[Any]]  # the numbers, a header first
 
     def save(self, folder: Path) -> None:
-        from dualign.runs import durable, write_text
+        from dualign.common.durable import durable, write_text
 
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(self.rows)

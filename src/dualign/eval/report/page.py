@@ -11,12 +11,12 @@ from importlib import resources
 from string import Template
 from typing import Any
 
+from dualign.common.intervals import FEW, bracket, known, plus_minus
 from dualign.eval.outputs import PI_0
 from dualign.eval.report.data import Json, RunData, heldout_kl_name
 from dualign.eval.report.figures import Drawn
 from dualign.eval.show import asked
-from dualign.intervals import FEW, bracket, known, plus_minus
-from dualign.view import verdict
+from dualign.training.view import verdict
 
 
 def render(runs: Sequence[RunData], figures: Sequence[Drawn]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from dualign.eval.report.data import Json, RunData, evenly, heldout_kl_name
 from dualign.eval.report.figures import COLOURS, Plot, Rows, legend, series, style_of
-from dualign.heldout import kl_name
+from dualign.training.heldout import kl_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,25 @@
+"""What every section of a configuration is: strict, frozen, with paths that hold from anywhere."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from dualign.common.paths import at_home
+
+
+class Settings(BaseModel):
+    """Strict and frozen. Of the keys that may hold a path (PATHS), one that begins with ~/ begins in the user's folder;
+    other texts stay as they are."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    PATHS: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _at_home(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        held = {key: at_home(tree[key]) for key in cls.PATHS if isinstance(tree.get(key), str)}
+        return {**tree, **held}

@@ -1,0 +1,323 @@
+"""A run's whole configuration: YAML recipe + `key.sub=value` overrides -> one strict model; bad keys are named."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from functools import reduce
+from importlib import resources
+from operator import or_
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from dualign.algos import ALGORITHMS, Algorithm
+from dualign.annotate.settings import RewardConfig
+from dualign.common.errors import UserError
+from dualign.common.paths import at_home
+from dualign.common.settings import Settings
+from dualign.common.yaml_text import parse_yaml
+from dualign.config.sections import EvalConfig, RunConfig, TrainConfig
+from dualign.data.settings import DataConfig
+from dualign.models.settings import ModelConfig
+from dualign.rollout.settings import RolloutConfig
+
+if TYPE_CHECKING:
+    AlgorithmConfig = Algorithm
+else:
+    AlgorithmConfig = Annotated[reduce(or_, ALGORITHMS.values()), Field(discriminator="name")]
+
+
+DEFAULT = "dar"
+
+
+class Config(Settings):
+    """All sections; defaults are the vetted setting."""
+
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: list[RewardConfig] = Field(default_factory=list)
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+    run: RunConfig = RunConfig()
+    algo: AlgorithmConfig = ALGORITHMS[DEFAULT](name=DEFAULT)
+
+    @model_validator(mode="after")
+    def _counts(self) -> Self:
+        algo: Algorithm = self.algo
+        k = self.rollout.k if algo.source == "online" else {"pairs": 2, "demonstrations": 1}[algo.source]
+        t = self.train
+        for key, count in {"train.online_batch": t.online_batch, "train.update_size": t.update_size}.items():
+            if count % k:
+                near = max(k, count // k * k)
+                raise ValueError(f"{key}: {count} completions are no whole number of prompts at {k} each; try {near}")
+        if t.update_size > t.online_batch:
+            raise ValueError(f"train.update_size: {t.update_size} is more than train.online_batch ({t.online_batch})")
+        algo.check(k)
+        if self.data.eval is not None and any(reward.type == "preference" for reward in self.reward):
+            raise ValueError(
+                "data.eval: an AI preference compares the completions of one prompt with each other, so its mean on held-out "
+                "prompts never changes; set data.eval: null, and hold checkpoints against π_0 with `dualign eval winrate`"
+            )
+        return self
+
+    @property
+    def group(self) -> int:
+        """Completions per prompt in the batches that the algorithm sees."""
+        return {"online": self.rollout.k, "pairs": 2, "demonstrations": 1}[self.algo.source]
+
+    @property
+    def prompts_per_batch(self) -> int:
+        return self.train.online_batch // self.group
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimizer steps on an online batch that is full."""
+        t = self.train
+        return (self.algo.updates_per_batch or max(1, round(t.online_batch / t.update_size))) * self.algo.epochs
+
+    @property
+    def update_completions(self) -> str:
+        """How many completions an optimizer step has: an online batch's prompts are split evenly, in words."""
+        updates = self.updates_per_batch // self.algo.epochs
+        least = self.prompts_per_batch // updates * self.group
+        return str(least) if self.prompts_per_batch % updates == 0 else f"{least} or {least + self.group}"
+
+    @property
+    def labels(self) -> tuple[int, int]:
+        """Labels that a run buys at most, to train and to evaluate."""
+        t, e = self.train, self.eval
+        evaluations = 2 + ((t.online_batches - 1) // e.every if e.every else 0)
+        train = t.online_batches * t.online_batch if self.algo.source == "online" else 0
+        return train, evaluations * e.prompts * e.k if self.data.eval and self.reward else 0
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that ship with the package, by name (`quickstart`, `small/grpo`, ...)."""
+    root = Path(str(resources.files("dualign.config") / "recipes"))
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+
+
+def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The configuration of a recipe (a YAML file, or the name of a shipped one) with overrides applied.
+
+    Raises UserError naming the file and key at fault.
+    """
+    written, path = read(recipe)
+    given = list(overrides)
+    tree = overridden(written, given)
+    try:
+        return build(tree, str(path))
+    except UserError as error:  # what an override said is not the file's fault
+        keys = [override.partition("=")[0] for override in given]
+        lines = [_whose(line, str(path), keys, written) for line in str(error).splitlines()]
+        raise UserError("\n".join(lines)) from None
+
+
+def _whose(line: str, path: str, keys: Iterable[str], written: dict[str, Any]) -> str:
+    """A fault's line, said of the override that it is of: one that set the key, or a section that the file has not."""
+    for key in keys:
+        fault = line.removeprefix(f"{path}: ")
+        if re.match(rf"{re.escape(key)}[:.]", fault):
+            return f"override {fault}"
+        section = fault.partition(":")[0]
+        if key.startswith(f"{section}.") and section not in written:
+            return f"override {key}: {fault}"
+    return line
+
+
+def overridden(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A plain tree with overrides applied. algo.name is first: it starts that system's section afresh, and the other
+    keys are meant for it. Raises UserError where a key leads nowhere."""
+    tree = copy.deepcopy(tree)
+    for override in sorted(overrides, key=lambda o: not o.startswith("algo.name=")):
+        apply(tree, override)
+    return tree
+
+
+def read(recipe: str | Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Path]:
+    """A recipe's plain tree, laid over that of its `base` recipe where it names one, and the file it came from."""
+    path = find(recipe, above[-1].parent if above else Path())
+    if path in above:
+        raise UserError(f"{path}: base: the recipe is its own base, by way of {above[-1]}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        kind = type(tree).__name__
+        raise UserError(f"{path}: a recipe is a mapping of sections (model, data, algo, ...), not {kind}")
+    base = tree.pop("base", None)
+    if not isinstance(base, str | None):
+        raise UserError(f"{path}: base: expected a recipe's name or file, not {base!r}")
+    tree = one_reward(tree)
+    return (merge(read(base, (*above, path))[0], tree) if base else tree), path
+
+
+def find(recipe: str | Path, folder: Path = Path()) -> Path:
+    """A file (as given, or beside the recipe that names it), or a shipped recipe by its name."""
+    recipe = at_home(str(recipe))
+    for path in (Path(recipe), folder / recipe):
+        if path.is_file():
+            return path
+    shipped = recipes()
+    if str(recipe) not in shipped:
+        near = difflib.get_close_matches(str(recipe), shipped, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else "; `dualign recipes` lists those that ship"
+        raise UserError(f"{recipe}: no such file or recipe{hint}")
+    return shipped[str(recipe)]
+
+
+def merge(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
+    """`patch` laid over `base`, key by key within sections. A list replaces a list; an algo that has a name replaces
+    the base's: one system's α is not another's."""
+    out = dict(base)
+    for key, value in one_reward(patch).items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = merge(out[key], value) if both and not (key == "algo" and "name" in value) else value
+    return out
+
+
+def one_reward(tree: dict[str, Any]) -> dict[str, Any]:
+    """A single reward may be written without the list's dash."""
+    return {**tree, "reward": [tree["reward"]]} if isinstance(tree.get("reward"), dict) else tree
+
+
+def default_system(tree: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an algorithm without its name are those of the default system."""
+    algo = tree.get("algo")
+    return {**tree, "algo": {"name": DEFAULT, **algo}} if isinstance(algo, dict) else tree
+
+
+def build(tree: dict[str, Any], where: str = "config") -> Config:
+    """A checked Config from a plain tree. Raises UserError with one line per fault."""
+    tree = default_system(one_reward(tree))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(tree, item) for item in error.errors()]
+        raise UserError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def apply(tree: dict[str, Any], override: str) -> None:
+    """Sets one `key.sub=value` in a plain tree, in place. Raises UserError where the key leads nowhere."""
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise UserError(f"override {override!r}: expected key.sub=value, for example train.lr=1e-5")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for part, below in zip(parents, key.split(".")[1:], strict=True):
+        if isinstance(node, list):
+            node = node[_position(node, part, override)]
+        else:
+            if node.get(part) is None:
+                node[part] = [] if below.isdigit() else {}
+            node = node[part]
+        if not isinstance(node, dict | list):
+            raise UserError(f"override {override!r}: {part} is a value, not a section")
+    value = parse_yaml(text, f"override {override!r}")
+    if key == "algo.name" and value != node.get("name"):
+        tree["algo"] = {"name": value}
+    elif isinstance(node, list):
+        node[_position(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _position(items: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise UserError(f"override {override!r}: {part} is no position in a list of {len(items)}")
+    return int(part)
+
+
+def _explain(tree: Any, item: Any) -> str:
+    # pydantic puts the tag of a discriminated union into the path; people did not write it
+    path: list[str] = []
+    node = tree
+    for part in item["loc"]:
+        if (isinstance(node, dict) and part in node) or (
+            isinstance(node, list) and isinstance(part, int) and part < len(node)
+        ):
+            node = node[part]
+        elif isinstance(node, dict) and part in (node.get("name"), node.get("type")):
+            continue
+        path.append(str(part))
+    key = ".".join(path)
+    kind, message = item["type"], item["msg"]
+    if kind == "extra_forbidden":
+        known = _known(path[:-1], tree)
+        near = difflib.get_close_matches(path[-1], known, 1, 0.6)
+        hint = f"; did you mean {'.'.join(path[:-1] + near)}?" if near else ""
+        if path[0] == "algo" and not near:
+            hint = f"; {tree['algo']['name']} has {', '.join(k for k in known if k != 'name')}"
+        return f"{key}: no such key{hint}"
+    if kind == "missing":
+        return f"{key}: missing"
+    if kind == "union_tag_invalid":
+        field = "name" if key == "algo" else "type"
+        given = item["input"].get(field) if isinstance(item["input"], dict) else item["input"]
+        choices = [c.strip(" '") for c in item["ctx"]["expected_tags"].split(",")]
+        near = difflib.get_close_matches(str(given), choices, 1, 0.4)
+        return (
+            f"{key}.{field}: no {given!r}"
+            + (f"; did you mean {near[0]}?" if near else "")
+            + f" (one of {', '.join(choices)})"
+        )
+    if kind == "union_tag_not_found":
+        return f"{key}.{'name' if key == 'algo' else 'type'}: missing"
+    if kind == "value_error":
+        return (f"{key}: " if key else "") + message.removeprefix("Value error, ")
+    return f"{key}: {message[0].lower()}{message[1:]}, not {item['input']!r}"
+
+
+def _known(path: list[str], tree: Any) -> list[str]:
+    """The keys that the section at `path` knows."""
+    model: Any = Config
+    for part in path:
+        tree = tree[int(part)] if isinstance(tree, list) else tree.get(part, {})
+        annotation = model if part.isdigit() else model.model_fields[part].annotation
+        model = _model_of(annotation, tree)
+        if model is None:
+            return []
+    return list(model.model_fields) if hasattr(model, "model_fields") else []
+
+
+def _model_of(annotation: Any, tree: Any) -> Any:
+    """The pydantic model that an annotation stands for, choosing within unions by the tree's tag."""
+    if get_origin(annotation) is list:
+        return get_args(annotation)[0]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        tags = [f.annotation for f in annotation.model_fields.values() if get_origin(f.annotation) is Literal]
+        # a list and not a set: people can write anything for a tag, also what cannot be hashed
+        given = (
+            [tag for key in ("name", "type") if (tag := tree.get(key)) is not None] if isinstance(tree, dict) else []
+        )
+        known = get_args(tags[0]) if tags else ()
+        return annotation if not tags or not given or any(tag in known for tag in given) else None
+    return next((found for option in get_args(annotation) if (found := _model_of(option, tree))), None)
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """(old value, new value) by key.sub, where they differ."""
+    return dict(_differences(old.model_dump(), new.model_dump()))
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+    elif old != new:
+        yield path, (old, new)
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, every default spelled out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,123 @@
+"""Every key of a recipe, read off the models that check it: `dualign keys` and docs/configuration.md."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from dualign.algos import ALGORITHMS
+from dualign.annotate.settings import Endpoint, RewardConfig, RewardSettings
+from dualign.common.errors import UserError
+from dualign.config import Config
+
+BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+INTRODUCTION = """# Every key of a recipe
+
+A recipe names what differs from these defaults; on the command line a key is set by `section.key=value`
+(`reward.0.weight=2` is that of the first reward). The same list is printed by `dualign keys [SECTION ...]`.
+"""
+
+
+@dataclass(frozen=True)
+class Key:
+    name: str
+    kind: str
+    default: str
+    meaning: str
+
+
+def sections() -> Iterator[tuple[str, list[Key]]]:
+    """(heading, keys) of every section; of `algo` and `reward` one for each system and type."""
+    for name, field in Config.model_fields.items():
+        if name == "algo":
+            for system, algorithm in ALGORITHMS.items():
+                yield f"algo, name: {system}", list(_keys(algorithm, {"name"}))
+        elif name == "reward":
+            common, served = set(RewardSettings.model_fields), set(Endpoint.model_fields)
+            yield "reward.N, of every type", list(_keys(RewardSettings, set()))
+            yield "reward.N, of the types served, judge, preference", list(_keys(Endpoint, common))
+            for reward in _members(get_args(RewardConfig)[0]):
+                (kind,) = get_args(reward.model_fields["type"].annotation)
+                inherited = served if issubclass(reward, Endpoint) else common
+                yield f"reward.N, type: {kind}", list(_keys(reward, inherited | {"type"}))
+        else:
+            yield name, list(_keys(_model(field.annotation), set()))
+
+
+def matching(names: list[str]) -> list[tuple[str, list[Key]]]:
+    """The sections that `names` name (each a section, a system or a reward's type), or all. Raises UserError."""
+    every = list(sections())
+    words = {heading: heading.replace(".N", "").replace(",", "").split() for heading, _ in every}
+    for name in names:
+        if not any(name in found for found in words.values()):
+            raise UserError(f"no section, system or reward is called {name}; `dualign keys` has them all")
+    return [(h, keys) for h, keys in every if not names or any(name in words[h] for name in names)]
+
+
+def markdown() -> str:
+    """docs/configuration.md"""
+    parts = [INTRODUCTION]
+    for heading, keys in sections():
+        rows = [f"| `{k.name}` | {k.kind} | {k.default} | {k.meaning} |" for k in keys]
+        parts.append("\n".join([f"## {heading}\n", "| key | value | default | |", "|---|---|---|---|", *rows]) + "\n")
+    return "\n".join(parts)
+
+
+def _keys(model: type[BaseModel], without: set[str], prefix: str = "") -> Iterator[Key]:
+    for name, field in model.model_fields.items():
+        if name in without:
+            continue
+        nested = _model(field.annotation)
+        if nested is not None:
+            yield Key(f"{prefix}{name}", "a section, or none", _default(field), _meaning(field))
+            yield from _keys(nested, set(), f"{prefix}{name}.")
+        else:
+            yield Key(f"{prefix}{name}", _kind(field), _default(field), _meaning(field))
+
+
+def _kind(field: FieldInfo) -> str:
+    bounds = [f"{sign} {getattr(m, key):g}" for m in field.metadata for key, sign in BOUNDS.items() if hasattr(m, key)]
+    return " ".join([_type(field.annotation), ", ".join(bounds)]).strip()
+
+
+def _type(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{a}`" for a in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type(a) for a in arguments if a is not type(None))
+    if origin is list:
+        return f"list ({_type(arguments[0])})"
+    if origin is dict:
+        return "mapping"
+    return {"str": "text", "bool": "true or false", "int": "whole number", "float": "number"}[annotation.__name__]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "must be given"
+    value = field.get_default(call_default_factory=True)
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _meaning(field: FieldInfo) -> str:
+    return (field.description or "").replace("|", "\\|")
+
+
+def _model(annotation: Any) -> Any:
+    """The section that a field holds, if it holds one."""
+    found = [a for a in _members(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+    return found[0] if found else None
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)

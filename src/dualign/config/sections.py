@@ -1,0 +1,64 @@
+"""The sections `train`, `eval` and `run` of a run's configuration."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from dualign.common.settings import Settings
+
+
+class TrainConfig(Settings):
+    """Counts are completions, as the papers count them."""
+
+    online_batches: int = Field(ge=0, description="how long the run is")
+    online_batch: int = Field(64, ge=1, description="completions sampled from one π_t (paper: 512)")
+    update_size: int = Field(32, ge=1, description="completions of one optimizer step (paper: 128)")
+    micro_batch_tokens: int = Field(
+        4096,
+        ge=16,
+        description="tokens of one forward and backward pass (a CPU scores four times as many at once); only memory and "
+        "speed depend on it",
+    )
+    prefix_sharing: bool = Field(True, description="compute a prompt once for its K completions")
+    compile: bool = Field(True, description="on a GPU, compile the layers of models that share prompts")
+    optimizer: Literal["adafactor", "adamw"] = Field(
+        "adafactor", description="Adafactor without momentum or relative steps (papers), or AdamW"
+    )
+    lr: float = Field(1e-6, gt=0, description="learning rate")
+    critic_lr: float | None = Field(None, gt=0, description="of the value model; default: lr")
+    warmup: int = Field(15, ge=0, description="updates of linear warm-up; then the rate is constant (papers)")
+    decay: float = Field(0.0, ge=0, le=1, description="share of the updates, the last, in which it falls linearly to 0")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, times the learning rate")
+    max_grad_norm: float = Field(1.0, gt=0, description="a larger gradient is scaled down to it")
+    no_signal: Literal["train", "skip"] = Field(
+        "train",
+        description="a batch whose rewards tell no completion from another: make the system's step all the same (of DAR: "
+        "SFT on its own samples, pulled to π_0), or leave it out",
+    )
+    max_absent: float = Field(
+        0.2, ge=0, le=1, description="stop when a larger share of a batch or an evaluation has no label"
+    )
+
+
+class EvalConfig(Settings):
+    prompts: int = Field(64, ge=1, description="held-out prompts, at most")
+    k: int = Field(1, ge=1, description="completions per held-out prompt")
+    every: int = Field(0, ge=0, description="evaluate each so many online batches; 0: only before and after")
+    temperature: float | None = Field(None, ge=0, description="default: the rollouts'")
+
+
+class RunConfig(Settings):
+    PATHS: ClassVar[tuple[str, ...]] = ("dir",)
+    dir: str = Field("runs/run", description="the run's folder")
+    seed: int = Field(0, ge=0, lt=2**32, description="of sampling, shuffling and dropout")
+    checkpoints: int = Field(
+        10, ge=1, description="how many over the run, at equal distances; the last batch always has one"
+    )
+    keep_last: int | None = Field(None, ge=1, description="how many checkpoints to keep; none: all")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list,
+        description="where numbers are sent beside metrics.jsonl; TensorBoard's are in RUN/trackers",
+    )
+    project: str = Field("dualign", description="the trackers' name for it")

@@ -1,0 +1,42 @@
+"""The section `model` of a run's configuration."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from dualign.common.settings import Settings
+
+
+class LoraConfig(Settings):
+    r: int = Field(16, ge=1, description="rank")
+    alpha: int = Field(32, ge=1, description="scale, divided by r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapters' input")
+    target_modules: list[str] | Literal["all-linear"] = Field("all-linear", description="the layers that get adapters")
+
+
+class ModelConfig(Settings):
+    """The policy. π_0 is this model as loaded, frozen, unless `reference` names another."""
+
+    PATHS: ClassVar[tuple[str, ...]] = ("name", "reference", "chat_template")
+    name: str = Field(description="an embedded default (smollm2-135m-instruct), a local folder, or a hub name")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    reference: str | None = Field(
+        None, description="π_0, where it is not the model that training starts from; of the same tokens"
+    )
+    reference_revision: str | None = Field(None, description="its branch, tag or commit on the hub")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model; only if you trust it")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="bf16: autocast with fp32 master weights and reductions; fp32: everything"
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="prompts are computed once for their K completions with sdpa alone"
+    )
+    chat_template: str | None = Field(None, description="a Jinja file, for models that come without one")
+    lora: LoraConfig | None = Field(
+        None, description="train adapters instead of the weights; {}: with the defaults below"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="activations are made again in the backward pass: slower, smaller"
+    )

@@ -1,0 +1,1 @@
+"""Sampling with transformers: our decode loop, and the model's own."""

@@ -1,0 +1,166 @@
+"""One online batch as data: rollouts and labels of every row, and the tensors of the rows that have a label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualign.algos import Algorithm, Batch, Stats
+from dualign.common.errors import StopRun
+from dualign.common.types import Label, Rollout
+from dualign.models.packing import Tokens
+
+PENALTY = "missing_eos"  # what a label's parts call rollout.missing_eos_penalty
+
+
+@dataclass(frozen=True)
+class Row:
+    rollout: Rollout
+    label: Label
+
+
+@dataclass(frozen=True)
+class WeightedBatch:
+    """`rows`: everything sampled, in index order. `tokens` and `batch`: only the rows with a label, likewise ordered;
+    a row without one has left the batch, the baseline, μ and σ."""
+
+    step: int
+    rows: tuple[Row, ...]
+    tokens: Tokens
+    batch: Batch
+    stats: Stats = field(default_factory=dict)
+    gap_absent: float | None = None  # sum of log π_t/π_0 over the rows without a label, where it was scored
+
+    @property
+    def absent(self) -> int:
+        return len(self.rows) - len(self.tokens)
+
+    @property
+    def gap(self) -> float | None:
+        """Mean of log π_t/π_0 over the completions, nats: also of those without a label, where they were scored. None
+        where π_t or π_0 was not."""
+        if self.batch.logp_old_NT is None or self.batch.logp_ref_NT is None:
+            return None
+        gap_N = self.batch.seq_old_N - self.batch.seq_ref_N
+        if self.gap_absent is None:
+            return float(gap_N.mean()) if len(gap_N) else None
+        return (float(gap_N.double().sum()) + self.gap_absent) / len(self.rows)
+
+
+def labelled(step: int, rows: Sequence[Row]) -> WeightedBatch:
+    """The batch before its log-probs and weights are known."""
+    ordered = tuple(sorted(rows, key=lambda row: row.rollout.index))
+    present = [row for row in ordered if row.label.value is not None]
+    tokens = tokens_of(present)
+    mask = torch.zeros(len(present), tokens.width)
+    for i, ids in enumerate(tokens.completion_ids):
+        mask[i, : len(ids)] = 1
+    batch = Batch(
+        group_N=torch.tensor(tokens.group, dtype=torch.long),
+        mask_NT=mask,
+        reward_N=torch.tensor([row.label.value for row in present], dtype=torch.float64),
+        missing_eos_N=torch.tensor([row.rollout.finish == "length" for row in present], dtype=torch.bool),
+    )
+    return WeightedBatch(step, ordered, tokens, batch)
+
+
+def tokens_of(rows: Sequence[Row]) -> Tokens:
+    return Tokens(
+        tuple(r.rollout.prompt_ids for r in rows),
+        tuple(r.rollout.completion_ids for r in rows),
+        tuple(r.rollout.group for r in rows),
+    )
+
+
+def recorded_logp(b: WeightedBatch) -> Tensor:
+    """(N, T) fp32: log π_t of the rows with a label, as the sampler recorded it."""
+    logp_NT = torch.zeros(len(b.tokens), b.tokens.width)
+    for i, row in enumerate(row for row in b.rows if row.label.value is not None):
+        logp_NT[i, : len(row.rollout.completion_ids)] = torch.tensor(row.rollout.sampler_logp)
+    return logp_NT
+
+
+def weigh(
+    b: WeightedBatch, algo: Algorithm, logp_old_NT: Tensor | None, logp_ref_NT: Tensor | None, value_NT: Tensor | None
+) -> WeightedBatch:
+    """Adds what is constant while the batch is used: log π_t, log π_0, values, and what the algorithm makes of them,
+    computed once in double precision and kept in single."""
+    whole = replace(b.batch, logp_old_NT=logp_old_NT, logp_ref_NT=logp_ref_NT, value_old_NT=value_NT)
+    precise = replace(
+        whole,
+        mask_NT=whole.mask_NT.double(),
+        **{
+            name: value.double()
+            for name in ("logp_old_NT", "logp_ref_NT", "value_old_NT")
+            if (value := getattr(whole, name)) is not None
+        },
+    )
+    columns, stats = algo.prepare(precise) if len(b.tokens) else ({}, {})
+    if not has_signal(b, algo):
+        stats = {**stats, "without_signal": 1.0}
+    single = {k: v.float() if v.is_floating_point() else v for k, v in columns.items()}
+    return replace(b, batch=replace(whole, reward_N=whole.reward_N.float(), columns=single), stats=stats)
+
+
+def has_signal(b: WeightedBatch, algo: Algorithm) -> bool:
+    """Whether the rewards of the batch tell the system anything. A fixed set always does; so does, for want of a step, a
+    batch without rows."""
+    return algo.source != "online" or not len(b.tokens) or algo.has_signal(b.batch)
+
+
+def check_finite(b: WeightedBatch, why: Callable[[str, Tokens], str] = lambda name, tokens: "") -> None:
+    """Raises StopRun, naming the row, where a log-prob, value, advantage or weight is NaN or infinite. `why` says of a
+    log-prob or value of a row where it comes from."""
+    scores = {"log π_t": b.batch.logp_old_NT, "log π_0": b.batch.logp_ref_NT, "value": b.batch.value_old_NT}
+    present = [row.rollout.index for row in b.rows if row.label.value is not None]
+    for name, value in {**scores, **b.batch.columns}.items():
+        if value is not None and value.is_floating_point() and not value.isfinite().all():
+            bad = (~value.isfinite()).view(len(value), -1).any(1).nonzero()[:, 0].tolist()
+            raise StopRun(
+                f"online batch {b.step}: {name} of completion {present[bad[0]]} is NaN or infinite ({len(bad)} of "
+                f"{len(value)} rows); nothing was trained on it, and its completions and labels are kept. "
+                + (why(name, b.tokens.select(bad[:1])) if name in scores else "")
+            )
+
+
+def updates(b: WeightedBatch, algo: Algorithm, update_size: int, seed: int) -> Iterator[tuple[Tokens, Batch]]:
+    """The rows of each optimizer step."""
+    for rows in update_rows(b, algo, update_size, seed):
+        yield part_of(b, rows)
+
+
+def update_rows(b: WeightedBatch, algo: Algorithm, update_size: int, seed: int) -> Iterator[list[int]]:
+    """The numbers of the rows of each optimizer step: whole prompts, shuffled anew in every epoch by the run's seed and
+    the batch's number alone. The prompts are split as evenly as the number of updates allows."""
+    groups = sorted(set(b.tokens.group))
+    members: dict[int, list[int]] = {g: [] for g in groups}
+    for row, g in enumerate(b.tokens.group):
+        members[g].append(row)
+    count = algo.updates_per_batch or max(1, round(len(b.rows) / update_size))
+    for epoch in range(algo.epochs):
+        order = np.random.default_rng([seed, b.step, epoch]).permutation(len(groups))
+        for part in np.array_split(order, min(count, len(groups)) or 1):
+            rows = [row for i in sorted(part.tolist()) for row in members[groups[i]]]
+            if rows:
+                yield rows
+
+
+def part_of(b: WeightedBatch, rows: list[int]) -> tuple[Tokens, Batch]:
+    """These rows alone, as wide as the longest of them."""
+    tokens = b.tokens.select(rows)
+    return tokens, trim(b.batch.select(torch.tensor(rows)), tokens.width)
+
+
+def trim(batch: Batch, width: int) -> Batch:
+    """The first `width` tokens of every row: without the padding that only longer completions needed, elsewhere in the
+    online batch."""
+
+    def cut(value: Tensor) -> Tensor:
+        return value[:, :width] if value.dim() > 1 else value
+
+    tensors = {f.name: cut(value) for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
+    return replace(batch, **tensors, columns={name: cut(value) for name, value in batch.columns.items()})

@@ -1,0 +1,125 @@
+"""What an unfinished online batch has so far, so that a killed run neither labels nor decides anything twice.
+
+Beside the Parquet file that it will become, each process appends to NUMBER.RANK.journal: every completion as it is
+finished, and every annotator's labels the moment they are returned. A completion is in the journal before its label
+is, so a label always belongs to the very text that was labelled. The files go once the Parquet file is durable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dualign.common import lines
+from dualign.common.errors import UserError
+from dualign.common.types import Label, Rollout
+from dualign.rollout.base import Request
+
+
+class Journal:
+    """The journal of the batch in progress, as one process sees it: it reads all processes' files and adds to its own.
+    Between `begin` and `end`; outside, it holds nothing and keeps nothing."""
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
+        self._rollouts: dict[int, dict[str, Any]] = {}
+        self._labels: dict[str, dict[int, Label]] = {}
+        self._file: lines.Appender | None = None
+
+    def begin(self, stem: Path) -> None:
+        """Of the batch whose file will be STEM.parquet. Raises UserError for a damaged journal."""
+        self.end()
+        mine, end = stem.with_name(f"{stem.name}.{self.rank}.journal"), 0
+        for path in files_of(stem):
+            try:
+                records, size = lines.read(path)
+            except UserError as error:
+                raise UserError(f"{error}; delete it and resume: its labels will be asked for again") from None
+            end = size if path == mine else end
+            for record in records:
+                self._take(record)
+        self._file = lines.Appender(mine, end)
+
+    def end(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._rollouts, self._labels, self._file = {}, {}, None
+
+    def _take(self, record: dict[str, Any]) -> None:
+        if "index" in record:
+            self._rollouts[record["index"]] = record
+        elif "labels" in record:
+            found = {int(i): Label(*entry) for i, entry in record["labels"].items()}
+            self._labels.setdefault(record["by"], {}).update(found)
+        else:
+            self._forget_absent()
+
+    # --- completions ---
+
+    def rollouts(self, requests: Sequence[Request], k: int) -> dict[int, Rollout]:
+        """Those of `requests` that were finished before, by index."""
+        found = {}
+        for request in requests:
+            for index in range(request.group * k, (request.group + 1) * k):
+                if (record := self._rollouts.get(index)) is not None:
+                    found[index] = _rollout(record, request)
+        return found
+
+    def add_rollout(self, rollout: Rollout) -> None:
+        if self._file is None:
+            return
+        record = {
+            "index": rollout.index,
+            "prompt": rollout.prompt.id,
+            "ids": rollout.completion_ids,
+            "text": rollout.text,
+            "finish": rollout.finish,
+            "logp": rollout.sampler_logp,
+        }
+        self._file.add(record, sync=False)  # synced with the label; without one, it can be sampled again
+
+    # --- labels ---
+
+    def labels(self, annotator: str) -> Mapping[int, Label]:
+        """What the annotator said before, by index."""
+        return self._labels.get(annotator, {})
+
+    def add_labels(self, annotator: str, labels: Mapping[int, Label]) -> None:
+        if self._file is None or not labels:
+            return
+        entries = {str(i): (x.value, x.reason, dict(x.parts), x.note) for i, x in labels.items()}
+        self._file.add({"by": annotator, "labels": entries})
+
+    def retry_absent(self) -> None:
+        """A resume asks again for the labels that could not be had."""
+        self._forget_absent()
+        if self._file is not None:
+            self._file.add({"retry": "absent"})
+
+    def _forget_absent(self) -> None:
+        for by, labels in self._labels.items():
+            self._labels[by] = {i: label for i, label in labels.items() if label.value is not None}
+
+
+def files_of(stem: Path) -> list[Path]:
+    """The journals of one batch, of all processes."""
+    return sorted(stem.parent.glob(f"{stem.name}.*.journal"))
+
+
+def _rollout(record: dict[str, Any], request: Request) -> Rollout:
+    if record["prompt"] != request.prompt.id:
+        raise UserError(
+            f"the training data is not what it was: completion {record['index']} of the batch in progress was sampled "
+            f"for prompt {record['prompt']!r}, which is now {request.prompt.id!r}; put the data back and resume"
+        )
+    return Rollout(
+        index=record["index"],
+        group=request.group,
+        prompt=request.prompt,
+        prompt_ids=request.prompt_ids,
+        completion_ids=tuple(record["ids"]),
+        text=record["text"],
+        finish=record["finish"],
+        sampler_logp=tuple(record["logp"]),
+    )

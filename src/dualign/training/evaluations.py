@@ -1,0 +1,95 @@
+"""A run's own evaluations: when, on what is held out, and what the summary says of the first and the last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dualign.common.errors import AbsentError, UserError
+from dualign.common.types import Example
+from dualign.config import Config
+from dualign.rollout.base import Request
+from dualign.run.batch import Row
+from dualign.run.folder import Run
+from dualign.training.engine import Engine
+from dualign.training.heldout import HeldOut, evaluate, gains
+from dualign.training.heldout_set import HeldOutSet, changes, evaluate_set
+from dualign.training.source import Labeller, load_heldout
+from dualign.training.view import View
+
+
+class Evaluations:
+    """On prompts, whose answers are judged by the run's reward; without one, on rows of a fixed set (`heldout_set`)."""
+
+    def __init__(self, config: Config, engine: Engine, run: Run, labeller: Labeller | None, view: View) -> None:
+        self.config, self.engine, self.run, self.labeller, self.view = config, engine, run, labeller, view
+        self.heldout = self._load()
+
+    def _load(self) -> list[Request] | list[Example]:
+        if self.config.data.eval is None or (self.labeller is None and self.config.algo.source == "online"):
+            return []
+        if self.run.batch_path(0).exists() and not self.run.evaluated:
+            self.view.say("note: the run began without evaluations and goes on without")
+            return []
+        self._check_first()
+        return load_heldout(self.config, self.engine, self.view.say, self.labeller is not None)
+
+    def _check_first(self) -> None:
+        """Raises UserError where the first evaluation is lost and training is past it: nothing could make it again."""
+        first, found = self.run.evaluation_path(0), self.run.resumable()
+        if found and found.name > first.stem and not first.exists():
+            raise UserError(
+                f"{first}: missing, and training is past it ({found}). To make it again, delete {self.run.checkpoints}/* "
+                "and resume: the stored batches are replayed from the first"
+            )
+
+    def due(self, done: int) -> bool:
+        every = self.config.eval.every
+        return done == 0 or bool(every and done % every == 0)
+
+    def evaluate(self, done: int) -> None:
+        """Of the policy after `done` online batches, unless a run that was killed since has done it."""
+        if not self.heldout or self.run.evaluation_path(done).exists():
+            return
+        self.view.phase(done, "evaluating on what is held out")
+        self.engine.make_room()
+        result: HeldOut | HeldOutSet
+        if self.labeller is None:
+            result, rows = evaluate_set(self.config, self.engine, self.heldout, done)  # type: ignore[arg-type]
+        else:
+            self.run.journal.begin(self.run.evaluation_path(done).with_suffix(""))
+            result, rows = evaluate(self.config, self.engine, self.labeller, self.heldout, done)  # type: ignore[arg-type]
+            where = f"held-out evaluation after {done} online batches"
+            stop_if_absent(self.run, self.config.train.max_absent, where, rows, needed=True)
+        if self.engine.main:
+            self.run.write_evaluation(done, rows, result.record())
+        self.engine.track(done, {"heldout": result.record()})
+        self.view.evaluation(result)
+
+    def before_and_after(self, total: int) -> dict[str, Any]:
+        """For the summary: both evaluations' means, and the paired differences; nothing where nothing is held out."""
+        if not self.heldout:
+            return {}
+        (first_rows, first), (last_rows, last) = (self.run.read_evaluation(done) for done in (0, total))
+        found = {"before": first, "after": last}
+        if self.labeller is None:
+            return found | {"changes": changes(first_rows, last_rows)}
+        penalty = self.config.rollout.missing_eos_penalty
+        return found | {"penalty": penalty} | gains(first_rows, last_rows, penalty)
+
+
+def stop_if_absent(run: Run, limit: float, where: str, rows: Sequence[Row], needed: bool = False) -> None:
+    """Raises AbsentError where a larger share than `limit` (train.max_absent) of the completions has no label, or none
+    has one that is `needed`. A resume asks for those again."""
+    absent = [row.label.reason or "" for row in rows if row.label.value is None]
+    if rows and len(absent) / len(rows) > limit:
+        why = f"more than train.max_absent={limit} allows"
+    elif needed and len(absent) == len(rows):
+        why = "and without any there is nothing to report"
+    else:
+        return
+    run.journal.retry_absent()
+    raise AbsentError(
+        f"{where}: {len(absent)} of {len(rows)} completions have no label, {why}. "
+        f"Reasons: {'; '.join(sorted(set(absent))[:5])}"
+    )

@@ -1,0 +1,178 @@
+"""What may change between a run and its resumption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dualign import config as configs
+from dualign.annotate.function import name_of
+from dualign.annotate.settings import FunctionReward
+from dualign.common.errors import UserError
+from dualign.config import Config
+from dualign.models.tokenizer import Tokenizer
+from dualign.run import digests
+from dualign.run.digests import Digests
+from dualign.run.folder import Run
+from dualign.training.source import Source
+
+ALLOWED = (  # none of these changes a number that is already in the folder
+    "train.online_batches",
+    "train.micro_batch_tokens",
+    "train.compile",
+    "train.max_absent",
+    "rollout.rows",
+    "rollout.cuda_graphs",
+    "rollout.max_sampler_gap",
+    "eval.every",
+    "run.checkpoints",
+    "run.keep_last",
+    "run.trackers",
+    "run.project",
+    "reward.*.concurrency",
+    "reward.*.requests_per_minute",
+    "reward.*.tokens_per_minute",
+    "reward.*.timeout",
+    "reward.*.retries",
+    "reward.*.api_key_env",
+    "reward.*.max_dollars",
+    "reward.*.price_prompt",
+    "reward.*.price_completion",
+    "reward.*.max_tokens_total",
+    "reward.*.max_calls",
+    "reward.*.base_url",
+)
+
+PLACES = (  # these may where the same is found in another place
+    "model.name",
+    "model.reference",
+    "model.chat_template",
+    "data.train",
+    "data.eval",
+    "reward.*.path",
+    "reward.*.model",
+    "reward.*.rubric",
+)
+
+
+def resumed_config(folder: Path, overrides: Iterable[str]) -> Config:
+    """The run's own configuration with overrides. Raises UserError for a key that may not change any more."""
+    run = Run.open(folder)
+    run.check(run.config_file, "A run's configuration is changed by overrides: dualign resume RUN key.sub=value")
+    config = configs.load(run.config_file, overrides)
+    check_changes(run, config)
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder)})})
+
+
+def check_changes(run: Run, config: Config) -> None:
+    """Raises UserError, by name, for a key of `config` that may not differ from the run's own."""
+    stored = configs.load(run.config_file)
+    for key in configs.differences(stored, config):
+        generic = ".".join("*" if part.isdigit() else part for part in key.split("."))
+        if generic not in ALLOWED and key != "run.dir" and not (generic in PLACES and _moved(run, config, key)):
+            raise UserError(
+                f"{key} cannot change on resume: what is stored was made with its old value. These can: {', '.join(ALLOWED)}"
+            )
+        if key == "train.online_batches" and stored.train.decay:
+            raise UserError(
+                "train.online_batches cannot change on resume where train.decay is set: the rates of the updates that are "
+                "done depend on it"
+            )
+
+
+def _moved(run: Run, config: Config, key: str) -> bool:
+    """Whether `key` names another place of what the run was made from. (Of a function's file, the same function.)"""
+    old, new = configs.differences(configs.load(run.config_file), config)[key]
+    then: Digests = (run.about.get("inputs") or {}).get(key) or {}
+    now = digests.of_run(config).get(key) or {}
+    function = key.startswith("reward.") and isinstance(config.reward[int(key.split(".")[1])], FunctionReward)
+    same_function = not function or str(old).rpartition(":")[2] == str(new).rpartition(":")[2]
+    return bool(then and now) and same_function and digests.changed(then, now) is None
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a resume finds changed and may go on with: rewards that were to be mended, by their keys in `inputs`."""
+
+    mended: tuple[str, ...] = ()
+    inputs: dict[str, Digests] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # for people
+
+    def record(self, run: Run) -> None:
+        """In run.json: from here on the mended rewards are the run's own, and no others may take their place."""
+        about = run.about
+        if self.mended:
+            batches = len(list(run.batches.glob("*.parquet")))
+            mended = [*about.get("mended", []), {"inputs": list(self.mended), "batches": batches}]
+            run.note(inputs=about["inputs"] | self.inputs, mended=mended, mending=False)
+        elif about.get("mending"):
+            run.note(mending=False)
+
+
+def told(mended: Mapping[str, Any]) -> str:
+    return f"{', '.join(mended['inputs'])} changed after {mended['batches']} online batches"
+
+
+def check_same_run(folder: Path, config: Config, functions: Sequence[Callable[..., Any]]) -> Changes:
+    """What has changed since the run in `folder` began, as far as it can go on. Raises UserError where it cannot, by
+    `config` and with these Python rewards: another reward, model or data than before would make a run of two kinds."""
+    run = Run.open(folder)
+    had, names = run.functions, [name_of(function) for function in functions]
+    if had is not None and had != names:
+        raise UserError(
+            f"{folder}: its rewards came from Python: {', '.join(had) or 'none'}, now {', '.join(names) or 'none'}. "
+            "Go on with the same ones: dualign.train(config, reward=[...], resume=True); a recipe that names its rewards "
+            "(type: function) is resumed from the command line"
+        )
+    check_changes(run, config)
+    return check_inputs(run, digests.of_run(config, functions))
+
+
+def check_inputs(run: Run, now: dict[str, Digests]) -> Changes:
+    """The same of what the run is made from. A reward may have changed where it stopped the run to be mended."""
+    then = run.about.get("inputs")
+    if not isinstance(then, dict):
+        note = "note: this run does not say what it was made from: nobody can tell whether its model, data or rewards changed"
+        return Changes(notes=(note,))
+    found = {key: words for key in now if (words := digests.changed(then.get(key) or {}, now[key]))}
+    mending = bool(run.about.get("mending"))
+    if refused := {key: words for key, words in found.items() if not (mending and key.startswith("reward"))}:
+        raise UserError(
+            f"{run.folder}: {'; '.join(f'{key}: {words}' for key, words in refused.items())}. What is stored was made with "
+            "what was there before: put that back and resume, or begin a new run"
+        )
+    notes = tuple(
+        f"note: {key}: {words}; it was to be mended, and the run goes on with it" for key, words in found.items()
+    )
+    return Changes(tuple(found), {key: now[key] for key in found}, notes)
+
+
+def check_tokens(run: Run, source: Source, tokenizer: Tokenizer) -> None:
+    """Raises UserError where the last batch that is stored would not be made of the same prompts (and, from a fixed set,
+    completions) now."""
+    steps = [int(path.stem) for path in run.batches.glob("*.parquet")]
+    b = run.read_batch(max(steps)) if steps else None
+    if b is None:
+        return
+    known = source.known(b.step)
+    for row in b.rows:
+        r = row.rollout
+        prompt_ids, completions = known[r.group] if r.group < len(known) else ((), [])
+        pairs = [("prompt", r.prompt_ids, prompt_ids)]
+        if completions:
+            pairs.append(("completion of prompt", r.completion_ids, completions[r.index % len(completions)]))
+        for what, then, now in pairs:
+            if then != now:
+                dated = "; its chat template writes the date" if "strftime" in str(tokenizer.hf.chat_template) else ""
+                raise UserError(
+                    f"{run.batch_path(b.step)}: {what} {r.prompt.id} is not tokenized as it was when the batch was "
+                    f"made{dated}. Then: {_beginning(tokenizer, then)} Now: {_beginning(tokenizer, now)} "
+                    "Go on with the data, the template and the versions of packages that the run began with (run.json)"
+                )
+
+
+def _beginning(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    text = tokenizer.hf.decode(list(ids)) if ids else "none"
+    return repr(text if len(text) <= 200 else f"{text[:200]}...")

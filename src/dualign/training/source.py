@@ -1,0 +1,318 @@
+"""Where the rows of an online batch come from: sampled and labelled, or read from a fixed data set."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+
+from dualign import data
+from dualign.annotate.base import Annotator, Item, Session
+from dualign.annotate.together import meet
+from dualign.common.errors import StopRun, UserError, out_of_memory
+from dualign.common.processes import Processes, everyones
+from dualign.common.types import Example, Label, Prompt, Rollout
+from dualign.config import Config
+from dualign.data.settings import DataConfig
+from dualign.models.policy import Tokenizer
+from dualign.rollout.base import Request, Sampler, Sampling
+from dualign.rollout.requests import Refused, requests_of
+from dualign.run.batch import PENALTY, Row
+from dualign.run.journal import Journal
+from dualign.training.engine import Engine
+
+X = TypeVar("X")
+STOP_WITHIN = 0.5  # seconds after which a wish to stop is noticed while labels are awaited
+
+
+class Clock:
+    """Seconds spent by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+class Stream(Generic[X]):
+    """An endless pass over `items`, reshuffled in every epoch; what batch t gets is a function of seed and t alone."""
+
+    def __init__(self, items: Sequence[X], per_batch: int, seed: int, shuffle: bool) -> None:
+        self.items, self.per_batch, self.seed, self.shuffle = items, per_batch, seed, shuffle
+
+    def at(self, step: int) -> list[X]:
+        return [self._item(step * self.per_batch + i) for i in range(self.per_batch)]
+
+    def _item(self, position: int) -> X:
+        epoch, at = divmod(position, len(self.items))
+        if not self.shuffle:
+            return self.items[at]
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
+        return self.items[int(order[at])]
+
+
+Known = tuple[tuple[int, ...], list[tuple[int, ...]]]  # a prompt's tokens, and those of its completions in a fixed set
+
+
+class Source(Protocol):
+    def collect(self, step: int, clock: Clock) -> list[Row]:
+        """The rows of online batch `step` that this process makes."""
+        ...
+
+    def known(self, step: int) -> list[Known]:
+        """What is known of the batch before it is made, by group."""
+        ...
+
+
+class OnlineSource:
+    """Samples K completions per prompt from π_t; each is sent to be labelled the moment it is finished."""
+
+    def __init__(self, config: Config, engine: Engine, labeller: Labeller, requests: Sequence[Request]) -> None:
+        self.engine, self.labeller = engine, labeller
+        r = config.rollout
+        self.sampling = Sampling(r.k, r.max_new_tokens, r.temperature, r.top_p)
+        self.seed, self.penalty = config.run.seed, r.missing_eos_penalty
+        self.stream = Stream(requests, config.prompts_per_batch, self.seed, config.data.shuffle)
+
+    def collect(self, step: int, clock: Clock) -> list[Row]:
+        requests = [Request(g, r.prompt, r.prompt_ids) for g, r in enumerate(self.stream.at(step))]
+        rows = self.labeller.rows(self.engine.mine(requests), self.sampling, (self.seed, step), clock)
+        return [penalised(row, self.penalty) for row in rows]
+
+    def known(self, step: int) -> list[Known]:
+        return [(request.prompt_ids, []) for request in self.stream.at(step)]
+
+
+def penalised(row: Row, penalty: float) -> Row:
+    """A completion that was cut off is worth `penalty` less; the label's parts keep what it was made of."""
+    label = row.label
+    if not penalty or row.rollout.finish == "eos" or label.value is None:
+        return row
+    parts = {**(label.parts or {"reward": label.value}), PENALTY: -penalty}
+    return Row(row.rollout, replace(label, value=label.value - penalty, parts=parts))
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """Samples from π_t and has the completions labelled, each sent off the moment it is finished. What `journal` has
+    of the batch is taken from there; `check` raises where one asked to stop. With several `processes`, all label a batch
+    together."""
+
+    sampler: Sampler
+    annotator: Annotator
+    journal: Journal
+    check: Callable[[], None]
+    processes: Processes | None = None
+
+    def rows(self, requests: Sequence[Request], sampling: Sampling, seed: tuple[int, int], clock: Clock) -> list[Row]:
+        """K labelled completions of each request."""
+        session = self.annotator.open()
+        rollouts: list[Rollout] = []
+
+        def sample() -> Sequence[Rollout]:
+            with clock("sample"):
+                rollouts.extend(self._sample(requests, sampling, seed, session))
+            return ()  # each process keeps its own
+
+        if self.processes is None:
+            sample()
+        else:
+            everyones(self.processes, sample)
+        with clock("label"):
+            meet(session, self._labels)
+            labels = self._labels(session)
+        return [Row(rollout, labels[rollout.index]) for rollout in sorted(rollouts, key=lambda r: r.index)]
+
+    def _sample(
+        self, requests: Sequence[Request], sampling: Sampling, seed: tuple[int, int], session: Session
+    ) -> list[Rollout]:
+        """K completions of each request, in the order in which they were sent to be labelled."""
+        held = self.journal.rollouts(requests, sampling.k)
+        rollouts: list[Rollout] = []
+
+        def take(rollout: Rollout) -> None:
+            rollouts.append(rollout)
+            session.add(Item.of(rollout))
+
+        def done(rollout: Rollout) -> None:
+            self.check()
+            if rollout.index not in held:  # what was labelled stands
+                self.journal.add_rollout(rollout)
+                take(rollout)
+
+        for rollout in held.values():
+            take(rollout)
+        try:
+            self.sampler.sample(requests, sampling, seed, done, held)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise StopRun("out of memory while sampling; resume with a smaller rollout.rows") from None
+        return rollouts
+
+    def _labels(self, session: Session) -> Mapping[int, Label]:
+        """Waits for the labels, but not when asked to stop: what is bought by then is still written down."""
+        answer: Future[Mapping[int, Label]] = Future()
+
+        def work() -> None:
+            try:
+                answer.set_result(session.close())
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=work, name="labels", daemon=True).start()
+        while not wait([answer], timeout=STOP_WITHIN).done:
+            self.check()
+        return answer.result()
+
+
+class DatasetSource:
+    """A fixed set in the same form: a pair is a group with rewards 1 (chosen) and 0 (rejected), a demonstration a
+    group of one."""
+
+    def __init__(self, config: Config, engine: Engine, examples: Sequence[Example]) -> None:
+        self.engine, self.size = engine, config.group
+        self.stream = Stream(examples, config.prompts_per_batch, config.run.seed, config.data.shuffle)
+
+    def collect(self, step: int, clock: Clock) -> list[Row]:
+        with clock("read"):
+            numbered = list(enumerate(self.stream.at(step)))
+            return [row for g, example in self.engine.mine(numbered) for row in self.rows_of(g, example)]
+
+    def known(self, step: int) -> list[Known]:
+        return [encoded(example, self.size, self.engine.tokenizer) for example in self.stream.at(step)]
+
+    def rows_of(self, group: int, example: Example) -> Iterator[Row]:
+        """One row per completion of the example, as the online batch's group `group`."""
+        prompt_ids, completions = encoded(example, self.size, self.engine.tokenizer)
+        for i, ids in enumerate(completions):
+            text, finish = example.completions[i], example.finish[i]
+            rollout = Rollout(group * self.size + i, group, example.prompt, prompt_ids, ids, text, finish, ())
+            yield Row(rollout, Label(1.0 - i))
+
+
+def encoded(example: Example, size: int, tokenizer: Tokenizer) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Token ids of the prompt, and of the first `size` completions."""
+    return tokenizer.encode(example, size)
+
+
+def fits(example: Example, size: int, tokenizer: Tokenizer, context: int, limit: int | None, skip: bool) -> bool:
+    """Whether the prompt has at most `limit` tokens (data.max_prompt_tokens) and every completion ends within the
+    context. Raises UserError, naming the row, where one does not, unless `skip` leaves such rows out, and where it has
+    no tokens (`Tokenizer.encode`)."""
+    prompt_ids, completions = encoded(example, size, tokenizer)
+    if limit is not None and len(prompt_ids) > limit:
+        return False
+    longest = max(map(len, completions))
+    if len(prompt_ids) + longest > context and not skip:
+        raise UserError(
+            f"row {example.prompt.id}: its prompt of {len(prompt_ids)} tokens and completion of {longest} exceed the "
+            f"model's context of {context}"
+        )
+    return len(prompt_ids) + longest <= context
+
+
+def _mention_plain_text(
+    prompts: Sequence[Prompt], config: DataConfig, engine: Reads, say: Callable[[str], None]
+) -> None:
+    if data.lost_system_prompt(prompts, config):
+        say("note: every prompt is plain text, so data.system_prompt is not used; it needs data.chat=true")
+    if engine.tokenizer.hf.chat_template is not None and any(not p.conversational for p in prompts):
+        say(
+            "note: prompts are plain text and reach the model as they are, though it has a chat template; "
+            "data.chat=true makes each a user's message"
+        )
+
+
+class Reads(Protocol):
+    """What a model's rows are read with."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can see."""
+        ...
+
+
+def load_heldout(
+    config: Config, engine: Reads, say: Callable[[str], None], judged: bool = True
+) -> list[Request] | list[Example]:
+    """eval.prompts of what is held out, drawn from what fits; always the same. Where nobody judges answers, a system that
+    learns from a fixed set has rows of such a set held out. Raises UserError where these are prompts alone."""
+    d, new_tokens = config.data, config.rollout.max_new_tokens
+    assert d.eval is not None
+    if not judged and config.algo.source != "online":
+        return _heldout_examples(config, engine, say, d.eval)
+    prompts = data.load_prompts(d.eval, d, d.eval_split)
+    limit, count = d.max_prompt_tokens, config.eval.prompts
+    return requests_of(prompts, engine.tokenizer, engine.context, new_tokens, limit, say, count, 0, d.bad_rows)
+
+
+def load_stream(config: Config, engine: Reads, say: Callable[[str], None]) -> list[Request] | list[Example]:
+    """The training data that the algorithm asks for."""
+    d, context = config.data, engine.context
+    if config.algo.source == "online":
+        prompts = data.load_prompts(d.train, d, d.split)
+        _mention_plain_text(prompts, config.data, engine, say)
+        new, limit = config.rollout.max_new_tokens, d.max_prompt_tokens
+        return requests_of(prompts, engine.tokenizer, context, new, limit, say, bad_rows=d.bad_rows)
+    examples = data.load_examples(d.train, d, d.split)
+    _mention_plain_text([e.prompt for e in examples], config.data, engine, say)
+    return _fitting(config, engine, say, "data.train", d.train, examples)
+
+
+def _heldout_examples(config: Config, engine: Reads, say: Callable[[str], None], source: str) -> list[Example]:
+    d = config.data
+    try:
+        examples = data.load_examples(source, d, d.eval_split)
+    except UserError as error:
+        raise UserError(
+            f"data.eval: without a reward, {config.algo.name} is evaluated on held-out {config.algo.source}: {error}. "
+            "Name some, give a reward that judges answers to prompts, or set data.eval: null"
+        ) from None
+    return _fitting(config, engine, say, "data.eval", source, examples, config.eval.prompts)
+
+
+def _fitting(
+    config: Config,
+    engine: Reads,
+    say: Callable[[str], None],
+    key: str,
+    source: str,
+    examples: Sequence[Example],
+    count: int | None = None,
+) -> list[Example]:
+    """`count` (None: all) of the examples that have tokens and are not too long."""
+    d = config.data
+    if len(examples[0].completions) < config.group:
+        raise UserError(f"{key}: {config.algo.name} needs preference pairs (chosen, rejected); {source} has none")
+    refused, long = Refused(d.bad_rows), 0
+
+    def keep(example: Example) -> bool:
+        nonlocal long
+        limit, skip = d.max_prompt_tokens, d.bad_rows == "skip"
+        fit = refused.unless(lambda: fits(example, config.group, engine.tokenizer, engine.context, limit, skip))
+        long += fit is False
+        return bool(fit)
+
+    kept = data.draw(examples, count, keep=keep)
+    refused.tell(len(kept) + long, say)
+    if long:
+        say(f"left out {long} of {len(kept) + long + refused.count} rows that are too long")
+    if not kept:
+        raise UserError(f"{key}: no rows are left" if count else "data: no rows are left")
+    return kept
