@@ -15,7 +15,7 @@ SPLITS = {"train": 240, "test": 80}  # at least so many rows
 
 
 def rows(split: str) -> list[dict[str, Any]]:
-    text = (files("dualign") / "prompts" / f"quickstart_{split}.jsonl").read_text(encoding="utf-8")
+    text = (files("dualign.data") / "prompts" / f"quickstart_{split}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
