@@ -144,7 +144,7 @@ def test_loading(tmp_path, monkeypatch):
         ("my_reward.py", "expected FILE.py:FUNCTION"),
         ("absent.py:size", "no such file absent.py"),
         ("my_reward.py:sise", "did you mean 'size'"),
-        ("my_reward.py:x", "no function 'x'"),
+        ("my_reward.py:x", "has no 'x'"),
         ("broken_reward.py:f", "importing it raised ModuleNotFoundError.*nothing_like_this"),
         ("no_such_module_here:f", "ModuleNotFoundError"),
     ]:

@@ -196,8 +196,8 @@ def test_wrong_reward_functions_are_named(body, base, tmp_path):
 
 
 MODULES = {
-    "def score(": "SyntaxError", "import no_such_module": "ModuleNotFoundError", "x = 1": "no function", "score = 5": "no function",
-    "raise RuntimeError('at import')": "at import", "def scroe(completions): pass": "did you mean", "": "no function",
+    "def score(": "SyntaxError", "import no_such_module": "ModuleNotFoundError", "x = 1": "has no 'score'", "score = 5": "is no function",
+    "raise RuntimeError('at import')": "at import", "def scroe(completions): pass": "did you mean", "": "has no 'score'",
     "def score(completions, answer): return [1.0] * len(completions)": "answer", "def score(): return []": "",
     "def score(completions, promptss): return []": "did you mean",
 }  # fmt: skip

@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import importlib
-import importlib.util
 import inspect
-import os
 import queue
 import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from dualign.annotate.base import BatchSession, Item, Session
 from dualign.common.errors import RewardError, UserError
+from dualign.common.named import load_named
 from dualign.common.types import Label
 
 RewardFunction = Callable[..., Any]
@@ -131,43 +127,10 @@ def arguments(items: Sequence[Item]) -> dict[str, list[Any]]:
 
 def load_function(path: str) -> RewardFunction:
     """The function at FILE.py:NAME or package.module:NAME. Raises UserError naming what is missing."""
-    place, _, name = path.rpartition(":")
-    if not place or not name:
-        raise UserError(f"reward function {path!r}: expected FILE.py:FUNCTION or package.module:FUNCTION")
-    try:
-        module = _load_file(Path(place).expanduser()) if place.endswith(".py") else _load_module(place)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"reward function {path}: importing it raised {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
+    function: RewardFunction = load_named(path, "reward function")
     if not callable(function):
-        near = difflib.get_close_matches(name, [k for k, v in vars(module).items() if inspect.isfunction(v)], 1)
-        raise UserError(f"{place} has no function {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise UserError(f"reward function {path}: it is no function but a value of type {type(function).__name__}")
     return function
-
-
-def _load_file(file: Path) -> ModuleType:
-    if not file.is_file():
-        raise UserError(f"reward function: no such file {file}")
-    importable(file.resolve().parent)  # it may import its neighbours
-    spec = importlib.util.spec_from_file_location(f"dualign_reward_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look there
-    spec.loader.exec_module(module)
-    return module
-
-
-def _load_module(name: str) -> ModuleType:
-    importable(Path(os.getcwd()))
-    return importlib.import_module(name)
-
-
-def importable(folder: Path) -> None:
-    """From here on, modules in `folder` can be imported by name."""
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
 
 
 def _place(error: BaseException) -> str:

@@ -233,7 +233,7 @@ def _of_function_at(path: str) -> Digests:
     place = path.rpartition(":")[0]
     if place.endswith(".py"):
         return _with_imported(place)
-    from dualign.annotate.function import importable
+    from dualign.common.named import importable
 
     importable(Path(os.getcwd()))
     try:

@@ -1,0 +1,64 @@
+"""Code of one's own by its place: FILE.py:NAME or package.module:NAME."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dualign.common.errors import UserError
+
+
+def is_place(text: str) -> bool:
+    """Whether a text names something in a file or module, and no thing of ours."""
+    place, sign, name = text.rpartition(":")
+    return (
+        bool(sign) and name.isidentifier() and (place.endswith(".py") or all(map(str.isidentifier, place.split("."))))
+    )
+
+
+def load_named(path: str, what: str) -> Any:
+    """What stands at FILE.py:NAME or package.module:NAME. `what`: the key and kind of thing that is looked for, for
+    people. Raises UserError naming what is missing, or what importing it raised."""
+    place, _, name = path.rpartition(":")
+    if not place or not name:
+        raise UserError(f"{what} {path!r}: expected FILE.py:NAME or package.module:NAME")
+    try:
+        module = _load_file(Path(place).expanduser(), what) if place.endswith(".py") else _load_module(place)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} {path}: importing it raised {type(error).__name__}: {error}") from error
+    found = getattr(module, name, None)
+    if found is None:
+        near = difflib.get_close_matches(name, [k for k, v in vars(module).items() if callable(v)], 1)
+        raise UserError(f"{what}: {place} has no {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return found
+
+
+def _load_file(file: Path, what: str) -> ModuleType:
+    if not file.is_file():
+        raise UserError(f"{what}: no such file {file}")
+    importable(file.resolve().parent)  # it may import its neighbours
+    spec = importlib.util.spec_from_file_location(f"dualign_user_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses, pydantic and pickle look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _load_module(name: str) -> ModuleType:
+    importable(Path(os.getcwd()))
+    return importlib.import_module(name)
+
+
+def importable(folder: Path) -> None:
+    """From here on, modules in `folder` can be imported by name."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
