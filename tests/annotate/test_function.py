@@ -141,10 +141,10 @@ def test_loading(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert values(load_function("my_reward:size")) == [2.0] * 4
     for path, message in [
-        ("my_reward.py", "expected FILE.py:FUNCTION"),
+        ("my_reward.py", "expected FILE.py:NAME"),
         ("absent.py:size", "no such file absent.py"),
         ("my_reward.py:sise", "did you mean 'size'"),
-        ("my_reward.py:x", "has no 'x'"),
+        ("my_reward.py:x", "it is no function but a value of type int"),
         ("broken_reward.py:f", "importing it raised ModuleNotFoundError.*nothing_like_this"),
         ("no_such_module_here:f", "ModuleNotFoundError"),
     ]:
