@@ -136,7 +136,7 @@ def online_batch(
     from dualign.common.types import Label
     from dualign.rollout.base import Sampling
     from dualign.run.batch import Row, labelled, updates, weigh
-    from dualign.trainer import log_pi_t
+    from dualign.training.first_pass import FirstPass
 
     r, seed = config.rollout, config.run.seed
     rollouts: list[Rollout] = []
@@ -146,11 +146,12 @@ def online_batch(
     with phase("score π_0"):
         ref_NT = engine.score_reference(b.tokens)
     named = {"score": "score π_t"}
-    old_NT, begun = log_pi_t(config, engine, b, ref_NT, None, lambda name: phase(named.get(name, name)))
+    first_pass = FirstPass(config, engine)
+    old_NT = first_pass.log_pi_t(b, ref_NT, None, lambda name: phase(named.get(name, name)))
     b = weigh(b, config.algo, old_NT, ref_NT, None)
     with phase("update"):
         for u, (tokens, rows) in enumerate(updates(b, config.algo, config.train.update_size, seed)):
-            engine.update(config.algo, tokens, rows, begun if u == 0 else None)
+            engine.update(config.algo, tokens, rows, first_pass.begun(step, u))
     with phase("sync"):
-        sampler.sync()
+        sampler.sync(engine.weights)
     return b

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from common import RESULTS, forward_flops, machine, matmul_rate, online_batch, pairs_of, save, spread, table
+from dualign import rollout
 from dualign.common.types import Prompt, Rollout
 from dualign.config import Config, build
 from dualign.rollout.base import Request
@@ -63,7 +64,7 @@ def configure(folder: Path, o: argparse.Namespace) -> Config:
                 "k": 4,
                 "max_new_tokens": o.tokens,
                 "rows": o.online_batch,
-                "cuda_graphs": not o.no_cuda_graphs,
+                "options": {"cuda_graphs": not o.no_cuda_graphs},
             },
             "algo": {"name": "dar"},
             "train": {
@@ -117,8 +118,12 @@ def measure(shape: dict[str, Any], o: argparse.Namespace) -> list[dict[str, Any]
     with tempfile.TemporaryDirectory() as name:
         make_model(shape, Path(name))
         config = configure(Path(name), o)
-        engine = Engine(config)
-    sampler, numbers, found = engine.sampler(), np.random.default_rng(0), []
+        engine = Engine.load(config)
+    sampler, numbers, found = (
+        rollout.build(config.rollout, engine.policy, engine.tokenizer),
+        np.random.default_rng(0),
+        [],
+    )
     for step in range(o.batches + 1 + o.kernels):
         ids = numbers.integers(3, shape["vocab_size"], (config.prompts_per_batch, o.prompt_tokens)).tolist()
         requests = [Request(g, Prompt(str(g), "random ids"), tuple(row)) for g, row in enumerate(ids)]

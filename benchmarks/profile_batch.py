@@ -7,6 +7,7 @@ The first online batch warms up, the second is timed, the third runs under torch
 
 from __future__ import annotations
 
+from dualign import rollout
 from dualign.common import cpu
 
 cpu.tune()
@@ -42,8 +43,8 @@ def main() -> None:
     sizes = [f"train.online_batch={count}", f"train.update_size={count // 2}"]
     settings = [f"algo.name={o.algo}", "data.eval=null", f"rollout.k={o.k}", f"rollout.max_new_tokens={o.tokens}"]
     config = load("quickstart", [*settings, *sizes, "rollout.log_probs=recomputed"])
-    engine = Engine(config)
-    sampler = engine.sampler()
+    engine = Engine.load(config)
+    sampler = rollout.build(config.rollout, engine.policy, engine.tokenizer)
     stream = load_stream(config, engine, print)[: o.prompts]
     requests = [Request(g, r.prompt, r.prompt_ids) for g, r in enumerate(stream)]  # type: ignore[union-attr]
     online_batch(config, engine, sampler, requests, 0, reward, Clock())

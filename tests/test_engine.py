@@ -30,7 +30,7 @@ def test_after_a_step_log_probs_are_those_of_the_weights_that_are_saved(optimize
     config = tree(tiny, write_demonstrations(tmp_path), tmp_path / "run", {"name": "sft"}, optimizer=optimizer, lr=1e-2)
     config["model"]["precision"] = "bf16"
     config = build(config)
-    engine = Engine(config)
+    engine = Engine.load(config)
     tokens, batch = demonstrations()
     before = engine.score(engine.policy, tokens)
     engine.begin_update(0, 0)
@@ -68,7 +68,7 @@ def test_a_critic_reads_what_the_decoder_says_whatever_its_width(tmp_path):
     for precision in ("fp32", "bf16"):
         config = tree(tmp_path, write_prompts(tmp_path), tmp_path / "run", {"name": "ppo"})
         config["model"]["precision"] = precision
-        engine = Engine(build(config))
+        engine = Engine.load(build(config))
         tokens, _ = demonstrations()
         assert engine.critic.value.in_features == 16 and torch.equal(
             engine.score(engine.critic, tokens).sum(), torch.tensor(0.0)

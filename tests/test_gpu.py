@@ -164,7 +164,7 @@ def test_a_whole_run(tiny, tmp_path):
     assert len(records) == 40 and all(np.isfinite(r["loss"]) for r in records)
     rewards = [r["reward"] for r in records]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3
-    again = Engine(build(config | {"model": {"name": str(run.resumable())}}))
+    again = Engine.load(build(config | {"model": {"name": str(run.resumable())}}))
     assert again.device.type == "cuda"
 
 
@@ -172,7 +172,7 @@ def test_the_first_updates_forward_pass_gives_log_probs(tiny, tmp_path, monkeypa
     """As a pass of its own does, and the update is the same, up to the rounding of bf16."""
     batches = []
     for name, random in (("once", False), ("twice", True)):
-        monkeypatch.setattr("dualign.training.engine._drops", lambda model, random=random: random)
+        monkeypatch.setattr("dualign.training.engine._has_dropout", lambda model, random=random: random)
         (tmp_path / name).mkdir()
         run = dualign.train(recipe(tiny, tmp_path / name, online_batches=1), reward=vowels, quiet=True)
         batches.append((run.read_batch(0).batch, run.metrics()[0]))

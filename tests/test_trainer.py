@@ -180,7 +180,7 @@ def test_the_first_updates_forward_pass_gives_its_rows_log_probs(algo, size, tin
 
     # one batch: in a later one, weights that differ in their last bits may choose another token
     config, short, one, rows = trained("short", batches=1)
-    monkeypatch.setattr("dualign.training.engine._drops", lambda model: True)
+    monkeypatch.setattr("dualign.training.engine._has_dropout", lambda model: True)
     _, plain, two, more = trained("twice", batches=1)
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
     a, b = (run.read_batch(0) for run in (short, plain))
@@ -195,8 +195,8 @@ def test_where_a_forward_pass_is_random_log_probs_have_one_of_their_own(tmp_path
     for dropout in (0.0, 0.1):
         kept.attn_pdrop, kept.summary_first_dropout = dropout, 0.0
         kept.save_pretrained(model)
-        engine = Engine(build(tree(model, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"})))
-        assert engine.drops == (dropout > 0)
+        engine = Engine.load(build(tree(model, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"})))
+        assert engine.has_dropout == (dropout > 0)
 
 
 def test_the_rate_rises_stays_and_falls_also_over_a_resume(tiny, tmp_path):

@@ -9,20 +9,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from dualign import annotate
-from dualign.algos import Algorithm, Batch
+from dualign import annotate, rollout
+from dualign.algos import Algorithm
 from dualign.annotate.base import Annotator
 from dualign.annotate.function import name_of
 from dualign.common.errors import AbsentError, RewardError, StopRun, UserError
 from dualign.common.interrupt import Interrupts, StopAsked
-from dualign.common.processes import everyones
 from dualign.config import Config, build, dump
 from dualign.models.adapters import own_base
 from dualign.models.dates import freeze_date
@@ -31,12 +27,8 @@ from dualign.run import digests
 from dualign.run.batch import (
     WeightedBatch,
     check_finite,
-    has_signal,
     labelled,
-    part_of,
-    recorded_logp,
     tokens_of,
-    update_rows,
     updates,
     weigh,
 )
@@ -44,77 +36,98 @@ from dualign.run.folder import Run
 from dualign.run.metrics import batch_record
 from dualign.training.engine import Engine, Sums
 from dualign.training.evaluations import Evaluations, stop_if_absent
+from dualign.training.first_pass import FirstPass
 from dualign.training.gap import check_sampler
-from dualign.training.resume import Changes, check_inputs, check_same_run, check_tokens, told
+from dualign.training.given import Rows, with_given
+from dualign.training.machine import Machine
+from dualign.training.parallelize import load_policy
+from dualign.training.resume import Changes, check_inputs, check_same_run, check_tokens, sampler_name, told
 from dualign.training.source import (
     Clock,
-    DatasetSource,
     Labeller,
-    OnlineSource,
-    Source,
     load_stream,
+    make_source,
 )
 from dualign.training.view import View, plan_lines, warnings_of
 
 RewardFunction = Callable[..., Any]
-Phases = Callable[[str], AbstractContextManager[None]]
 
 
 def train(
     config: Config | dict[str, Any],
     reward: RewardFunction | Sequence[RewardFunction] = (),
+    algo: Algorithm | None = None,
+    sampler: Sampler | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    data: Rows | None = None,
+    eval_data: Rows | None = None,
     resume: bool = False,
     quiet: bool = False,
 ) -> Run:
-    """Trains by `config` and returns the run's folder.
+    """Trains by `config` and returns the run.
 
-    `reward`: Python functions (TRL's convention) beside those that the configuration names. Raises UserError for what
-    the user must mend (before any work is lost), StopRun for a clean stop that `resume` goes on from.
+    `reward`: Python functions (TRL's convention) beside those that the configuration names. `algo`, `sampler`, `data`
+    and `eval_data` (rows: a list of mappings, or a datasets.Dataset), `model` and `tokenizer` (of transformers) take the
+    place of what it names. To resume, call again with the same and `resume=True`.
+
+    Raises UserError for what the user must fix (before any work is lost), StopRun for a clean stop.
     """
     if callable(reward):
         reward = [reward]
     if isinstance(config, dict):
         config = build(config)
-    changes = check_same_run(Path(config.run.dir), config, reward) if resume else Changes()
+    config = with_given(config, algo, model, tokenizer, data, eval_data)
+    changes = check_same_run(Path(config.run.dir), config, reward, sampler) if resume else Changes()
     if config.algo.source == "online" and not config.reward and not reward:
         raise UserError("reward: none given; name at least one (type: function, head, classifier, judge, ...)")
-    engine = Engine(config)
+    given = sampler_name(sampler)
+    machine = Machine(config)
+    processes, online = machine.processes, config.algo.source == "online"
+    policy, tokenizer = load_policy(config, machine.device)
+    if online or config.reward or reward:  # fixed sets are sampled on to be evaluated
+        sampler = sampler or rollout.build(config.rollout, policy, tokenizer)
+    engine = Engine(config, machine, policy, tokenizer)
     if resume:  # what a hub calls by one name may have changed while it was fetched
         check_inputs(Run.open(Path(config.run.dir)), digests.of_models(config.model))
-    view = View(config, quiet=quiet or not engine.main)
-    run = Run(Path(config.run.dir), engine.rank)
-    if engine.main:
-        _open(run, config, reward, changes if resume else None)
-    engine.barrier()
-    freeze_date(engine.tokenizer.hf, run.begun)
+    view = View(config, quiet=quiet or not processes.main)
+    run = Run(Path(config.run.dir), processes.rank)
+    if processes.main:
+        _open(run, config, reward, given, changes if resume else None)
+    processes.barrier()
+    freeze_date(tokenizer.hf, run.begun)
     annotator = None
     try:
         if config.reward or reward:
-            annotator = annotate.build(config.reward, reward, run.folder, run.journal, engine)
-            if engine.main and not resume:
+            annotator = annotate.build(config.reward, reward, run.folder, run.journal, processes)
+            if processes.main and not resume:
                 note_fetched(run, config)
         with Interrupts() as interrupts, view:
             for note in changes.notes:
                 view.say(note)
-            Trainer(config, engine, run, annotator, view, interrupts).fit()
+            Trainer(config, machine, engine, sampler, run, annotator, view, interrupts).fit()
     except Exception as error:
-        if engine.main and isinstance(error, RewardError | AbsentError):
+        if processes.main and isinstance(error, RewardError | AbsentError):
             run.note(mending=True)
-        if engine.main and not resume and not isinstance(error, StopRun):
+        if processes.main and not resume and not isinstance(error, StopRun):
             run.abandon()  # where nothing was sampled, the mended command may use the folder
         raise
     finally:
         if annotator is not None:
             annotator.close()
-        engine.stop_trackers()
+        machine.stop_trackers()
         run.unlock()
     return run
 
 
-def _open(run: Run, config: Config, functions: Sequence[RewardFunction], changes: Changes | None) -> None:
+def _open(
+    run: Run, config: Config, functions: Sequence[RewardFunction], sampler: str | None, changes: Changes | None
+) -> None:
     """Begins a run, or opens one that goes on, with these `changes`."""
     if changes is None:
         run.create(dump(config), [name_of(f) for f in functions], digests.of_run(config, functions))
+        if sampler:
+            run.note(sampler=sampler)
         return
     run.lock()
     run.tidy()
@@ -135,54 +148,59 @@ class Trainer:
     """The loop and what it holds."""
 
     def __init__(
-        self, config: Config, engine: Engine, run: Run, annotator: Annotator | None, view: View, interrupts: Interrupts
+        self,
+        config: Config,
+        machine: Machine,
+        engine: Engine,
+        sampler: Sampler | None,
+        run: Run,
+        annotator: Annotator | None,
+        view: View,
+        interrupts: Interrupts,
     ) -> None:
-        self.config, self.engine, self.run, self.view, self.interrupts = config, engine, run, view, interrupts
-        self.algo = config.algo
-        self.sampler: Sampler = engine.sampler()
-        self.labeller = Labeller(self.sampler, annotator, run.journal, interrupts.check, engine) if annotator else None
+        self.config, self.machine, self.engine, self.sampler = config, machine, engine, sampler
+        self.run, self.view, self.interrupts = run, view, interrupts
+        self.algo, self.processes, self.first_pass = config.algo, machine.processes, FirstPass(config, engine)
+        self.labeller: Labeller | None = None
+        if sampler is not None and annotator is not None:
+            self.labeller = Labeller(sampler, annotator, run.journal, interrupts.check, self.processes)
         stream = load_stream(config, engine, view.say)
-        self.source: Source
-        if self.algo.source == "online":
-            assert self.labeller is not None
-            self.source = OnlineSource(config, engine, self.labeller, stream)  # type: ignore[arg-type]
-        else:
-            self.source = DatasetSource(config, engine, stream)  # type: ignore[arg-type]
-        self.evaluations = Evaluations(config, engine, run, self.labeller, view)
+        self.source = make_source(config, self.processes, engine.tokenizer, self.labeller, stream)
+        self.evaluations = Evaluations(config, machine, engine, run, self.labeller, view)
         self.labels = 0
         view.plan(plan_lines(config, engine, len(stream), len(self.evaluations.heldout)))
 
     def fit(self) -> None:
         start, skip, losses = self._restore()
-        self.engine.start_trackers()
+        self.machine.start_trackers()
         for step in range(start, self.config.train.online_batches):
             clock = Clock()
             try:
                 if skip == 0 and self.evaluations.due(step):
                     self.evaluations.evaluate(step)
                 stored = self.run.read_batch(step)
-                b, begun = (stored, None) if stored else self._collect(step, clock)
+                b = stored or self._collect(step, clock)
             except StopAsked as asked:
                 self._checkpoint(step, 0, [])
                 raise StopRun(
                     f"stopped by {asked} before the updates of online batch {step}; all of it is kept"
                 ) from None
-            self._update(b, begun, skip, losses, clock)
-            with clock("sync"):
-                self.sampler.sync()
+            self._update(b, skip, losses, clock)
+            if self.sampler is not None:
+                with clock("sync"):
+                    self.sampler.sync(self.engine.weights)
             self._finish_batch(b, losses, clock)
             skip, losses = 0, []
         self._summarise()
 
     # --- one online batch ---
 
-    def _collect(self, step: int, clock: Clock) -> tuple[WeightedBatch, Sums | None]:
-        """Rows from all processes, then what is constant while they are used: log π_t, log π_0, weights; on disk. And
-        what the first update's gradient summed up, if it is there already."""
+    def _collect(self, step: int, clock: Clock) -> WeightedBatch:
+        """Rows from all processes, then what is constant while they are used: log π_t, log π_0, weights; on disk."""
         self.view.phase(step, "sampling and labelling")
-        self.engine.make_room()
+        self.engine.free_memory()
         self.run.journal.begin(self.run.batch_path(step).with_suffix(""))
-        b = labelled(step, everyones(self.engine, lambda: self.source.collect(step, clock)))
+        b = labelled(step, self.processes.everyones(lambda: self.source.collect(step, clock)))
         stop_if_absent(self.run, self.config.train.max_absent, f"online batch {step}", b.rows)
         self.view.phase(step, "scoring")
         engine, algo = self.engine, self.algo
@@ -190,10 +208,7 @@ class Trainer:
             ref_NT = engine.score_reference(b.tokens) if algo.needs_ref else None
             value_NT = engine.score(engine.critic, b.tokens) if engine.critic else None
             gap_absent = gap_of_absent(self.config, engine, b)
-        begins = has_signal(b, algo) or self.config.train.no_signal == "train"
-        old_NT, begun = (
-            log_pi_t(self.config, engine, b, ref_NT, value_NT, clock, begins) if algo.needs_old else (None, None)
-        )
+        old_NT = self.first_pass.log_pi_t(b, ref_NT, value_NT, clock) if algo.needs_old else None
         models = {"log π_t": engine.policy, "log π_0": engine.reference, "value": engine.critic}
         with clock("score"):
             recomputed = self.config.rollout.log_probs == "recomputed"
@@ -201,16 +216,13 @@ class Trainer:
             b = replace(weigh(b, algo, old_NT, ref_NT, value_NT), gap_absent=gap_absent)
         check_finite(b, lambda name, tokens: engine.not_finite(models[name], tokens))
         with clock("write"):
-            if engine.main:
+            if self.processes.main:
                 self.run.write_batch(b)
-            engine.barrier()
-        return b, begun
+            self.processes.barrier()
+        return b
 
-    def _update(
-        self, b: WeightedBatch, begun: Sums | None, skip: int, losses: list[dict[str, float]], clock: Clock
-    ) -> None:
-        """One optimizer step per update, past the first `skip`, which a checkpoint already holds; adds to `losses`. Of
-        the first, the gradient is there already if it was `begun`."""
+    def _update(self, b: WeightedBatch, skip: int, losses: list[dict[str, float]], clock: Clock) -> None:
+        """One optimizer step per update, past the first `skip`, which a checkpoint already holds; adds to `losses`."""
         c = self.config
         for u, (tokens, rows) in enumerate(updates(b, self.algo, c.train.update_size, c.run.seed)):
             if u < skip:
@@ -219,7 +231,7 @@ class Trainer:
             self.view.phase(b.step, f"update {u + 1}")
             self.engine.begin_update(b.step, u)
             with clock("update"):
-                losses.append(self._one_update(b, tokens, rows, begun if u == 0 else None))
+                losses.append(self._one_update(b, tokens, rows, self.first_pass.begun(b.step, u)))
 
     def _one_update(self, b: WeightedBatch, tokens: Any, rows: Any, begun: Sums | None) -> dict[str, float]:
         if self.config.train.no_signal == "skip" and b.stats.get("without_signal"):
@@ -238,9 +250,9 @@ class Trainer:
             # apart from the phases: rewards run side by side, within the phase "label" and during "sample"
             if each := {name.removesuffix("/seconds"): v for name, v in stats if name.endswith("/seconds")}:
                 record["label_seconds"] = each
-        if self.engine.main:
+        if self.processes.main:
             self.run.log(record)
-        self.engine.track(b.step, record)
+        self.machine.track(b.step, record)
         self.view.batch(record, warnings_of(record, self.algo))
         if done in self._checkpoint_steps():
             self._checkpoint(done, 0, [])
@@ -251,7 +263,7 @@ class Trainer:
             self.evaluations.evaluate(total)
         except StopAsked as asked:
             raise StopRun(f"stopped by {asked} in the last evaluation; all of it is kept") from None
-        if not self.engine.main:
+        if not self.processes.main:
             return
         summary: dict[str, Any] = {"online_batches": total, "labels": self.labels, "algo": self.algo.name}
         summary |= self.evaluations.before_and_after(total)
@@ -275,12 +287,12 @@ class Trainer:
     def _checkpoint(self, step: int, update: int, losses: list[dict[str, float]]) -> None:
         self.view.phase(step, "saving a checkpoint")
         progress = {"step": step, "update": update, "labels": self.labels, "losses": losses}
-        if self.engine.main:
+        if self.processes.main:
             if own_base(self.config.model, self.config.run.dir) is not None:
                 self.run.keep_base(self.engine.save_base)
             keep = self.config.run.keep_last
             self.run.save_checkpoint(step, update, lambda folder: self.engine.save(folder, progress), keep)
-        self.engine.barrier()
+        self.processes.barrier()
 
     def _restore(self) -> tuple[int, int, list[dict[str, float]]]:
         """The batch to go on with, how many of its updates are done, and their losses."""
@@ -288,7 +300,7 @@ class Trainer:
         if found:
             self.run.check(found, f"Delete {found} and resume: training goes on from the stored batches")
         progress: dict[str, Any] = (
-            self.engine.load(found) if found else {"step": 0, "update": 0, "labels": 0, "losses": []}
+            self.engine.restore(found) if found else {"step": 0, "update": 0, "labels": 0, "losses": []}
         )
         if found:
             self.view.say(f"going on from {found}: {progress['step']} online batches done")
@@ -298,13 +310,13 @@ class Trainer:
                 f"train.online_batches={self.config.train.online_batches}: the run has done {progress['step']} already"
             )
         self.labels = progress["labels"]
-        if self.engine.main:
+        if self.processes.main:
             self.run.forget_metrics_from(progress["step"])
-        self.engine.barrier()
+        self.processes.barrier()
         return progress["step"], progress["update"], progress["losses"]
 
     def _stop_if_asked(self, step: int, update: int, losses: list[dict[str, float]]) -> None:
-        asked = [why for why in self.engine.gather([self.interrupts.requested]) if why]
+        asked = [why for why in self.processes.gather([self.interrupts.requested]) if why]
         if asked:
             self._checkpoint(step, update, losses)
             raise StopRun(
@@ -323,37 +335,3 @@ def gap_of_absent(config: Config, engine: Engine, b: WeightedBatch) -> float | N
     if config.rollout.log_probs == "recorded":
         return sum(math.fsum(row.rollout.sampler_logp) for row in rows) - ref
     return float(engine.score(engine.policy, tokens).double().sum()) - ref
-
-
-def log_pi_t(
-    config: Config,
-    engine: Engine,
-    b: WeightedBatch,
-    ref_NT: Tensor | None,
-    value_NT: Tensor | None,
-    clock: Phases,
-    begins: bool = True,
-) -> tuple[Tensor, Sums | None]:
-    """(N, T) log π_t. Where a prompt's weights rest on its own rows and nothing in the forward pass is random, the rows of
-    the first update are scored by that update's own forward pass; its gradient is made with it, for `Engine.update`.
-    Not where the batch `begins` no update."""
-    algo: Algorithm = config.algo
-    if config.rollout.log_probs == "recorded" and algo.source == "online":
-        return recorded_logp(b), None
-    first: list[int] = []
-    if begins and algo.by_prompt and not engine.drops:
-        first = next(update_rows(b, algo, config.train.update_size, config.run.seed), first)
-    with clock("score"):
-        old_NT = engine.score(engine.policy, b.tokens, but=set(first))
-    if not first:
-        return old_NT, None
-    tokens = b.tokens.select(first)
-
-    def weighted(known_NT: Tensor) -> Batch:
-        old_NT[first, : tokens.width] = known_NT
-        return part_of(weigh(b, algo, old_NT, ref_NT, value_NT), first)[1]
-
-    engine.begin_update(b.step, 0)
-    with clock("update"):
-        old_NT[first, : tokens.width], begun = engine.begin(algo, tokens, weighted)
-    return old_NT, begun

@@ -58,7 +58,7 @@ OVERRIDES = [
     ("rollout.k=two", "rollout.k"), ("rollout.k=1", "rollout.k"), ("rollout.temperature=-1", "rollout.temperature"),
     ("rollout.temperature=hot", "rollout.temperature"), ("rollout.top_p=0", "rollout.top_p"), ("rollout.top_p=1.1", "top_p"),
     ("rollout.max_new_tokens=0", "max_new_tokens"), ("rollout.max_new_tokens=100000", "context"),
-    ("rollout.log_probs=none", "rollout.log_probs"), ("rollout.rows=0", "rollout.rows"), ("rollout.engine=magic", "rollout.engine"), ("rollouts.k=4", "no such key"),
+    ("rollout.log_probs=none", "rollout.log_probs"), ("rollout.rows=0", "rollout.options.decode_batch_size"), ("rollout.engine=magic", "rollout.engine"), ("rollouts.k=4", "no such key"),
     ("algo.name=darr", "did you mean dar"), ("algo.name=null", "algo"), ("algo.alpha=2", "algo.alpha"),
     ("algo.alpha=-0.1", "algo.alpha"), ("algo.beta=0", "algo.beta"), ("algo.beta=-1", "algo.beta"), ("algo.w_clip=0", "w_clip"),
     ("algo.gamma=1", "no such key"), ("algo.alhpa=0.1", "did you mean algo.alpha"), ("algo.baseline=median", "baseline"),

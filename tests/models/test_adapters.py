@@ -19,6 +19,7 @@ from dualign.models.packing import Tokens
 from dualign.models.policy import Policy, load_model
 from dualign.models.settings import ModelConfig
 from dualign.rollout.base import Request, Sampling
+from dualign.rollout.hf.sampler import HFSampler
 from dualign.run import digests
 from dualign.training.engine import Engine
 from dualign.training.plan import memory_estimate, parameters_of
@@ -118,7 +119,7 @@ def test_an_adapter_of_another_shape_is_refused_by_name(tmp_path):
 def engine_of(model, tmp_path, targets, precision, **more):
     config = tree(model, write_demonstrations(tmp_path), tmp_path / "run", {"name": "sft"}, lr=3e-2, optimizer="adamw")
     config["model"] |= {"precision": precision, "lora": {"r": 4, "target_modules": targets}} | more
-    return Engine(build(config))
+    return Engine.load(build(config))
 
 
 def trained(engine):
@@ -153,7 +154,7 @@ def test_adapters_of_any_layer_are_trained_sampled_and_saved(precision, tied, ta
     # sampled from the very same policy
     said = []
     asked = [Request(i, Prompt(str(i), "p"), tokens.prompt_ids[i]) for i in range(4)]
-    engine.sampler().sample(asked, Sampling(2, 8, 1.0), (0, 0), said.append)
+    HFSampler(engine.policy, engine.tokenizer, 64).sample(asked, Sampling(2, 8, 1.0), (0, 0), said.append)
     drawn = Tokens(
         *zip(*[(r.prompt_ids, r.completion_ids, r.group) for r in sorted(said, key=lambda r: r.index)], strict=True)
     )
@@ -249,10 +250,10 @@ def test_pi_0_of_other_tokens_is_refused_by_name(tiny, tmp_path):
     config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"})
     config["model"]["reference"] = str(other)
     with pytest.raises(UserError, match=r"model\.reference: .* has other tokens than .*<new>"):
-        Engine(build(config))
+        Engine.load(build(config))
     config["model"]["reference"] = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no such folder"):
-        Engine(build(config))
+        Engine.load(build(config))
 
 
 def test_a_plan_and_an_evaluation_know_the_pi_0_that_is_named(tiny, tiny_gpt2, tmp_path):

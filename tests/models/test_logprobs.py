@@ -354,7 +354,7 @@ def test_steps_on_masters_in_halves_are_steps_on_masters(tiny, one_at_a_time):
             with nullcontext() if one_at_a_time else masters.whole():
                 optimizer.step()
             optimizer.zero_grad()
-            policy.stepped()
+            policy.weights_changed()
         assert all(p.untyped_storage().nbytes() == 4 for p in masters.rounded) == halved
         with masters.whole():
             found.append([p.detach().clone() for p in masters.named.values()])

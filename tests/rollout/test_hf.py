@@ -10,9 +10,9 @@ from dualign.models.packing import Tokens, pack
 from dualign.models.policy import Policy, load_model
 from dualign.models.settings import ModelConfig
 from dualign.rollout.base import Request, Sampling, uniforms
+from dualign.rollout.hf import sampler as hf
 from dualign.rollout.hf.draw import choose, inverse_cdf, nucleus
 from dualign.rollout.hf.sampler import HFSampler
-from dualign.rollout.hf import sampler as hf
 
 TEXTS = ["hi", "a much longer prompt than the others, to be padded", "what now?", "x"]
 

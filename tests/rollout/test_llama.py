@@ -17,9 +17,9 @@ from dualign.common.types import Prompt
 from dualign.models.policy import Policy, Tokenizer, load_model
 from dualign.models.settings import ModelConfig
 from dualign.rollout.base import Request, Sampling
+from dualign.rollout.hf import sampler as hf
 from dualign.rollout.hf.cpu_linear import supported
 from dualign.rollout.hf.sampler import HFSampler
-from dualign.rollout.hf import sampler as hf
 
 pytestmark = pytest.mark.skipif(
     not supported(torch.zeros(1, dtype=torch.bfloat16)), reason="this processor lays out no bf16 weights"
@@ -131,7 +131,7 @@ def test_weights_are_those_of_now(tokenizer):
     with torch.no_grad():
         for p in policy.parameters():
             p.mul_(1.5)
-    policy.stepped()
+    policy.weights_changed()
     assert draw(sampler) == draw(HFSampler(policy, tokenizer, 64)) != before
     assert sampler.agrees
 

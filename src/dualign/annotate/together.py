@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 from dualign.annotate.base import Annotator, Item, Session
-from dualign.common.processes import Processes, everyones
+from dualign.common.processes import Processes
 from dualign.common.types import Label
 
 Close = Callable[[Session], Mapping[int, Label]]
@@ -45,7 +45,7 @@ class TogetherSession:
     def meet(self, close: Close) -> None:
         """Labels the items of all processes, by index; all must call this, once each has added its own. `close` waits
         for the labels of a session. An error in the first process is raised in all."""
-        items = everyones(self._processes, lambda: self._items)
+        items = self._processes.everyones(lambda: self._items)
 
         def label() -> list[tuple[int, Label]]:
             if self._processes.rank:
@@ -55,7 +55,7 @@ class TogetherSession:
                 session.add(item)
             return list(close(session).items())
 
-        labels = dict(everyones(self._processes, label))
+        labels = dict(self._processes.everyones(label))
         self._labels = {item.index: labels[item.index] for item in self._items}
 
     def close(self) -> dict[int, Label]:

@@ -1,42 +1,59 @@
-"""What the processes of a run say to one another: everyone's items, and everyone's faults."""
+"""The processes of a run: what each works on, and what they say to one another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from dualign.common.errors import StopRun, UserError
 
 X = TypeVar("X")
 
 
-class Processes(Protocol):
-    """The processes of a run, as one of them sees them (the engine)."""
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, as one of them sees them: `rank` of `world`. One alone needs no others."""
+
+    rank: int = 0
+    world: int = 1
+    wait: Callable[[], None] = lambda: None  # until all processes are here
 
     @property
-    def rank(self) -> int: ...
+    def main(self) -> bool:
+        """Whether this process writes the run's folder."""
+        return self.rank == 0
 
-    @property
-    def world(self) -> int: ...
+    def mine(self, items: Sequence[X]) -> Sequence[X]:
+        """The share of `items` that this process works on."""
+        return items[self.rank :: self.world]
 
     def gather(self, items: list[X]) -> list[X]:
         """The items of all processes, on all of them, in the order of ranks."""
-        ...
+        if self.world == 1:
+            return items
+        import torch
 
+        parts: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
 
-def everyones(processes: Processes, make: Callable[[], Sequence[X]]) -> list[X]:
-    """What `make` returns in this process and in the others. An error in one process is raised in all: each of them
-    comes here, or none goes on."""
-    mine: list[X | BaseException]
-    try:
-        mine = list(make())
-    except (UserError, StopRun) as error:
-        if processes.world == 1:
-            raise
-        mine = [error]
-    found: list[X] = []
-    for item in processes.gather(mine):
-        if isinstance(item, BaseException):
-            raise item
-        found.append(item)
-    return found
+    def barrier(self) -> None:
+        self.wait()
+
+    def everyones(self, make: Callable[[], Sequence[X]]) -> list[X]:
+        """What `make` returns in this process and in the others. An error in one process is raised in all: each of them
+        comes here, or none goes on."""
+        mine: list[X | BaseException]
+        try:
+            mine = list(make())
+        except (UserError, StopRun) as error:
+            if self.world == 1:
+                raise
+            mine = [error]
+        found: list[X] = []
+        for item in self.gather(mine):
+            if isinstance(item, BaseException):
+                raise item
+            found.append(item)
+        return found

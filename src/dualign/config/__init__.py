@@ -6,31 +6,26 @@ import copy
 import difflib
 import re
 from collections.abc import Iterable, Iterator
-from functools import reduce
 from importlib import resources
-from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Any, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails
 
 from dualign.algos import ALGORITHMS, Algorithm
 from dualign.annotate.settings import RewardConfig
 from dualign.common.errors import UserError
+from dualign.common.named import class_of
 from dualign.common.paths import at_home
 from dualign.common.settings import Settings
 from dualign.common.yaml_text import parse_yaml
+from dualign.config.renamed import renamed, with_new_names
 from dualign.config.sections import EvalConfig, RunConfig, TrainConfig
 from dualign.data.settings import DataConfig
 from dualign.models.settings import ModelConfig
-from dualign.rollout.settings import RolloutConfig
-
-if TYPE_CHECKING:
-    AlgorithmConfig = Algorithm
-else:
-    AlgorithmConfig = Annotated[reduce(or_, ALGORITHMS.values()), Field(discriminator="name")]
-
+from dualign.rollout.settings import ENGINES, RolloutConfig, SamplerSettings
 
 DEFAULT = "dar"
 
@@ -45,7 +40,13 @@ class Config(Settings):
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
     run: RunConfig = RunConfig()
-    algo: AlgorithmConfig = ALGORITHMS[DEFAULT](name=DEFAULT)
+    algo: SerializeAsAny[Algorithm] = ALGORITHMS[DEFAULT](name=DEFAULT)
+
+    @field_validator("algo", mode="before")
+    @classmethod
+    def _of_system(cls, algo: Any) -> Any:
+        """By its name, so that each system has its own keys."""
+        return system_of(algo).model_validate(algo) if isinstance(algo, dict) else algo
 
     @model_validator(mode="after")
     def _counts(self) -> Self:
@@ -95,6 +96,18 @@ class Config(Settings):
         evaluations = 2 + ((t.online_batches - 1) // e.every if e.every else 0)
         train = t.online_batches * t.online_batch if self.algo.source == "online" else 0
         return train, evaluations * e.prompts * e.k if self.data.eval and self.reward else 0
+
+
+def system_of(algo: dict[str, Any]) -> type[Algorithm]:
+    """The system whose settings these are. Raises ValidationError, at `name`."""
+    name = algo.get("name")
+    try:
+        if not isinstance(name, str):
+            raise ValueError("missing" if name is None else f"expected a system's name, not {name!r}")
+        return class_of(name, ALGORITHMS, Algorithm)
+    except ValueError as error:
+        fault = InitErrorDetails(type="value_error", loc=("name",), input=name, ctx={"error": error})
+        raise ValidationError.from_exception_data("algo", [fault]) from None
 
 
 def recipes() -> dict[str, Path]:
@@ -156,7 +169,7 @@ def read(recipe: str | Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, An
     base = tree.pop("base", None)
     if not isinstance(base, str | None):
         raise UserError(f"{path}: base: expected a recipe's name or file, not {base!r}")
-    tree = one_reward(tree)
+    tree = with_new_names(one_reward(tree))
     return (merge(read(base, (*above, path))[0], tree) if base else tree), path
 
 
@@ -197,7 +210,7 @@ def default_system(tree: dict[str, Any]) -> dict[str, Any]:
 
 def build(tree: dict[str, Any], where: str = "config") -> Config:
     """A checked Config from a plain tree. Raises UserError with one line per fault."""
-    tree = default_system(one_reward(tree))
+    tree = with_new_names(default_system(one_reward(tree)))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -210,9 +223,9 @@ def apply(tree: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise UserError(f"override {override!r}: expected key.sub=value, for example train.lr=1e-5")
-    *parents, last = key.split(".")
+    *parents, last = renamed(key).split(".")
     node: Any = tree
-    for part, below in zip(parents, key.split(".")[1:], strict=True):
+    for part, below in zip(parents, [*parents, last][1:], strict=True):
         if isinstance(node, list):
             node = node[_position(node, part, override)]
         else:
@@ -280,9 +293,13 @@ def _known(path: list[str], tree: Any) -> list[str]:
     """The keys that the section at `path` knows."""
     model: Any = Config
     for part in path:
-        tree = tree[int(part)] if isinstance(tree, list) else tree.get(part, {})
-        annotation = model if part.isdigit() else model.model_fields[part].annotation
-        model = _model_of(annotation, tree)
+        above, tree = tree, tree[int(part)] if isinstance(tree, list) else tree.get(part, {})
+        if model is Config and part == "algo":
+            model = system_of(tree)
+        elif model is RolloutConfig and part == "options":
+            model = class_of(above.get("engine", "hf"), ENGINES, SamplerSettings)
+        else:
+            model = _model_of(model if part.isdigit() else model.model_fields[part].annotation, tree)
         if model is None:
             return []
     return list(model.model_fields) if hasattr(model, "model_fields") else []

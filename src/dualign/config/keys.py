@@ -10,10 +10,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dualign.algos import ALGORITHMS
+from dualign.algos import ALGORITHMS, Algorithm
 from dualign.annotate.settings import Endpoint, RewardConfig, RewardSettings
 from dualign.common.errors import UserError
+from dualign.common.named import is_place, load_named
 from dualign.config import Config
+from dualign.rollout.settings import ENGINES, RolloutConfig
 
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 INTRODUCTION = """# Every key of a recipe
@@ -45,18 +47,32 @@ def sections() -> Iterator[tuple[str, list[Key]]]:
                 (kind,) = get_args(reward.model_fields["type"].annotation)
                 inherited = served if issubclass(reward, Endpoint) else common
                 yield f"reward.N, type: {kind}", list(_keys(reward, inherited | {"type"}))
+        elif name == "rollout":
+            yield name, list(_keys(RolloutConfig, {"options"}))
+            for engine, settings in ENGINES.items():
+                yield f"rollout.options, engine: {engine}", list(_keys(settings, set()))
         else:
             yield name, list(_keys(_model(field.annotation), set()))
 
 
+def of_own(place: str) -> tuple[str, list[Key]]:
+    """The keys of the class at FILE.py:NAME: a system, an engine, ... of the user's own."""
+    found = load_named(place, "keys")
+    if not (isinstance(found, type) and issubclass(found, BaseModel)):
+        raise UserError(f"{place} has no keys: it is no class with settings")
+    return place, list(_keys(found, {"name"} if issubclass(found, Algorithm) else set()))
+
+
 def matching(names: list[str]) -> list[tuple[str, list[Key]]]:
     """The sections that `names` name (each a section, a system or a reward's type), or all. Raises UserError."""
-    every = list(sections())
-    words = {heading: heading.replace(".N", "").replace(",", "").split() for heading, _ in every}
+    own = [of_own(name) for name in names if is_place(name)]
+    names = [name for name in names if not is_place(name)]
+    every = [] if own and not names else list(sections())
+    words = {heading: heading.replace(".N", "").replace(",", "").replace(".", " ").split() for heading, _ in every}
     for name in names:
         if not any(name in found for found in words.values()):
             raise UserError(f"no section, system or reward is called {name}; `dualign keys` has them all")
-    return [(h, keys) for h, keys in every if not names or any(name in words[h] for name in names)]
+    return own + [(h, keys) for h, keys in every if not names or any(name in words[h] for name in names)]
 
 
 def markdown() -> str:

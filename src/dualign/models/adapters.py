@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,19 @@ def without_adapters(model: Any) -> tuple[Any, dict[str, Tensor]]:
         name.replace(".base_layer.", "."): value for name, value in inner.state_dict().items() if "lora_" not in name
     }
     return inner, weights
+
+
+def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """A model's weights by the names that transformers gives them, one at a time; with what its adapters add."""
+    if not hasattr(model, "get_base_model"):
+        yield from model.state_dict().items()
+        return
+    inner, weights = without_adapters(model)
+    layers = dict(inner.named_modules())
+    for name, value in weights.items():
+        layer = layers.get(name.rpartition(".")[0])
+        added = name.endswith(".weight") and hasattr(layer, "get_delta_weight")
+        yield name, value + layer.get_delta_weight("default").to(value.dtype) if added else value  # type: ignore
 
 
 def _peft(what: str) -> Any:

@@ -109,7 +109,7 @@ class Policy(nn.Module):
 
     def rounded_head(self) -> Tensor:
         """(V, H): the head's weight in the dtype of its products, rounded anew only when it has changed. Whoever steps
-        an optimizer says so by `stepped`: fused ones do not count a weight's version up."""
+        an optimizer says so by `weights_changed`: fused ones do not count a weight's version up."""
         weight = self.head.weight
         if weight.dtype == self.dtype:
             return weight.detach()
@@ -124,7 +124,7 @@ class Policy(nn.Module):
     def _head_version(self) -> tuple[int, int]:
         return self.head.weight.data_ptr(), self.head.weight._version
 
-    def stepped(self) -> None:
+    def weights_changed(self) -> None:
         """The weights have changed."""
         self._rounded_of = None
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dualign.common.types import Prompt, Rollout
 
@@ -29,6 +30,10 @@ class Request:
     prompt_ids: tuple[int, ...]
 
 
+Weights = Callable[[], Iterator[tuple[str, Tensor]]]
+"""Gives every weight of π_θ under the name that Hugging Face gives it, one at a time."""
+
+
 class Sampler(Protocol):
     """Samples from π_t. `done` is called once per completion as it finishes, while others are still being decoded;
     for the rows in `held`, which are there already, it need not be."""
@@ -42,8 +47,8 @@ class Sampler(Protocol):
         held: Container[int] = (),
     ) -> None: ...
 
-    def sync(self) -> None:
-        """Take over π_θ's weights: from here on they are π_t."""
+    def sync(self, weights: Weights) -> None:
+        """Take over π_θ's weights: from here on they are π_t. A sampler with weights of its own reads them."""
         ...
 
 

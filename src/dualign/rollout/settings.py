@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
+from dualign.common.errors import UserError
+from dualign.common.named import class_of
 from dualign.common.settings import Settings
+
+if TYPE_CHECKING:
+    from dualign.models.policy import Policy
+    from dualign.models.tokenizer import Tokenizer
+    from dualign.rollout.base import Sampler
+
+
+class SamplerSettings(Settings):
+    """What an engine is set up with. One of your own is a subclass with fields and `build`."""
+
+    def build(self, policy: Policy, tokenizer: Tokenizer, recorded: bool) -> Sampler:
+        """A sampler for `policy`, whose weights are still as they were loaded. `recorded`: whether its log-probs are to
+        be log π_t (rollout.log_probs)."""
+        raise NotImplementedError(f"{type(self).__name__} has no build")
+
+
+class HFSettings(SamplerSettings):
+    decode_batch_size: int = Field(256, ge=1, description="completions decoded side by side in one process")
+    cuda_graphs: bool = Field(True, description="on a GPU, replay the steps of decoding as CUDA graphs")
+
+    def build(self, policy: Policy, tokenizer: Tokenizer, recorded: bool) -> Sampler:
+        from dualign.rollout.hf.sampler import HFSampler, decoding_of
+
+        if not decoding_of(policy).agrees and recorded:
+            raise UserError(
+                f"rollout.log_probs: recorded: {policy.name}: the log-probs of decoding were not shown to be the model's; "
+                "set rollout.log_probs=recomputed"
+            )
+        return HFSampler(policy, tokenizer, self.decode_batch_size, self.cuda_graphs)
+
+
+ENGINES: dict[str, type[SamplerSettings]] = {"hf": HFSettings}
 
 
 class RolloutConfig(Settings):
@@ -19,7 +53,10 @@ class RolloutConfig(Settings):
     missing_eos_penalty: float = Field(
         0.0, ge=0, description="subtracted from the training reward of a completion cut off at max_new_tokens"
     )
-    rows: int = Field(256, ge=1, description="completions decoded side by side in one process")
+    engine: str = Field("hf", description="what samples: hf (transformers), or one of your own: FILE.py:NAME")
+    options: SerializeAsAny[SamplerSettings] = Field(
+        default_factory=dict, validate_default=True, description="settings of the engine"
+    )
     log_probs: Literal["recomputed", "recorded"] = Field(
         "recomputed",
         description="log π_t from the policy once more (of the rows of the first update, from that update's own pass), or "
@@ -31,4 +68,16 @@ class RolloutConfig(Settings):
         description="nats a token, on average over a batch, by which the sampler's log-probs may differ from the policy's; "
         "more stops the run. None: what rounding explains on this model",
     )
-    cuda_graphs: bool = Field(True, description="on a GPU, replay the steps of decoding as CUDA graphs")
+
+    @field_validator("engine")
+    @classmethod
+    def _is_known(cls, engine: str) -> str:
+        class_of(engine, ENGINES, SamplerSettings)
+        return engine
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _of_engine(cls, options: Any, info: ValidationInfo) -> Any:
+        if isinstance(options, SamplerSettings) or "engine" not in info.data:
+            return options or SamplerSettings()
+        return class_of(info.data["engine"], ENGINES, SamplerSettings).model_validate(options)

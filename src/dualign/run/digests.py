@@ -26,6 +26,7 @@ from dualign.annotate.settings import (
 )
 from dualign.common.code_files import with_imports
 from dualign.common.errors import UserError
+from dualign.common.named import importable, is_place
 from dualign.config import Config
 from dualign.models.settings import ModelConfig
 from dualign.run.manifest import sha256_of
@@ -57,6 +58,9 @@ def of_run(config: Config, functions: Sequence[Callable[..., Any]] = (), near: b
     found = of_models(m) | {"data.train": of_data(d.train, d.subset, d.split, near)}
     if m.chat_template:
         found["model.chat_template"] = of_file(m.chat_template)
+    for key, place in {"algo.name": config.algo.name, "rollout.engine": config.rollout.engine}.items():
+        if is_place(place):  # code of the user's own
+            found[key] = _of_code_at(place)
     if d.eval:
         found["data.eval"] = of_data(d.eval, d.subset, d.eval_split, near)
     return found | of_rewards(config.reward, functions)
@@ -212,7 +216,7 @@ def _files_of(reward: RewardConfig) -> tuple[str, Digests]:
 
     match reward:
         case FunctionReward():
-            return "path", _of_function_at(reward.path)
+            return "path", _of_code_at(reward.path)
         case HeadReward():
             from dualign.annotate.head import file_of
 
@@ -228,12 +232,11 @@ def _files_of(reward: RewardConfig) -> tuple[str, Digests]:
     return "", {}
 
 
-def _of_function_at(path: str) -> Digests:
+def _of_code_at(path: str) -> Digests:
     """The file of FILE.py:FUNCTION or package.module:FUNCTION, and those of the user's own modules that it imports."""
     place = path.rpartition(":")[0]
     if place.endswith(".py"):
         return _with_imported(place)
-    from dualign.common.named import importable
 
     importable(Path(os.getcwd()))
     try:

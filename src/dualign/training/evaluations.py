@@ -14,6 +14,7 @@ from dualign.run.folder import Run
 from dualign.training.engine import Engine
 from dualign.training.heldout import HeldOut, evaluate, gains
 from dualign.training.heldout_set import HeldOutSet, changes, evaluate_set
+from dualign.training.machine import Machine
 from dualign.training.source import Labeller, load_heldout
 from dualign.training.view import View
 
@@ -21,8 +22,11 @@ from dualign.training.view import View
 class Evaluations:
     """On prompts, whose answers are judged by the run's reward; without one, on rows of a fixed set (`heldout_set`)."""
 
-    def __init__(self, config: Config, engine: Engine, run: Run, labeller: Labeller | None, view: View) -> None:
-        self.config, self.engine, self.run, self.labeller, self.view = config, engine, run, labeller, view
+    def __init__(
+        self, config: Config, machine: Machine, engine: Engine, run: Run, labeller: Labeller | None, view: View
+    ) -> None:
+        self.config, self.machine, self.engine, self.run = config, machine, engine, run
+        self.labeller, self.view = labeller, view
         self.heldout = self._load()
 
     def _load(self) -> list[Request] | list[Example]:
@@ -52,7 +56,7 @@ class Evaluations:
         if not self.heldout or self.run.evaluation_path(done).exists():
             return
         self.view.phase(done, "evaluating on what is held out")
-        self.engine.make_room()
+        self.engine.free_memory()
         result: HeldOut | HeldOutSet
         if self.labeller is None:
             result, rows = evaluate_set(self.config, self.engine, self.heldout, done)  # type: ignore[arg-type]
@@ -61,9 +65,9 @@ class Evaluations:
             result, rows = evaluate(self.config, self.engine, self.labeller, self.heldout, done)  # type: ignore[arg-type]
             where = f"held-out evaluation after {done} online batches"
             stop_if_absent(self.run, self.config.train.max_absent, where, rows, needed=True)
-        if self.engine.main:
+        if self.machine.processes.main:
             self.run.write_evaluation(done, rows, result.record())
-        self.engine.track(done, {"heldout": result.record()})
+        self.machine.track(done, {"heldout": result.record()})
         self.view.evaluation(result)
 
     def before_and_after(self, total: int) -> dict[str, Any]:

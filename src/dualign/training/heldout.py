@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from dualign.common.intervals import all_equal, half_width, none_for_nan
-from dualign.common.processes import everyones
 from dualign.config import Config
 from dualign.rollout.base import Request, Sampling
 from dualign.run.batch import Row, labelled, tokens_of
@@ -56,7 +55,7 @@ def evaluate(
     chosen = [Request(g, q.prompt, q.prompt_ids) for g, q in enumerate(requests[: e.prompts])]
     clock = Clock()
     seed = (config.run.seed, SEED_SHIFT)
-    rows = everyones(engine, lambda: labeller.rows(engine.mine(chosen), sampling, seed, clock))
+    rows = engine.processes.everyones(lambda: labeller.rows(engine.processes.mine(chosen), sampling, seed, clock))
     b = labelled(done, rows)
     every = tokens_of(b.rows)  # how far the policy is from π_0 needs no label
     with clock("score"):

@@ -52,7 +52,7 @@ def evaluate_set(
     """Of the policy as it stands. Each group's first row has what was measured of it among its label's parts, and every
     row its log-prob."""
     algo: Algorithm = config.algo
-    source, clock = DatasetSource(config, engine, examples), Clock()
+    source, clock = DatasetSource(config, engine.processes, engine.tokenizer, examples), Clock()
     b = labelled(done, [row for g, example in enumerate(examples) for row in source.rows_of(g, example)])
     with clock("score"):
         logp_NT = engine.score(engine.policy, b.tokens)

@@ -53,7 +53,7 @@ def memory_estimate(config: Config, count: int, hf: Any) -> dict[str, float]:
     copies["activations of a micro-batch"] = config.train.micro_batch_tokens * per_token
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    rows = min(config.rollout.rows, config.train.online_batch)
+    rows = min(getattr(config.rollout.options, "decode_batch_size", 0), config.train.online_batch)
     cache = rows * (config.rollout.max_new_tokens + 256) * heads * size * 2 * half * text.num_hidden_layers
     copies["key-value cache"] = cache if config.algo.source == "online" else 0
     return {name: size / 1e9 for name, size in copies.items() if size}

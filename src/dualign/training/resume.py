@@ -9,8 +9,8 @@ from typing import Any
 
 from dualign import config as configs
 from dualign.annotate.function import name_of
-from dualign.annotate.settings import FunctionReward
 from dualign.common.errors import UserError
+from dualign.common.named import is_place
 from dualign.config import Config
 from dualign.models.tokenizer import Tokenizer
 from dualign.run import digests
@@ -23,8 +23,8 @@ ALLOWED = (  # none of these changes a number that is already in the folder
     "train.micro_batch_tokens",
     "train.compile",
     "train.max_absent",
-    "rollout.rows",
-    "rollout.cuda_graphs",
+    "rollout.options.decode_batch_size",
+    "rollout.options.cuda_graphs",
     "rollout.max_sampler_gap",
     "eval.every",
     "run.checkpoints",
@@ -46,6 +46,8 @@ ALLOWED = (  # none of these changes a number that is already in the folder
 )
 
 PLACES = (  # these may where the same is found in another place
+    "algo.name",
+    "rollout.engine",
     "model.name",
     "model.reference",
     "model.chat_template",
@@ -83,13 +85,12 @@ def check_changes(run: Run, config: Config) -> None:
 
 
 def _moved(run: Run, config: Config, key: str) -> bool:
-    """Whether `key` names another place of what the run was made from. (Of a function's file, the same function.)"""
+    """Whether `key` names another place of what the run was made from. (In a file of code, the same name.)"""
     old, new = configs.differences(configs.load(run.config_file), config)[key]
     then: Digests = (run.about.get("inputs") or {}).get(key) or {}
     now = digests.of_run(config).get(key) or {}
-    function = key.startswith("reward.") and isinstance(config.reward[int(key.split(".")[1])], FunctionReward)
-    same_function = not function or str(old).rpartition(":")[2] == str(new).rpartition(":")[2]
-    return bool(then and now) and same_function and digests.changed(then, now) is None
+    same_name = not is_place(str(old)) or str(old).rpartition(":")[2] == str(new).rpartition(":")[2]
+    return bool(then and now) and same_name and digests.changed(then, now) is None
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,12 @@ def told(mended: Mapping[str, Any]) -> str:
     return f"{', '.join(mended['inputs'])} changed after {mended['batches']} online batches"
 
 
-def check_same_run(folder: Path, config: Config, functions: Sequence[Callable[..., Any]]) -> Changes:
+def check_same_run(
+    folder: Path, config: Config, functions: Sequence[Callable[..., Any]], sampler: Any = None
+) -> Changes:
     """What has changed since the run in `folder` began, as far as it can go on. Raises UserError where it cannot, by
-    `config` and with these Python rewards: another reward, model or data than before would make a run of two kinds."""
+    `config` and with these rewards and this sampler from Python: another reward, sampler, model or data than before
+    would make a run of two kinds."""
     run = Run.open(folder)
     had, names = run.functions, [name_of(function) for function in functions]
     if had is not None and had != names:
@@ -126,8 +130,19 @@ def check_same_run(folder: Path, config: Config, functions: Sequence[Callable[..
             "Go on with the same ones: dualign.train(config, reward=[...], resume=True); a recipe that names its rewards "
             "(type: function) is resumed from the command line"
         )
+    if run.about.get("sampler") != sampler_name(sampler):
+        raise UserError(
+            f"{folder}: its sampler came from {run.about.get('sampler') or 'rollout.engine'}, now from "
+            f"{sampler_name(sampler) or 'rollout.engine'}. Resume with the same one: "
+            "dualign.train(config, sampler=..., resume=True)"
+        )
     check_changes(run, config)
     return check_inputs(run, digests.of_run(config, functions))
+
+
+def sampler_name(sampler: Any) -> str | None:
+    """What run.json calls a sampler that Python gave."""
+    return None if sampler is None else f"{type(sampler).__module__}.{type(sampler).__qualname__}"
 
 
 def check_inputs(run: Run, now: dict[str, Digests]) -> Changes:

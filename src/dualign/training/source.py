@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from dualign import data
 from dualign.annotate.base import Annotator, Item, Session
 from dualign.annotate.together import meet
 from dualign.common.errors import StopRun, UserError, out_of_memory
-from dualign.common.processes import Processes, everyones
+from dualign.common.processes import Processes
 from dualign.common.types import Example, Label, Prompt, Rollout
 from dualign.config import Config
 from dualign.data.settings import DataConfig
@@ -25,7 +25,6 @@ from dualign.rollout.base import Request, Sampler, Sampling
 from dualign.rollout.requests import Refused, requests_of
 from dualign.run.batch import PENALTY, Row
 from dualign.run.journal import Journal
-from dualign.training.engine import Engine
 
 X = TypeVar("X")
 STOP_WITHIN = 0.5  # seconds after which a wish to stop is noticed while labels are awaited
@@ -79,8 +78,8 @@ class Source(Protocol):
 class OnlineSource:
     """Samples K completions per prompt from π_t; each is sent to be labelled the moment it is finished."""
 
-    def __init__(self, config: Config, engine: Engine, labeller: Labeller, requests: Sequence[Request]) -> None:
-        self.engine, self.labeller = engine, labeller
+    def __init__(self, config: Config, processes: Processes, labeller: Labeller, requests: Sequence[Request]) -> None:
+        self.processes, self.labeller = processes, labeller
         r = config.rollout
         self.sampling = Sampling(r.k, r.max_new_tokens, r.temperature, r.top_p)
         self.seed, self.penalty = config.run.seed, r.missing_eos_penalty
@@ -88,7 +87,7 @@ class OnlineSource:
 
     def collect(self, step: int, clock: Clock) -> list[Row]:
         requests = [Request(g, r.prompt, r.prompt_ids) for g, r in enumerate(self.stream.at(step))]
-        rows = self.labeller.rows(self.engine.mine(requests), self.sampling, (self.seed, step), clock)
+        rows = self.labeller.rows(self.processes.mine(requests), self.sampling, (self.seed, step), clock)
         return [penalised(row, self.penalty) for row in rows]
 
     def known(self, step: int) -> list[Known]:
@@ -114,7 +113,7 @@ class Labeller:
     annotator: Annotator
     journal: Journal
     check: Callable[[], None]
-    processes: Processes | None = None
+    processes: Processes = field(default_factory=Processes)
 
     def rows(self, requests: Sequence[Request], sampling: Sampling, seed: tuple[int, int], clock: Clock) -> list[Row]:
         """K labelled completions of each request."""
@@ -126,10 +125,7 @@ class Labeller:
                 rollouts.extend(self._sample(requests, sampling, seed, session))
             return ()  # each process keeps its own
 
-        if self.processes is None:
-            sample()
-        else:
-            everyones(self.processes, sample)
+        self.processes.everyones(sample)
         with clock("label"):
             meet(session, self._labels)
             labels = self._labels(session)
@@ -182,25 +178,39 @@ class DatasetSource:
     """A fixed set in the same form: a pair is a group with rewards 1 (chosen) and 0 (rejected), a demonstration a
     group of one."""
 
-    def __init__(self, config: Config, engine: Engine, examples: Sequence[Example]) -> None:
-        self.engine, self.size = engine, config.group
+    def __init__(self, config: Config, processes: Processes, tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
+        self.processes, self.tokenizer, self.size = processes, tokenizer, config.group
         self.stream = Stream(examples, config.prompts_per_batch, config.run.seed, config.data.shuffle)
 
     def collect(self, step: int, clock: Clock) -> list[Row]:
         with clock("read"):
             numbered = list(enumerate(self.stream.at(step)))
-            return [row for g, example in self.engine.mine(numbered) for row in self.rows_of(g, example)]
+            return [row for g, example in self.processes.mine(numbered) for row in self.rows_of(g, example)]
 
     def known(self, step: int) -> list[Known]:
-        return [encoded(example, self.size, self.engine.tokenizer) for example in self.stream.at(step)]
+        return [encoded(example, self.size, self.tokenizer) for example in self.stream.at(step)]
 
     def rows_of(self, group: int, example: Example) -> Iterator[Row]:
         """One row per completion of the example, as the online batch's group `group`."""
-        prompt_ids, completions = encoded(example, self.size, self.engine.tokenizer)
+        prompt_ids, completions = encoded(example, self.size, self.tokenizer)
         for i, ids in enumerate(completions):
             text, finish = example.completions[i], example.finish[i]
             rollout = Rollout(group * self.size + i, group, example.prompt, prompt_ids, ids, text, finish, ())
             yield Row(rollout, Label(1.0 - i))
+
+
+def make_source(
+    config: Config,
+    processes: Processes,
+    tokenizer: Tokenizer,
+    labeller: Labeller | None,
+    stream: Sequence[Request] | Sequence[Example],
+) -> Source:
+    """Of what `load_stream` gave."""
+    if config.algo.source == "online":
+        assert labeller is not None
+        return OnlineSource(config, processes, labeller, stream)  # type: ignore[arg-type]
+    return DatasetSource(config, processes, tokenizer, stream)  # type: ignore[arg-type]
 
 
 def encoded(example: Example, size: int, tokenizer: Tokenizer) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
@@ -225,11 +235,11 @@ def fits(example: Example, size: int, tokenizer: Tokenizer, context: int, limit:
 
 
 def _mention_plain_text(
-    prompts: Sequence[Prompt], config: DataConfig, engine: Reads, say: Callable[[str], None]
+    prompts: Sequence[Prompt], config: DataConfig, reads: Reads, say: Callable[[str], None]
 ) -> None:
     if data.lost_system_prompt(prompts, config):
         say("note: every prompt is plain text, so data.system_prompt is not used; it needs data.chat=true")
-    if engine.tokenizer.hf.chat_template is not None and any(not p.conversational for p in prompts):
+    if reads.tokenizer.hf.chat_template is not None and any(not p.conversational for p in prompts):
         say(
             "note: prompts are plain text and reach the model as they are, though it has a chat template; "
             "data.chat=true makes each a user's message"
@@ -249,33 +259,33 @@ class Reads(Protocol):
 
 
 def load_heldout(
-    config: Config, engine: Reads, say: Callable[[str], None], judged: bool = True
+    config: Config, reads: Reads, say: Callable[[str], None], judged: bool = True
 ) -> list[Request] | list[Example]:
     """eval.prompts of what is held out, drawn from what fits; always the same. Where nobody judges answers, a system that
     learns from a fixed set has rows of such a set held out. Raises UserError where these are prompts alone."""
     d, new_tokens = config.data, config.rollout.max_new_tokens
     assert d.eval is not None
     if not judged and config.algo.source != "online":
-        return _heldout_examples(config, engine, say, d.eval)
+        return _heldout_examples(config, reads, say, d.eval)
     prompts = data.load_prompts(d.eval, d, d.eval_split)
     limit, count = d.max_prompt_tokens, config.eval.prompts
-    return requests_of(prompts, engine.tokenizer, engine.context, new_tokens, limit, say, count, 0, d.bad_rows)
+    return requests_of(prompts, reads.tokenizer, reads.context, new_tokens, limit, say, count, 0, d.bad_rows)
 
 
-def load_stream(config: Config, engine: Reads, say: Callable[[str], None]) -> list[Request] | list[Example]:
+def load_stream(config: Config, reads: Reads, say: Callable[[str], None]) -> list[Request] | list[Example]:
     """The training data that the algorithm asks for."""
-    d, context = config.data, engine.context
+    d, context = config.data, reads.context
     if config.algo.source == "online":
         prompts = data.load_prompts(d.train, d, d.split)
-        _mention_plain_text(prompts, config.data, engine, say)
+        _mention_plain_text(prompts, config.data, reads, say)
         new, limit = config.rollout.max_new_tokens, d.max_prompt_tokens
-        return requests_of(prompts, engine.tokenizer, context, new, limit, say, bad_rows=d.bad_rows)
+        return requests_of(prompts, reads.tokenizer, context, new, limit, say, bad_rows=d.bad_rows)
     examples = data.load_examples(d.train, d, d.split)
-    _mention_plain_text([e.prompt for e in examples], config.data, engine, say)
-    return _fitting(config, engine, say, "data.train", d.train, examples)
+    _mention_plain_text([e.prompt for e in examples], config.data, reads, say)
+    return _keep_fitting(config, reads, say, "data.train", d.train, examples)
 
 
-def _heldout_examples(config: Config, engine: Reads, say: Callable[[str], None], source: str) -> list[Example]:
+def _heldout_examples(config: Config, reads: Reads, say: Callable[[str], None], source: str) -> list[Example]:
     d = config.data
     try:
         examples = data.load_examples(source, d, d.eval_split)
@@ -284,12 +294,12 @@ def _heldout_examples(config: Config, engine: Reads, say: Callable[[str], None],
             f"data.eval: without a reward, {config.algo.name} is evaluated on held-out {config.algo.source}: {error}. "
             "Name some, give a reward that judges answers to prompts, or set data.eval: null"
         ) from None
-    return _fitting(config, engine, say, "data.eval", source, examples, config.eval.prompts)
+    return _keep_fitting(config, reads, say, "data.eval", source, examples, config.eval.prompts)
 
 
-def _fitting(
+def _keep_fitting(
     config: Config,
-    engine: Reads,
+    reads: Reads,
     say: Callable[[str], None],
     key: str,
     source: str,
@@ -305,7 +315,7 @@ def _fitting(
     def keep(example: Example) -> bool:
         nonlocal long
         limit, skip = d.max_prompt_tokens, d.bad_rows == "skip"
-        fit = refused.unless(lambda: fits(example, config.group, engine.tokenizer, engine.context, limit, skip))
+        fit = refused.unless(lambda: fits(example, config.group, reads.tokenizer, reads.context, limit, skip))
         long += fit is False
         return bool(fit)
 

@@ -168,7 +168,7 @@ def plan_lines(config: Config, engine: Engine, prompts: int, heldout: int) -> li
     sharing = "prompts shared" if engine.policy.share else "prompts not shared"
     return [
         f"{c.algo.name} on {c.model.name} ({size:.0f}M parameters, {c.model.precision}, {sharing}), "
-        f"{engine.world} process{'es' if engine.world > 1 else ''}, {engine.device}",
+        f"{engine.processes.world} process{'es' if engine.processes.world > 1 else ''}, {engine.device}",
         f"{t.online_batches} online batches of {t.online_batch} completions = {c.prompts_per_batch} prompts × {c.group}; "
         f"{per} update{'s' if per > 1 else ''} each on {c.update_completions} completions; "
         f"{t.online_batches * per} updates and {c.labels[0]} labels in all",

@@ -19,7 +19,7 @@ from dualign.common.types import Prompt, Rollout
 from dualign.models.attention import PACKED
 from dualign.models.policy import Policy, Tokenizer
 from dualign.models.windows import FULL, SLIDING, kinds_of, small_windows
-from dualign.rollout.base import Request, Sampling, finished, uniforms
+from dualign.rollout.base import Request, Sampling, Weights, finished, uniforms
 from dualign.rollout.hf.cache import BranchCache, Columns
 from dualign.rollout.hf.cpu_linear import Product, laid_out_linears, product
 from dualign.rollout.hf.draw import choose
@@ -96,7 +96,7 @@ class HFSampler:
                 self._decode(by_length[at : at + step], sampling, seed, done)
         self.head = None
 
-    def sync(self) -> None:
+    def sync(self, weights: Weights) -> None:
         """Nothing to do: it samples from the policy's own weights."""
 
     @contextmanager

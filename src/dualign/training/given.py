@@ -1,0 +1,84 @@
+"""What Python gives as objects, as a configuration that says the same: a run can then be resumed from anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dualign import assets
+from dualign.algos import ALGORITHMS, Algorithm
+from dualign.common.durable import write_text
+from dualign.common.errors import UserError
+from dualign.config import Config, build
+from dualign.run.digests import of_model
+
+Rows = Iterable[Mapping[str, Any]]  # a datasets.Dataset, or a list of rows
+
+
+def with_given(
+    config: Config,
+    algo: Algorithm | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    data: Rows | None = None,
+    eval_data: Rows | None = None,
+) -> Config:
+    """`config` with these in place of what it names. Rows and models are written into the cache, by their content.
+    Raises UserError for what cannot be written down."""
+    tree = config.model_dump()
+    tree["algo"] = config.algo if algo is None else algo.model_copy(update={"name": _name(algo)})
+    if data is not None:
+        tree["data"]["train"] = _rows(data, "data")
+    if eval_data is not None:
+        tree["data"]["eval"] = _rows(eval_data, "eval_data")
+    if model is not None:
+        tree["model"] |= {"name": _model(model, tokenizer), "revision": None}
+    return build(tree)
+
+
+def _name(algo: Algorithm) -> str:
+    """What a recipe calls a system: its name, or where its class stands."""
+    kind = type(algo)
+    if ALGORITHMS.get(algo.name) is kind:
+        return algo.name
+    file = inspect.getsourcefile(kind)
+    if file is None or "." in kind.__qualname__:
+        raise UserError(f"algo: {kind.__qualname__} must stand at the top of a file, so that a resume finds it again")
+    return f"{Path(file).resolve()}:{kind.__name__}"
+
+
+def _rows(rows: Rows, key: str) -> str:
+    if isinstance(rows, str | bytes | Mapping):
+        raise UserError(f"{key}: expected rows (a list of mappings, or a datasets.Dataset), not {type(rows).__name__}")
+    try:
+        text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key}: a row cannot be written as JSON: {error}") from None
+    file = assets.cache_dir() / "given" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.jsonl"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, text)
+    return str(file)
+
+
+def _model(model: Any, tokenizer: Any) -> str:
+    if tokenizer is None:
+        raise UserError("model: give its tokenizer, too: train(..., model=model, tokenizer=tokenizer)")
+    place = assets.cache_dir() / "given"
+    place.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=place, prefix=".model-"))
+    try:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        digest = hashlib.sha256(json.dumps(of_model(str(aside)), sort_keys=True).encode()).hexdigest()[:32]
+        if not (place / digest).exists():
+            aside.rename(place / digest)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return str(place / digest)
