@@ -31,18 +31,19 @@ def test_every_reference_exists() -> None:
     assert len(references) > 40
     missing = []
     for file, name in sorted(references):
-        path = ROOT / "tests" / file if "test_" in file else ROOT / "src" / "dualign" / "algos" / file
+        path = ROOT / "tests" / "algos" / file if "test_" in file else ROOT / "src" / "dualign" / "algos" / file
         if not path.is_file() or name not in definitions(path):
             missing.append(f"{file}::{name}")
     assert missing == []
 
 
 @pytest.mark.parametrize("system", sorted(set(ALGORITHMS.values()), key=lambda s: s.__name__))
-def test_every_system_has_its_row(system: type) -> None:
+def test_every_system_has_its_entry(system: type) -> None:
     """The class, or the function it defines, is named as the place of some equation, beside a test."""
-    rows = [line for line in EQUATIONS.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-    named = [row for row in rows if re.search(rf"::{system.__name__}[.`]", row)]
-    assert named and all(any("test_" in file for file, _ in REFERENCE.findall(row)) for row in named)
+    entries = re.split(r"^- |^#", EQUATIONS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    named = [entry for entry in entries if re.search(rf"::{system.__name__}[.`]", entry)]
+    assert named
+    assert all(any(file.startswith("test_") for file, _ in REFERENCE.findall(entry)) for entry in named)
 
 
 def test_the_configuration_page_is_what_the_code_says() -> None:
