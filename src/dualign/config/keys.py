@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,9 +80,14 @@ def markdown() -> str:
     """docs/configuration.md"""
     parts = [INTRODUCTION]
     for heading, keys in sections():
-        rows = [f"| `{k.name}` | {k.kind} | {k.default} | {k.meaning} |" for k in keys]
-        parts.append("\n".join([f"## {heading}\n", "| key | value | default | |", "|---|---|---|---|", *rows]) + "\n")
+        rows = [f"- `{k.name}` ({k.kind}; {_said(k.default)}): {k.meaning}" for k in keys]
+        lines = [textwrap.fill(r, 120, subsequent_indent="  ", break_on_hyphens=False) for r in rows]
+        parts.append("\n".join([f"## {heading}\n", *lines]) + "\n")
     return "\n".join(parts)
+
+
+def _said(default: str) -> str:
+    return default if default == "must be given" else f"default {default}"
 
 
 def _keys(model: type[BaseModel], without: set[str], prefix: str = "") -> Iterator[Key]:
@@ -126,7 +132,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _meaning(field: FieldInfo) -> str:
-    return (field.description or "").replace("|", "\\|")
+    return field.description or ""
 
 
 def _model(annotation: Any) -> Any:
