@@ -74,7 +74,7 @@ def test_evaluations_of_a_run_that_drew_otherwise_are_paired_by_prompt(some_too_
         for g, row in enumerate(fewer)
     ]
     run.write_evaluation(0, moved, stats)
-    for path in (run.folder / "summary.json", *run.evaluations.glob("000001*")):
+    for path in (run.folder / "summary.json", *run.evaluations_dir.glob("000001*")):
         path.unlink()
     run = dualign.train(some_too_long, reward=vowels, resume=True, quiet=True)
     summary = json.loads((run.folder / "summary.json").read_text())

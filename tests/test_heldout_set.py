@@ -71,7 +71,7 @@ def test_the_numbers_are_the_models(name, tiny, tmp_path, capsys):
     (line,) = [line for line in verdict(summary) if "held-out loss" in line]
     assert line in said and line.endswith("better"), "on rows that it was trained on, too"
     assert all("reward" not in record and math_is_fine(record) for record in metrics(run.folder))
-    assert sorted(p.name for p in run.evaluations.glob("*.parquet")) == [f"{i:06d}.parquet" for i in (0, 2, 3)]
+    assert sorted(p.name for p in run.evaluations_dir.glob("*.parquet")) == [f"{i:06d}.parquet" for i in (0, 2, 3)]
 
 
 def math_is_fine(record):
@@ -144,8 +144,8 @@ def test_a_run_begun_without_evaluations_goes_on_without(tiny, tmp_path, capsys)
     """As one that a version before began, which evaluated nothing without a reward."""
     config = config_of(tiny, tmp_path, {"name": "sft"})
     run = dualign.train(config, quiet=True)
-    shutil.rmtree(run.evaluations)
-    run.evaluations.mkdir()
+    shutil.rmtree(run.evaluations_dir)
+    run.evaluations_dir.mkdir()
     kept = [line for line in run.manifest.path.read_text().splitlines(True) if "evaluations/" not in line]
     run.manifest.path.write_text("".join(kept))
     (run.folder / "summary.json").unlink()

@@ -82,10 +82,10 @@ def test_the_batch_file_holds_the_whole_story(tiny, tmp_path):
 
 def test_a_run_cannot_be_resumed_to_fewer_batches_than_are_done(tiny, tmp_path):
     run = fit(tiny, tmp_path, {"name": "dar"})
-    before = sorted(p.name for p in run.evaluations.iterdir())
+    before = sorted(p.name for p in run.evaluations_dir.iterdir())
     with pytest.raises(UserError, match=r"train\.online_batches=2: the run has done 3 already"):
         dualign.train(resumed_config(run.folder, ["train.online_batches=2"]), reward=vowels, resume=True, quiet=True)
-    assert sorted(p.name for p in run.evaluations.iterdir()) == before
+    assert sorted(p.name for p in run.evaluations_dir.iterdir()) == before
 
 
 def some(completions, **columns):

@@ -251,7 +251,7 @@ class Trainer:
             if each := {name.removesuffix("/seconds"): v for name, v in stats if name.endswith("/seconds")}:
                 record["label_seconds"] = each
         if self.processes.main:
-            self.run.log(record)
+            self.run.records.add(record)
         self.machine.track(b.step, record)
         self.view.batch(record, warnings_of(record, self.algo))
         if done in self._checkpoint_steps():

@@ -110,5 +110,5 @@ def said(source: str, how: Generation, options: Asking) -> dict[str, Any]:
 def _evaluated(folder: Path) -> list[Prompt]:
     """The prompts of a run's first evaluation."""
     run = Run.open(folder)
-    first = min((int(path.stem) for path in run.evaluations.glob("*.parquet")), default=None)
+    first = min((int(path.stem) for path in run.evaluations_dir.glob("*.parquet")), default=None)
     return [] if first is None else [row.rollout.prompt for row in run.read_evaluation(first)[0]]

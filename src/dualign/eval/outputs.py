@@ -118,7 +118,7 @@ def _evaluations(folder: Path) -> list[Outputs]:
     from dualign.run.folder import Run
 
     run = Run.open(folder)
-    files = sorted(run.evaluations.glob("*.parquet"))
+    files = sorted(run.evaluations_dir.glob("*.parquet"))
     if not files:
         raise UserError(f"{folder}: the run evaluated nothing; name held-out prompts with --prompts")
     found, model = [], configs.load(run.config_file).model

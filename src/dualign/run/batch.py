@@ -23,7 +23,7 @@ class Row:
     label: Label
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WeightedBatch:
     """`rows`: everything sampled, in index order. `tokens` and `batch`: only the rows with a label, likewise ordered;
     a row without one has left the batch, the baseline, μ and σ."""
@@ -34,6 +34,13 @@ class WeightedBatch:
     batch: Batch
     stats: Stats = field(default_factory=dict)
     gap_absent: float | None = None  # sum of log π_t/π_0 over the rows without a label, where it was scored
+
+    def __repr__(self) -> str:
+        prompts = len({row.rollout.group for row in self.rows})
+        mean = f", mean reward {float(self.batch.reward_N.mean()):.3g}" if len(self.batch) else ""
+        return (
+            f"WeightedBatch({self.step}: {len(self.rows)} completions of {prompts} prompts, {self.absent} absent{mean})"
+        )
 
     @property
     def absent(self) -> int:

@@ -2,212 +2,98 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dualign.common.code_digest import code_digest
-from dualign.common.durable import durable, remove
 from dualign.common.errors import UserError
+from dualign.config import Config, load
 from dualign.run.batch import Row, WeightedBatch, labelled
-from dualign.run.journal import Journal, files_of
-from dualign.run.manifest import Manifest, sha256_of
+from dualign.run.files import RunFiles
+from dualign.run.journal import files_of
+from dualign.run.metrics import MetricsFile
 from dualign.run.table import from_table, read_table, to_table
 
 STATE_FILES = ("state.json", "train.safetensors", "optimizer.safetensors")  # what only the newest checkpoint needs
-VERSIONED = ("dualign", "torch", "transformers", "accelerate", "datasets", "peft", "numpy", "pyarrow")
 
 
-class Run:
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation of the policy after `done` online batches: its means, and every row that was sampled."""
+
+    done: int
+    stats: dict[str, Any]
+    rows: tuple[Row, ...] = field(repr=False)
+
+
+class Run(RunFiles):
     """runs/NAME: config.yaml, run.json, metrics.jsonl, batches/*.parquet, evaluations/*.parquet, checkpoints/*/,
     summary.json, and the manifest that holds their hashes."""
 
-    def __init__(self, folder: Path, rank: int = 0) -> None:
-        self.folder = folder
-        self.batches = folder / "batches"
-        self.evaluations = folder / "evaluations"
-        self.checkpoints = folder / "checkpoints"
-        self.config_file = folder / "config.yaml"
-        self.metrics_file = folder / "metrics.jsonl"
-        self.journal = Journal(rank)
-        self._lock: Any = None
-
-    @cached_property
-    def manifest(self) -> Manifest:
-        return Manifest(self.folder)
-
-    # --- opening ---
-
-    def create(
-        self, config_text: str, functions: Sequence[str] = (), inputs: Mapping[str, Mapping[str, str]] | None = None
-    ) -> None:
-        """Begins a fresh run in its folder. `functions`: the names of rewards that the configuration does not hold;
-        `inputs`: digests of what it is made from (digests.of_run). Raises UserError if it holds another run or cannot be
-        written."""
-        folder = self.folder
-        if self.config_file.exists():
-            raise UserError(
-                f"run.dir: {folder} already holds a run; go on with it by `dualign resume {folder}`, "
-                "or choose another folder (run.dir=...)"
-            )
-        if folder.exists() and not (folder.is_dir() and self._is_stillborn()):
-            raise UserError(f"run.dir: {folder} exists and is not empty; choose another folder (run.dir=...)")
-        try:
-            for part in (folder, self.batches, self.evaluations, self.checkpoints):
-                part.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run.dir: {folder} cannot be made: {error.strerror}") from None
-        self.lock()
-        versions = {}
-        for name in VERSIONED:
-            with contextlib.suppress(metadata.PackageNotFoundError):
-                versions[name] = metadata.version(name)
-        about = {"format": 1, "begun": datetime.now().astimezone().isoformat(), "versions": versions}
-        about |= {"code": code_digest(), "functions": list(functions), "inputs": inputs}
-        self.write_text("run.json", json.dumps(about, indent=1))
-        self.write_text("config.yaml", config_text)  # last: with it, it is a run
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """How the run was begun: when, versions, the code's digest, the Python functions that were given as rewards,
-        digests of its inputs; and what was mended since."""
-        try:
-            found = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # it holds nothing that training needs
-            return {}
-        return found if isinstance(found, dict) else {}
-
-    def note(self, **about: Any) -> None:
-        """Adds to, or replaces, what is known of how the run was begun."""
-        if self.about:
-            self.write_text("run.json", json.dumps(self.about | about, indent=1))
-
-    @property
-    def begun(self) -> datetime | None:
-        """When; None where run.json does not say."""
-        try:
-            return datetime.fromisoformat(self.about["begun"])
-        except (KeyError, TypeError, ValueError):
-            return None
-
-    @property
-    def functions(self) -> list[str] | None:
-        """The names of those functions; None where run.json is lost."""
-        names = self.about.get("functions")
-        return [str(name) for name in names] if isinstance(names, list) else None
-
-    @property
-    def of_this_code(self) -> bool:
-        """Whether the package has not changed since the run was begun."""
-        return self.about.get("code") == code_digest()
-
-    def _is_stillborn(self) -> bool:
-        """Whether the folder holds nothing, or no more than `create` leaves when it is killed half-way."""
-        ours = {"batches", "evaluations", "checkpoints", "run.json", "manifest", ".lock", "spent.sqlite"}
-        return all(
-            (p.name in ours or p.name.endswith(".partial")) and not (p.is_dir() and any(p.iterdir()))
-            for p in self.folder.iterdir()
-        )
-
-    def abandon(self) -> None:
-        """Takes back what `create` made, where nothing was sampled yet: an input that is wrong makes no run."""
-        parts = (self.batches, self.evaluations, self.checkpoints)
-        self.journal.end()
-        inside = [path for part in parts if part.is_dir() for path in part.iterdir()]
-        if any(path.is_dir() or path.stat().st_size for path in inside):
-            return
-        for path in inside:  # journals that nothing was written to
-            path.unlink()
-        for name in ("config.yaml", "run.json", "metrics.jsonl", "manifest", ".lock"):
-            (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "trackers", ignore_errors=True)
-        for part in (*parts, self.folder):
-            with contextlib.suppress(OSError):  # not there, or something else is in it
-                part.rmdir()
-
     @staticmethod
-    def open(folder: Path) -> Run:
+    def open(folder: str | Path) -> Run:
         """An existing run, to be read. Raises UserError where there is none."""
-        run = Run(folder)
+        run = Run(Path(folder).expanduser())
         if not run.config_file.is_file():
             raise UserError(f"{folder}: no run here (config.yaml is missing)")
         return run
 
-    def lock(self) -> None:
-        """One process at a time writes a run; the lock goes with the process, however it ends."""
-        try:
-            self._lock = open(self.folder / ".lock", "a")  # noqa: SIM115  (held for the run's life)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.folder}: another process is working on this run") from None
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written: {error.strerror}") from None
+    # --- reading ---
 
-    def unlock(self) -> None:
-        self.journal.end()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+    @property
+    def config(self) -> Config:
+        """The configuration that the run was made with."""
+        return load(self.config_file)
 
-    def tidy(self) -> None:
-        """Clears away what a kill left behind: files half written, journals of batches that are complete, and a last
-        record whose file never came."""
-        for folder in (self.folder, self.batches, self.evaluations, self.checkpoints):
-            for path in folder.glob(".*.partial"):
-                remove(path)
-        for folder in (self.batches, self.evaluations):
-            for path in folder.glob("*.journal"):
-                if (folder / f"{path.name.split('.')[0]}.parquet").exists():
-                    path.unlink()
-        last = [self.folder / name for name in self.manifest.last if not self.manifest.files[name].gone]
-        self.manifest.drop([path for path in last if not path.exists()])
-        self.checkpoints.mkdir(exist_ok=True)
-        recorded = [Path(name).parts for name, known in self.manifest.files.items() if not known.gone]
-        checkpoints = sorted({self.checkpoints / parts[1] for parts in recorded if parts[0] == self.checkpoints.name})
-        self.manifest.drop([path for path in checkpoints if not path.exists()])  # deleted by hand
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What a finished run gained; None where it is not finished."""
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    # --- files with hashes ---
+    def steps(self) -> list[int]:
+        """The numbers of the online batches that are stored."""
+        return _numbers(self.batches)
 
-    def _put(self, path: Path, write: Callable[[Path], Any]) -> None:
-        def commit(aside: Path) -> None:
-            parts = [p for p in aside.rglob("*") if p.is_file()] if aside.is_dir() else [aside]
-            self.manifest.put({path / p.relative_to(aside): sha256_of(p) for p in parts})
+    def evaluated(self) -> list[int]:
+        """After how many online batches there are evaluations."""
+        return _numbers(self.evaluations_dir)
 
-        durable(path, write, commit)
+    def batch(self, step: int) -> WeightedBatch:
+        """An online batch: every completion with its label, and the weights of those that have one. Raises UserError
+        where it is not stored."""
+        found = self.read_batch(step)
+        if found is None:
+            raise UserError(f"{self.folder}: online batch {step} is not stored; there are {_told(self.steps())}")
+        return found
 
-    def _drop(self, paths: Sequence[Path]) -> None:
-        """Removes files and folders; a folder loses its name first, so that none is ever seen half gone."""
-        self.manifest.drop(paths)
-        for path in paths:
-            if path.is_dir():
-                aside = path.with_name(f".{path.name}.partial")
-                os.replace(path, aside)
-                remove(aside)
-            else:
-                path.unlink(missing_ok=True)
+    def evaluations(self) -> list[Evaluated]:
+        """The run's evaluations on what is held out, the first one of π_0."""
+        return [Evaluated(done, *reversed(self.read_evaluation(done))) for done in self.evaluated()]
 
-    def check(self, path: Path, mend: str) -> None:
-        """Raises UserError, with what can be done, if a file is not what was written."""
-        parts = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-        for part in parts:
-            if self.manifest.check(part) == "changed":
-                raise UserError(f"{part}: damaged: it is not what was written (by its sha256). {mend}")
+    def checkpoint(self, which: int | Literal["latest"] = "latest") -> Path:
+        """The folder of a checkpoint, for from_pretrained: the latest, or that after so many online batches. Raises
+        UserError where there is none."""
+        saved = {path.name: path for path in self.saved()}
+        name = list(saved)[-1] if saved and which == "latest" else f"{which:06d}" if which != "latest" else ""
+        if name not in saved:
+            have = ", ".join(str(int(n)) if n.isdigit() else n for n in saved) or "none"
+            raise UserError(f"{self.folder}: no checkpoint {which}; there are {have}")
+        return saved[name]
 
-    def write_text(self, name: str, text: str) -> None:
-        self._put(self.folder / name, lambda aside: aside.write_text(text, encoding="utf-8"))
+    def __repr__(self) -> str:
+        if not self.config_file.is_file():
+            return f"Run({str(self.folder)!r}: no run here)"
+        config, done = self.config, len(self.metrics())
+        ended = "finished" if self.summary is not None else "not finished"
+        return f"Run({str(self.folder)!r}: {config.algo.name}, {done} of {config.train.online_batches} online batches, {ended})"
 
     # --- online batches ---
 
@@ -233,42 +119,16 @@ class Run:
 
     # --- metrics ---
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Adds one line, synced."""
-        line = (json.dumps(record) + "\n").encode()
-        self._metrics_sha.update(line)
-        self.manifest.put({self.metrics_file: self._metrics_sha.hexdigest()})
-        try:
-            with open(self.metrics_file, "ab", buffering=0) as file:
-                if file.write(line) != len(line):
-                    raise OSError(28, "No space left on device")
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"{self.metrics_file}: cannot be written: {error.strerror}. Make room and resume") from None
-
     @cached_property
-    def _metrics_sha(self) -> Any:
-        return hashlib.sha256(self.metrics_file.read_bytes() if self.metrics_file.exists() else b"")
+    def records(self) -> MetricsFile:
+        return MetricsFile(self.metrics_file, self.manifest)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of finished batches. A line cut off by a kill is the last one, and its batch is replayed. Raises
-        UserError for any other that cannot be read."""
-        if not self.metrics_file.exists():
-            return []
-        *whole, _torn = self.metrics_file.read_bytes().split(b"\n")
-        records = []
-        for number, line in enumerate(whole, 1):
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                raise UserError(
-                    f"{self.metrics_file}, line {number}: damaged. Delete the file: `dualign resume` "
-                    "replays the stored batches and writes it again"
-                ) from None
-        return records
+        """One record of each finished online batch, in order."""
+        return self.records.read()
 
     def forget_metrics_from(self, step: int) -> None:
-        """Drop the records of batches that are about to be replayed. Raises UserError if an earlier one is missing."""
+        """Drops the records of batches that are about to be replayed. Raises UserError if an earlier one is missing."""
         kept = [r for r in self.metrics() if r["step"] < step]
         if [r["step"] for r in kept] != list(range(step)):
             raise UserError(
@@ -276,7 +136,7 @@ class Run:
                 "resume: the stored batches are replayed from the first"
             )
         self.write_text("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
-        self.__dict__.pop("_metrics_sha", None)
+        self.__dict__.pop("records", None)
 
     # --- checkpoints ---
 
@@ -328,13 +188,15 @@ class Run:
     # --- evaluations ---
 
     def evaluation_path(self, done: int) -> Path:
-        return self.evaluations / f"{done:06d}.parquet"
+        return self.evaluations_dir / f"{done:06d}.parquet"
 
     @property
-    def evaluated(self) -> bool:
+    def ever_evaluated(self) -> bool:
         """Whether it was ever evaluated, though the file of it may be gone."""
-        folder = f"{self.evaluations.name}/"
-        return any(name.startswith(folder) for name in self.manifest.files) or any(self.evaluations.glob("*.parquet"))
+        folder = f"{self.evaluations_dir.name}/"
+        return any(name.startswith(folder) for name in self.manifest.files) or any(
+            self.evaluations_dir.glob("*.parquet")
+        )
 
     def write_evaluation(self, done: int, rows: Sequence[Row], result: dict[str, Any]) -> None:
         """What was sampled from the policy after `done` online batches on held-out prompts, and its means."""
@@ -352,3 +214,11 @@ class Run:
     def bytes(self) -> int:
         """What the folder takes on disk."""
         return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
+
+
+def _numbers(folder: Path) -> list[int]:
+    return sorted(int(path.stem) for path in folder.glob("*.parquet") if path.stem.isdigit())
+
+
+def _told(steps: Sequence[int]) -> str:
+    return f"{steps[0]} to {steps[-1]}" if steps else "none"

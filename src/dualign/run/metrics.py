@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dualign.common.errors import UserError
 from dualign.run.batch import PENALTY, WeightedBatch, recorded_logp
+from dualign.run.manifest import Manifest
 
 
 def batch_record(b: WeightedBatch, losses: list[dict[str, float]]) -> dict[str, Any]:
@@ -51,3 +57,40 @@ def distinct(completions: Sequence[str]) -> float:
     """The share of completions that differ: a policy that gives every prompt the one answer that a reward likes most
     has a high reward and almost none."""
     return len(set(completions)) / len(completions) if completions else float("nan")
+
+
+class MetricsFile:
+    """metrics.jsonl: a line for each finished online batch, synced as it is written."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._sha = hashlib.sha256(path.read_bytes() if path.exists() else b"")
+
+    def add(self, record: dict[str, Any]) -> None:
+        line = (json.dumps(record) + "\n").encode()
+        self._sha.update(line)
+        self.manifest.put({self.path: self._sha.hexdigest()})
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                if file.write(line) != len(line):
+                    raise OSError(28, "No space left on device")
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}. Make room and resume") from None
+
+    def read(self) -> list[dict[str, Any]]:
+        """The records. A line cut off by a kill is the last one, and its batch is replayed. Raises UserError for any
+        other that cannot be read."""
+        if not self.path.exists():
+            return []
+        *whole, _torn = self.path.read_bytes().split(b"\n")
+        records = []
+        for number, line in enumerate(whole, 1):
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                raise UserError(
+                    f"{self.path}, line {number}: damaged. Delete the file: `dualign resume` "
+                    "replays the stored batches and writes it again"
+                ) from None
+        return records

@@ -97,7 +97,7 @@ def _mend(run: Run, path: Path) -> str:
         return "Put it back as it was (any earlier copy); changes are made by overrides: dualign resume RUN key=value"
     if path == run.metrics_file:
         return REPLAY
-    if path.parent in (run.batches, run.evaluations):
+    if path.parent in (run.batches, run.evaluations_dir):
         return _again(run, path)
     if path.name == "run.json":
         return "It says what the run began with: without it nobody can tell whether model, data or rewards have changed"
@@ -113,7 +113,7 @@ def _again(run: Run, path: Path) -> str:
 
 def _present(run: Run) -> Iterator[Finding]:
     """Files that are there without a record, and what is in progress."""
-    for part in (run.folder, run.batches, run.evaluations, run.checkpoints):
+    for part in (run.folder, run.batches, run.evaluations_dir, run.checkpoints):
         for path in sorted(part.iterdir()) if part.is_dir() else []:
             if path.name.endswith(".partial"):
                 yield Finding("unfinished", f"{path}: half written when the run was killed")
@@ -158,7 +158,7 @@ def _batches_and_metrics(run: Run, spoilt: Callable[[Path], bool]) -> Iterator[F
         yield Finding("damaged", f"{run.metrics_file}: ends at {len(records)} batches, before {found}", REPLAY)
     elif len(steps) > len(records):
         yield Finding("unfinished", f"online batch {len(records)} is stored, its updates are not finished")
-    for path in run.evaluations.glob("*.parquet"):
+    for path in run.evaluations_dir.glob("*.parquet"):
         if not spoilt(path):
             yield from _readable(path)
     if not (run.folder / "summary.json").exists():

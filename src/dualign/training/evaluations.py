@@ -32,7 +32,7 @@ class Evaluations:
     def _load(self) -> list[Request] | list[Example]:
         if self.config.data.eval is None or (self.labeller is None and self.config.algo.source == "online"):
             return []
-        if self.run.batch_path(0).exists() and not self.run.evaluated:
+        if self.run.batch_path(0).exists() and not self.run.ever_evaluated:
             self.view.say("note: the run began without evaluations and goes on without")
             return []
         self._check_first()

@@ -105,7 +105,7 @@ class Changes:
         """In run.json: from here on the mended rewards are the run's own, and no others may take their place."""
         about = run.about
         if self.mended:
-            batches = len(list(run.batches.glob("*.parquet")))
+            batches = len(run.steps())
             mended = [*about.get("mended", []), {"inputs": list(self.mended), "batches": batches}]
             run.note(inputs=about["inputs"] | self.inputs, mended=mended, mending=False)
         elif about.get("mending"):
@@ -167,7 +167,7 @@ def check_inputs(run: Run, now: dict[str, Digests]) -> Changes:
 def check_tokens(run: Run, source: Source, tokenizer: Tokenizer) -> None:
     """Raises UserError where the last batch that is stored would not be made of the same prompts (and, from a fixed set,
     completions) now."""
-    steps = [int(path.stem) for path in run.batches.glob("*.parquet")]
+    steps = run.steps()
     b = run.read_batch(max(steps)) if steps else None
     if b is None:
         return

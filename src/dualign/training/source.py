@@ -155,7 +155,9 @@ class Labeller:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            raise StopRun("out of memory while sampling; resume with a smaller rollout.options.decode_batch_size") from None
+            raise StopRun(
+                "out of memory while sampling; resume with a smaller rollout.options.decode_batch_size"
+            ) from None
         return rollouts
 
     def _labels(self, session: Session) -> Mapping[int, Label]:

@@ -117,7 +117,7 @@ def read(cell: Cell) -> Result | None:
 def _points(run: Run, labels: Sequence[int], seconds: float, alpha: float) -> Iterable[Point]:
     import pyarrow.parquet as pq
 
-    for path in sorted(run.evaluations.glob("*.parquet")):
+    for path in sorted(run.evaluations_dir.glob("*.parquet")):
         e = json.loads(pq.read_schema(path).metadata[b"dualign"])["stats"]
         done = e["batches"]
         if "reward" not in e:  # a fixed set's loss, margin, accuracy

@@ -109,8 +109,8 @@ def _run(folder: Path, name: str, budget: int) -> RunData:
     run = Run.open(folder)
     summary = folder / "summary.json"
     steps = sorted(int(p.stem) for p in run.batches.glob("*.parquet"))
-    done = sorted(int(p.stem) for p in run.evaluations.glob("*.parquet"))
-    tables = {step: run.evaluations / f"{step:06d}.parquet" for step in done}
+    done = sorted(int(p.stem) for p in run.evaluations_dir.glob("*.parquet"))
+    tables = {step: run.evaluations_dir / f"{step:06d}.parquet" for step in done}
     stats = {step: _stats(path) for step, path in tables.items()}
     sampled = {
         step: path for step, path in tables.items() if "data" not in stats[step]
