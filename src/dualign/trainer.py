@@ -244,7 +244,10 @@ class Trainer:
     def _finish_batch(self, b: WeightedBatch, losses: list[dict[str, float]], clock: Clock) -> None:
         done = b.step + 1
         self.labels += len(b.tokens) if self.algo.source == "online" else 0  # a fixed set's were bought elsewhere
-        record = batch_record(b, losses) | {"labels": self.labels, "seconds": clock.seconds}
+        record = batch_record(b, losses, self.algo.source == "online") | {
+            "labels": self.labels,
+            "seconds": clock.seconds,
+        }
         if "label" in clock.seconds and self.labeller is not None:  # else nothing was labelled now
             stats = getattr(self.labeller.annotator, "stats", {}).items()
             # apart from the phases: rewards run side by side, within the phase "label" and during "sample"

@@ -6,7 +6,7 @@ Neither looks at π_0 or π_t: DAR with α = 0, without the normalisation of its
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,17 +24,9 @@ class RWR(Algorithm):
     name: Literal["rwr"] = "rwr"
     beta: float = Field(1.0, gt=0, description="temperature of the exponential")
 
-    @property
-    def without_signal(self) -> str:
-        return "all weights are equal: SFT on its own samples"
-
-    @property
-    def needs_ref(self) -> bool:
-        return False
-
-    @property
-    def needs_old(self) -> bool:
-        return False
+    without_signal: ClassVar[str] = "all weights are equal: SFT on its own samples"
+    needs_ref: ClassVar[bool] = False
+    needs_old: ClassVar[bool] = False
 
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         weight_N = (batch.reward_N / self.beta).exp()

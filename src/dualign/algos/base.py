@@ -79,37 +79,20 @@ class Algorithm(BaseModel):
     epochs: int = Field(1, ge=1, description="passes over each online batch")
     updates_per_batch: ClassVar[int | None] = None  # fixed number of updates an epoch; None: by train.update_size
 
-    @property
-    def needs_ref(self) -> bool:
-        """Whether logp_ref_NT is needed (a system may not need π_0 at some of its settings)."""
-        return True
-
-    @property
-    def needs_old(self) -> bool:
-        """Whether logp_old_NT is needed: where not, π_t need not be scored again after sampling."""
-        return True
-
-    @property
-    def by_prompt(self) -> bool:
-        """Whether what `prepare` makes of a prompt's rows rests on log π_t of these rows alone, and leaves none out. Then
-        log π_t of the rows of a batch's first update can come from that update's own forward pass, a micro-batch at a
-        time."""
-        return False
-
-    @property
-    def compares(self) -> bool:
-        """Whether it learns from the difference between completions of one prompt, so that one alone says nothing."""
-        return False
+    # In a subclass each of these is a value, or a property where a setting decides.
+    needs_ref: ClassVar[bool] = True  # whether logp_ref_NT is needed
+    needs_old: ClassVar[bool] = True  # whether logp_old_NT is needed: else π_t is not scored again after sampling
+    compares: ClassVar[bool] = False  # learns from how a prompt's completions differ: one alone says nothing
+    without_signal: ClassVar[str] = "only its KL to the references moves it"  # a step on a batch without signal
+    by_prompt: ClassVar[bool] = False
+    """Whether what `prepare` makes of a prompt's rows rests on log π_t of these rows alone, and leaves none out. Then
+    log π_t of the rows of a batch's first update can come from that update's own forward pass, a micro-batch at a
+    time."""
 
     def has_signal(self, batch: Batch) -> bool:
         """Whether the rewards tell any completion from those that it is held against."""
         baseline: Baseline = "group" if self.compares else "batch"
         return bool(advantages(batch.reward_N, batch.group_N, baseline).any())
-
-    @property
-    def without_signal(self) -> str:
-        """What a step on a batch without signal is, for people."""
-        return "only its KL to the references moves it"
 
     def check(self, k: int) -> None:
         """Raise ValueError (naming the key, and what to do) where `k` completions per prompt cannot serve."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,13 +25,12 @@ class DAO(Algorithm):
         "group", description="what is subtracted from a reward: its prompt's mean, the batch's, nothing"
     )
 
+    without_signal: ClassVar[str] = "only its KL to π_0 and π_t moves it"
+    by_prompt: ClassVar[bool] = True
+
     @property
     def compares(self) -> bool:
         return self.baseline == "group"
-
-    @property
-    def without_signal(self) -> str:
-        return "only its KL to π_0 and π_t moves it"
 
     @property
     def needs_ref(self) -> bool:
@@ -40,10 +39,6 @@ class DAO(Algorithm):
     @property
     def needs_old(self) -> bool:
         return self.alpha < 1 or self.variant == "ppo"
-
-    @property
-    def by_prompt(self) -> bool:
-        return True
 
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         A_norm_N, sigma = normalise(advantages(batch.reward_N, batch.group_N, self.baseline))

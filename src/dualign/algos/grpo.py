@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,9 +21,8 @@ class GRPO(Algorithm):
     beta: float = Field(0.04, ge=0, description="of the KL to π_0")
     clip: float = Field(0.2, gt=0, description="of the ratio π_θ/π_t")
 
-    @property
-    def compares(self) -> bool:
-        return True
+    compares: ClassVar[bool] = True
+    by_prompt: ClassVar[bool] = True
 
     @property
     def needs_ref(self) -> bool:
@@ -32,10 +31,6 @@ class GRPO(Algorithm):
     @property
     def without_signal(self) -> str:
         return "only its KL to π_0 moves it" if self.beta else "its gradient is 0"
-
-    @property
-    def by_prompt(self) -> bool:
-        return True
 
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         # A = (r - group mean) / (group std + 1e-4), std unbiased; 0 for a row alone in its group

@@ -14,20 +14,12 @@ class IterSFT(Algorithm):
     name: Literal["iter_sft"] = "iter_sft"
     updates_per_batch: ClassVar[int | None] = 1
 
-    @property
-    def needs_ref(self) -> bool:
-        return False
-
-    @property
-    def needs_old(self) -> bool:
-        return False
+    needs_ref: ClassVar[bool] = False
+    needs_old: ClassVar[bool] = False
+    without_signal: ClassVar[str] = "the first of equals is taken for the best: SFT on its own samples"
 
     def has_signal(self, batch: Batch) -> bool:
         return bool(advantages(batch.reward_N, batch.group_N, "group").any())
-
-    @property
-    def without_signal(self) -> str:
-        return "the first of equals is taken for the best: SFT on its own samples"
 
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         best_N, _ = best_and_worst(batch.reward_N, batch.group_N)

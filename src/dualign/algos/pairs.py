@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,17 +19,9 @@ class Pairs(Algorithm):
 
     beta: float
 
-    @property
-    def needs_old(self) -> bool:
-        return False
-
-    @property
-    def compares(self) -> bool:
-        return True
-
-    @property
-    def without_signal(self) -> str:
-        return "no pair is left, and no step is made"
+    needs_old: ClassVar[bool] = False
+    compares: ClassVar[bool] = True
+    without_signal: ClassVar[str] = "no pair is left, and no step is made"
 
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         best_N, worst_N = best_and_worst(batch.reward_N, batch.group_N)

@@ -25,16 +25,14 @@ class PPO(Algorithm):
     lam: float = Field(0.95, ge=0, le=1, description="of GAE")
     missing_eos_penalty: float = Field(1.0, ge=0, description="off the reward of a completion that was cut off")
 
+    without_signal: ClassVar[str] = "only its KL to the references and the value model's errors move it"
+
     @property
     def needs_ref(self) -> bool:
         return self.beta > 0
 
     def has_signal(self, batch: Batch) -> bool:
         return super().has_signal(replace(batch, reward_N=self.reward_of(batch)))
-
-    @property
-    def without_signal(self) -> str:
-        return "only its KL to the references and the value model's errors move it"
 
     def reward_of(self, rows: Batch) -> Tensor:
         """The reward, less the penalty of a completion that was cut off. (N,)"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,9 +18,8 @@ class RLOO(Algorithm):
     name: Literal["rloo"] = "rloo"
     beta: float = Field(0.03, ge=0, description="of the KL to π_0")
 
-    @property
-    def compares(self) -> bool:
-        return True
+    compares: ClassVar[bool] = True
+    by_prompt: ClassVar[bool] = True
 
     @property
     def needs_ref(self) -> bool:
@@ -33,10 +32,6 @@ class RLOO(Algorithm):
     @property
     def without_signal(self) -> str:
         return "only its KL to π_0 moves it" if self.beta else "its gradient is 0"
-
-    @property
-    def by_prompt(self) -> bool:
-        return True
 
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         # R = r - β (log π_t - log π_0),  A = R - mean of the others of the group

@@ -15,13 +15,8 @@ class SFT(Algorithm):
     name: Literal["sft"] = "sft"
     source: ClassVar[Literal["online", "pairs", "demonstrations"]] = "demonstrations"
 
-    @property
-    def needs_ref(self) -> bool:
-        return False
-
-    @property
-    def needs_old(self) -> bool:
-        return False
+    needs_ref: ClassVar[bool] = False
+    needs_old: ClassVar[bool] = False
 
     def denominator(self, rows: Batch) -> Tensor:
         return rows.mask_NT.sum().clamp(min=1)

@@ -17,9 +17,7 @@ class SimPO(Pairs):
     beta: float = Field(2.0, gt=0, description="of the mean log-probs in the logistic")
     gamma: float = Field(1.6, ge=0, description="the margin that is asked for")
 
-    @property
-    def needs_ref(self) -> bool:
-        return False
+    needs_ref: ClassVar[bool] = False
 
     def score(self, logp_NT: Tensor, rows: Batch) -> Tensor:
         return rows.seq(logp_NT) / rows.mask_NT.sum(-1).clamp(min=1)

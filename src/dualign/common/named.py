@@ -25,6 +25,13 @@ def is_place(text: str) -> bool:
     )
 
 
+def same_name(old: object, new: object) -> bool:
+    """Whether two texts are places of one name: its file may have moved."""
+    if not (isinstance(old, str) and isinstance(new, str) and is_place(old) and is_place(new)):
+        return False
+    return old.rpartition(":")[2] == new.rpartition(":")[2]
+
+
 def load_named(path: str, what: str) -> Any:
     """What stands at FILE.py:NAME or package.module:NAME. `what`: the key and kind of thing that is looked for, for
     people. Raises UserError naming what is missing, or what importing it raised."""

@@ -17,7 +17,7 @@ from pydantic_core import InitErrorDetails
 from dualign.algos import ALGORITHMS, Algorithm
 from dualign.annotate.settings import RewardConfig
 from dualign.common.errors import UserError
-from dualign.common.named import class_of
+from dualign.common.named import class_of, same_name
 from dualign.common.paths import at_home
 from dualign.common.settings import Settings
 from dualign.common.yaml_text import parse_yaml
@@ -235,7 +235,7 @@ def apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict | list):
             raise UserError(f"override {override!r}: {part} is a value, not a section")
     value = parse_yaml(text, f"override {override!r}")
-    if key == "algo.name" and value != node.get("name"):
+    if key == "algo.name" and value != node.get("name") and not same_name(value, node.get("name")):
         tree["algo"] = {"name": value}
     elif isinstance(node, list):
         node[_position(node, last, override)] = value

@@ -84,10 +84,10 @@ def tokens_of(rows: Sequence[Row]) -> Tokens:
 
 
 def recorded_logp(b: WeightedBatch) -> Tensor:
-    """(N, T) fp32: log π_t of the rows with a label, as the sampler recorded it."""
+    """(N, T) fp32: log π_t of the rows with a label, as the sampler recorded it; 0 where it recorded none."""
     logp_NT = torch.zeros(len(b.tokens), b.tokens.width)
     for i, row in enumerate(row for row in b.rows if row.label.value is not None):
-        logp_NT[i, : len(row.rollout.completion_ids)] = torch.tensor(row.rollout.sampler_logp)
+        logp_NT[i, : len(row.rollout.sampler_logp)] = torch.tensor(row.rollout.sampler_logp)
     return logp_NT
 
 

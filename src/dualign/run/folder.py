@@ -91,7 +91,10 @@ class Run(RunFiles):
     def __repr__(self) -> str:
         if not self.config_file.is_file():
             return f"Run({str(self.folder)!r}: no run here)"
-        config, done = self.config, len(self.metrics())
+        try:
+            config, done = self.config, len(self.metrics())
+        except UserError as error:
+            return f"Run({str(self.folder)!r}: {error})"
         ended = "finished" if self.summary is not None else "not finished"
         return f"Run({str(self.folder)!r}: {config.algo.name}, {done} of {config.train.online_batches} online batches, {ended})"
 

@@ -16,18 +16,17 @@ from dualign.run.batch import PENALTY, WeightedBatch, recorded_logp
 from dualign.run.manifest import Manifest
 
 
-def batch_record(b: WeightedBatch, losses: list[dict[str, float]]) -> dict[str, Any]:
+def batch_record(b: WeightedBatch, losses: list[dict[str, float]], online: bool) -> dict[str, Any]:
     """One line of metrics.jsonl: what was sampled, how it was rewarded and weighted, and how the updates went."""
     batch = b.batch
     lengths = [len(row.rollout.completion_ids) for row in b.rows]
-    sampled = any(row.rollout.sampler_logp for row in b.rows)
     rewarded: dict[str, Any] = {
         "reward": float(batch.reward_N.mean()) if len(batch) else None,
         "reward_std": float(batch.reward_N.std()) if len(batch) > 1 else 0.0,
     }
     record: dict[str, Any] = {
         "step": b.step,
-        **(rewarded if sampled else {}),  # a fixed set has none: its 1 and 0 say which answer was chosen
+        **(rewarded if online else {}),  # a fixed set has none: its 1 and 0 say which answer was chosen
         "length": float(np.mean(lengths)),
         "missing_eos": float(np.mean([row.rollout.finish == "length" for row in b.rows])),
         "distinct": distinct([row.rollout.text for row in b.rows]),
@@ -43,14 +42,26 @@ def batch_record(b: WeightedBatch, losses: list[dict[str, float]]) -> dict[str, 
         labels = [value for value in given if value is not None]
         record[f"{name}/absent"] = 1 - len(labels) / len(given)
         record[f"{name}/mean"] = float(np.mean(labels)) if labels else None
-    if sampled and (gap := b.gap) is not None:
+    if online and (gap := b.gap) is not None:
         record["kl"] = gap
-    if batch.logp_old_NT is not None and sampled:
+    if online and (nats := entropy(b)) is not None:
+        record["entropy"] = nats
+    if batch.logp_old_NT is not None and any(row.rollout.sampler_logp for row in b.rows):
         gap_N = ((batch.logp_old_NT - recorded_logp(b)) * batch.mask_NT).sum(-1)
         record["sampler_gap"] = float(gap_N.abs().mean())  # 0 where log π_t is what was recorded
     for name in dict.fromkeys(name for loss in losses for name in loss):
         record[name] = float(np.mean([loss.get(name, 0.0) for loss in losses]))
     return record
+
+
+def entropy(b: WeightedBatch) -> float | None:
+    """Nats a token: the mean of -log π_t over the tokens that were sampled from π_t, an estimate of its entropy where
+    temperature and top-p are 1. None where log π_t is not known."""
+    logp_NT = b.batch.logp_old_NT
+    if logp_NT is None and any(row.rollout.sampler_logp for row in b.rows):
+        logp_NT = recorded_logp(b)
+    tokens = float(b.batch.mask_NT.sum())
+    return None if logp_NT is None or not tokens else -float((logp_NT * b.batch.mask_NT).double().sum()) / tokens
 
 
 def distinct(completions: Sequence[str]) -> float:

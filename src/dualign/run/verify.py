@@ -169,7 +169,7 @@ def _against(run: Run, step: int, record: dict[str, Any]) -> Iterator[Finding]:
     """A batch's file against its line of metrics."""
     path = run.batch_path(step)
     try:
-        told = json.loads(json.dumps(batch_record(from_table(read_table(path), step), [])))
+        told = json.loads(json.dumps(batch_record(from_table(read_table(path), step), [], "reward" in record)))
     except (UserError, KeyError, ValueError, TypeError) as error:
         yield Finding("damaged", f"{path}: cannot be read as a batch: {error}", AGAIN)
         return

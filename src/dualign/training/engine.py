@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 X = TypeVar("X")
 Sums = dict[str, float]  # of the loss and of numbers worth logging, over the rows of one process
 Rows = Batch | Callable[[Tensor, Tensor], Batch]  # or what makes some of them: row numbers (n,), their log π_θ (n, T)
+MASSES = ("positive_mass", "negative_mass")
 SCORED = 4  # times the tokens of an update's micro-batch are scored at once on a CPU: nothing is kept for backward
 
 
@@ -146,17 +147,19 @@ class Engine:
         self._exchange_gradients()
         sums = self._sum(sums)
         loss = sums.pop("loss") / denominator
+        masses = {name: sums.pop(name) for name in MASSES}
         try:
             norm = self._step(loss)
         except StopRun as stop:
             raise StopRun(
                 f"{stop}; {where}" if (where := self.not_finite(self.policy, tokens)) else str(stop)
             ) from None
-        return {"loss": loss, "grad_norm": norm, "lr": lr} | {k: v / len(rows) for k, v in sums.items()}
+        return {"loss": loss, "grad_norm": norm, "lr": lr} | masses | {k: v / len(rows) for k, v in sums.items()}
 
     def left_out(self) -> dict[str, float]:
         """What is logged of an update without a step."""
-        return {"loss": 0.0, "grad_norm": 0.0, "lr": float(self.optimizer.param_groups[0]["lr"]), "skipped": 1.0}
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        return {"loss": 0.0, "grad_norm": 0.0, "lr": lr, **dict.fromkeys(MASSES, 0.0), "skipped": 1.0}
 
     def _gradients(self, algo: Algorithm, tokens: Tokens, rows: Sequence[int], batch: Rows, denominator: float) -> Sums:
         """Adds up the gradient of the loss of `rows`, a micro-batch at a time; returns sums over this process's rows."""
@@ -185,9 +188,11 @@ class Engine:
             logp_NT = self.policy(micro)
             rows = _to(batch(micro.rows, logp_NT.detach().cpu()), self.device)
         value_NT = self.critic(micro) if self.critic else None
+        logp_NT.retain_grad()
         loss, stats = algo.loss(logp_NT, rows, value_NT)
         (loss * scale).backward()
-        return {"loss": loss.detach().double()} | {k: v.detach().double().sum() for k, v in stats.items()}
+        sums = {k: v.detach().double().sum() for k, v in stats.items()}
+        return sums | {"loss": loss.detach().double()} | _masses(logp_NT)
 
     def _exchange_gradients(self) -> None:
         """The sum over processes, in fp32. A process that had no rows contributes zeros."""
@@ -314,6 +319,12 @@ def _has_dropout(model: Any) -> bool:
     settings = model.config.get_text_config().to_dict()
     rates += [v for name, v in settings.items() if ("drop" in name or "jitter" in name) and isinstance(v, float | int)]
     return any(rate > 0 for rate in rates)
+
+
+def _masses(logp_NT: Tensor) -> dict[str, Tensor]:
+    """How much of the loss's gradient with respect to log π_θ makes tokens more likely, and how much less."""
+    grad_NT = torch.zeros(()) if logp_NT.grad is None else logp_NT.grad.double()
+    return dict(zip(MASSES, (grad_NT.clamp(max=0).sum().neg(), grad_NT.clamp(min=0).sum()), strict=True))
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -47,7 +47,10 @@ def _name(algo: Algorithm) -> str:
     kind = type(algo)
     if ALGORITHMS.get(algo.name) is kind:
         return algo.name
-    file = inspect.getsourcefile(kind)
+    try:
+        file = inspect.getsourcefile(kind)
+    except (TypeError, OSError):  # of a notebook, or of no module
+        file = None
     if file is None or "." in kind.__qualname__:
         raise UserError(f"algo: {kind.__qualname__} must stand at the top of a file, so that a resume finds it again")
     return f"{Path(file).resolve()}:{kind.__name__}"

@@ -10,7 +10,7 @@ from typing import Any
 from dualign import config as configs
 from dualign.annotate.function import name_of
 from dualign.common.errors import UserError
-from dualign.common.named import is_place
+from dualign.common.named import is_place, same_name
 from dualign.config import Config
 from dualign.models.tokenizer import Tokenizer
 from dualign.run import digests
@@ -46,8 +46,6 @@ ALLOWED = (  # none of these changes a number that is already in the folder
 )
 
 PLACES = (  # these may where the same is found in another place
-    "algo.name",
-    "rollout.engine",
     "model.name",
     "model.reference",
     "model.chat_template",
@@ -70,7 +68,7 @@ def resumed_config(folder: Path, overrides: Iterable[str]) -> Config:
 
 def check_changes(run: Run, config: Config) -> None:
     """Raises UserError, by name, for a key of `config` that may not differ from the run's own."""
-    stored = configs.load(run.config_file)
+    stored = _stored(run, config)
     for key in configs.differences(stored, config):
         generic = ".".join("*" if part.isdigit() else part for part in key.split("."))
         if generic not in ALLOWED and key != "run.dir" and not (generic in PLACES and _moved(run, config, key)):
@@ -84,13 +82,23 @@ def check_changes(run: Run, config: Config) -> None:
             )
 
 
+def _stored(run: Run, config: Config) -> Config:
+    """The run's own configuration. Code of the user's own is loaded from where `config` has it, if that is elsewhere:
+    whether it is the same, its digest says."""
+    tree, path = configs.read(run.config_file)
+    for section, key, now in (("algo", "name", config.algo.name), ("rollout", "engine", config.rollout.engine)):
+        held = tree.get(section)
+        if isinstance(held, dict) and same_name(held.get(key), now):
+            held[key] = now
+    return configs.build(tree, str(path))
+
+
 def _moved(run: Run, config: Config, key: str) -> bool:
     """Whether `key` names another place of what the run was made from. (In a file of code, the same name.)"""
     old, new = configs.differences(configs.load(run.config_file), config)[key]
     then: Digests = (run.about.get("inputs") or {}).get(key) or {}
     now = digests.of_run(config).get(key) or {}
-    same_name = not is_place(str(old)) or str(old).rpartition(":")[2] == str(new).rpartition(":")[2]
-    return bool(then and now) and same_name and digests.changed(then, now) is None
+    return bool(then and now) and (not is_place(str(old)) or same_name(old, new)) and digests.changed(then, now) is None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,89 @@
+"""What stands in examples/, used as its first lines say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from command import dualign as command
+from dualign import Run
+from runs_common import reward_file, tree, write_prompts
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path):
+    """A recipe of two online batches with a reward, in a file."""
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}, online_batches=2)
+    config["reward"] = [reward_file()]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def refuses(said, *words):
+    assert said.code == 2 and "Traceback" not in said.text
+    assert all(word in said.text for word in words), said.text
+
+
+def copied(name, tmp_path):
+    return Path(shutil.copy(EXAMPLES / name, tmp_path / f"own_{name}"))
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in EXAMPLES.glob("*.py")))
+def test_an_example_is_short(name):
+    assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) <= 40
+
+
+def test_a_system_of_ones_own(recipe, tmp_path):
+    file = copied("system.py", tmp_path)
+    named = f"algo.name={file}:LinearlyWeighted"
+    assert command("train", recipe, "--dry-run", named, "algo.scale=0.5").code == 0
+    said = command("keys", f"{file}:LinearlyWeighted")
+    assert said.code == 0 and "scale" in said.out and "epochs" in said.out
+    refuses(command("train", recipe, named, "algo.scael=0.5"), "algo.scael: no such key; did you mean algo.scale?")
+    refuses(command("train", recipe, f"algo.name={file}:Lineary"), "algo.name", "did you mean 'LinearlyWeighted'")
+    assert command("train", recipe, named, "algo.scale=0.5").code == 0
+    run = Run.open(tmp_path / "run")
+    batch = run.batch(0).batch
+    for group in batch.group_N.unique():
+        rows = batch.group_N == group
+        reward = batch.reward_N[rows]
+        assert batch["weight"][rows].tolist() == pytest.approx(
+            (1 + 0.5 * (reward - reward.mean())).clamp(min=0).tolist()
+        )
+    assert command("verify", run.folder).code == command("report", run.folder).code == 0
+    # where its file has moved, the run goes on with it; where it has changed, not
+    moved = Path(shutil.move(file, tmp_path / "moved.py"))
+    more = "train.online_batches=3"
+    assert command("resume", run.folder, more, f"algo.name={moved}:LinearlyWeighted").code == 0
+    moved.write_text(moved.read_text().replace("min=0", "min=0.1"))
+    refuses(command("resume", run.folder, "train.online_batches=4"), "algo.name: moved.py", "has changed")
+    assert command("verify", run.folder).code == 1
+
+
+def test_a_sampler_of_ones_own(recipe, tmp_path):
+    texts = {f"p{i}": [f"{vowel * 3} {i}" for vowel in "aeiy"] for i in range(12)}
+    file = tmp_path / "completions.jsonl"
+    file.write_text("".join(json.dumps({"id": id, "completions": said}) + "\n" for id, said in texts.items()))
+    own = copied("sampler.py", tmp_path)
+    engine = [f"rollout.engine={own}:Replay", f"rollout.options.file={file}"]
+    assert "the completions, by prompt id" in command("keys", f"{own}:Replay").out
+    assert command("train", recipe, "--dry-run", *engine).code == 0
+    refuses(
+        command("train", recipe, *engine, "rollout.options.flie=x"), "rollout.options.flie", "rollout.options.file?"
+    )
+    refuses(command("train", recipe, *engine, "rollout.log_probs=recorded"), "rollout.log_probs")
+    assert command("train", recipe, *engine).code == 0
+    run = Run.open(tmp_path / "run")
+    for row in run.batch(1).rows:
+        assert row.rollout.text == texts[row.rollout.prompt.id][row.rollout.index % 4]
+    assert run.metrics()[1]["reward"] is not None and "sampler_gap" not in run.metrics()[1]
+    assert command("verify", run.folder).code == 0
+    own.write_text(own.read_text() + "# changed\n")
+    refuses(command("resume", run.folder, "train.online_batches=3"), "rollout.engine: own_sampler.py", "has changed")
