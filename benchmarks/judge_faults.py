@@ -2,7 +2,7 @@
 
     python benchmarks/judge_faults.py [--labels 2000] [--faults 0.3] [--kills 10]
 
-A process labels `--labels` completions with a judge that fails in nine ways (tests/fault_server.py), once undisturbed
+A process labels `--labels` completions with a judge that fails in nine ways (tests/support/fault_server.py), once undisturbed
 and once killed at `--kills` random moments and started again. Every label is checked against the truth that the server
 computes from the text. Absent labels (refusals and cut-off replies, which are injected too) must each have a reason.
 `kept_and_bought_again` counts successes that were in the cache when the process was killed and were bought again;
@@ -23,14 +23,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+
+from fault_server import FaultServer, key_of
 
 from dualign.annotate.base import Item
 from dualign.annotate.cache import Cache
 from dualign.annotate.judge import JudgeAnnotator, windowed
 from dualign.annotate.settings import JudgeReward
 from dualign.common.types import Prompt
-from fault_server import FaultServer, key_of
 
 CONCURRENCY = 32
 

@@ -25,7 +25,7 @@ from dualign.models.settings import ModelConfig
 from dualign.rollout.base import Request, Sampling
 from dualign.rollout.hf.sampler import HFSampler
 
-SERVER = Path(__file__).resolve().parents[1] / "tests" / "fault_server.py"
+SERVER = Path(__file__).resolve().parents[1] / "tests" / "support" / "fault_server.py"
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from dualign.common.types import Prompt
 from dualign.eval.judges import judge_pairs, open_judge
 from dualign.eval.outputs import Answer, Outputs
 
-SERVER = Path(__file__).resolve().parents[1] / "tests" / "fault_server.py"
+SERVER = Path(__file__).resolve().parents[1] / "tests" / "support" / "fault_server.py"
 CONCURRENCY, LATENCY = 64, 0.05
 
 

@@ -12,12 +12,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from runs_common import metrics, tree, vowels, write_prompts
 
 import dualign
 from conftest import save_tiny
-from runs_common import metrics, tree, vowels, write_prompts
 
-STORED = json.loads(Path(__file__).with_name("loss_curve.json").read_text())
+STORED = json.loads(Path(__file__).parent.joinpath("support", "loss_curve.json").read_text())
 
 
 def curve(system: str, model: Path, folder: Path) -> list[dict[str, float]]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fault_server import FaultServer
+from runs_common import tree, vowels, write_prompts
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -20,11 +22,9 @@ from dualign.eval.judges import judge_pairs, open_judge
 from dualign.eval.outputs import Generation, Outputs, generate, grouped, points, read
 from dualign.eval.winrate import measure
 from dualign.models.settings import ModelConfig
-from fault_server import FaultServer
-from runs_common import tree, vowels, write_prompts
 
 LENGTH = f"{Path(__file__)}:by_length"
-VOWELS = f"{Path(__file__).parents[1] / 'runs_common.py'}:vowels"
+VOWELS = f"{Path(__file__).parents[1] / 'support' / 'runs_common.py'}:vowels"
 
 
 def by_length(completions, **columns):

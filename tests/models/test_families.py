@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import families
 import pytest
 import transformers
-
-import families
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -27,5 +26,5 @@ def test_no_family_is_wrong_and_the_page_says_what_is_found():
     page = PAGE.read_text(encoding="utf-8")
     if f"transformers {transformers.__version__}:" in page:
         assert page == families.markdown(found["fp32"]), (
-            "make it anew: python tests/families.py --markdown > docs/models.md"
+            "make it anew: python tests/support/families.py --markdown > docs/models.md"
         )

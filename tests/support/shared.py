@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SHARED = Path(os.environ.get("DUALIGN_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
+SHARED = Path(os.environ.get("DUALIGN_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
 
 
 def shared(relative: str) -> Path:

@@ -4,7 +4,7 @@ True answers are a function of the judged text alone, so a test can say of every
 a text that holds `quality-N` is worth N; the first of two is better when its N is larger; anything else is worth
 1 + sha256(user message) mod 10. `GET /stats` tells what was asked, bought and how much ran at once.
 
-    python tests/fault_server.py --faults 0.3 --latency 0.05     # prints its base URL, then serves
+    python tests/support/fault_server.py --faults 0.3 --latency 0.05     # prints its base URL, then serves
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every causal family of the installed transformers, as a tiny model with random weights, and what dualign makes of it.
 
-`python tests/families.py [NAME ...]` says a line of each; with `--markdown` it prints docs/models.md.
+`python tests/support/families.py [NAME ...]` says a line of each; with `--markdown` it prints docs/models.md.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from tiny import make_tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from conftest import make_tokenizer
 from dualign.common.errors import UserError
 from dualign.common.types import Prompt
 from dualign.models.adapters import with_lora
@@ -268,7 +268,7 @@ def sweep(names: list[str], precision: str) -> dict[str, dict[str, str]]:
 INTRODUCTION = """# Models
 
 What dualign makes of the causal families of transformers {version}: tiny models with random weights, one of each family
-that builds from a configuration, in fp32. `python tests/families.py --markdown` makes this page. The slow tests hold it,
+that builds from a configuration, in fp32. `python tests/support/families.py --markdown` makes this page. The slow tests hold it,
 and try the families in bf16, too.
 
 - **decode**: how completions are sampled, found out on loading by comparing a few short texts with plain forward passes,
