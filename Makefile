@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv quickstart test test-slow check format bench bench-gpu profile clean
+.PHONY: help venv quickstart test test-fast test-slow check format bench bench-gpu profile clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,12 @@ quickstart: $(STAMP)  ## align a 135M model by DAR and read its answers before a
 test: $(STAMP)  ## run the test suite
 	$(BIN)/python -m dualign.assets
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow" --durations 8
+
+FAST := tests/algos tests/test_batch.py tests/test_no_signal.py tests/test_optim.py tests/test_loss_curve.py \
+	tests/test_engine.py tests/test_python.py tests/test_docs.py
+
+test-fast: $(STAMP)  ## the mathematics and the loop on tiny models, in under a minute
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(FAST)
 
 test-slow: $(STAMP)  ## every small recipe for two steps on the embedded model
 	$(BIN)/python -m dualign.assets

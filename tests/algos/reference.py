@@ -5,6 +5,7 @@ Nothing here is shared with `dualign.algos`. A "case" and its expectations have 
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -216,3 +217,8 @@ def expectations(case: Case) -> dict[str, Expected]:
         "rwr": ref.rwr(),
         "awr": ref.awr(),
     }
+
+
+if __name__ == "__main__":  # python tests/algos/reference.py > tests/support/golden.json
+    made = make_case(1)
+    print(json.dumps({"case": made, "expect": expectations(made)}))
