@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv quickstart test test-fast test-slow check format bench bench-gpu profile clean
+.PHONY: help venv quickstart test test-fast test-slow check audit format bench bench-gpu profile clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,11 +36,13 @@ test-slow: $(STAMP)  ## every small recipe for two steps on the embedded model
 	$(BIN)/python -m dualign.assets
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
-check: $(STAMP)  ## lint, types, dependency audit
+check: $(STAMP)  ## lint, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pip-audit --skip-editable --progress-spinner off || echo "pip-audit: see above (needs the network)"
+
+audit: $(STAMP)  ## known faults of the installed packages (needs the network)
+	$(BIN)/pip-audit --skip-editable --progress-spinner off
 
 format: $(STAMP)  ## format the code
 	$(BIN)/ruff check --fix .

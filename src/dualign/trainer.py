@@ -1,7 +1,7 @@
 """Algorithm 1, top to bottom: prompts -> rollouts -> labels -> weighted batch -> updates -> new sampler weights.
 
 Everything random is a function of the run's seed and the online batch's number, and the weighted batch is a file before
-the first optimizer step that uses it: a killed run goes on by replaying files, with the same numbers to the last bit.
+the first optimizer step that uses it: a killed run resumes by replaying files, with the same numbers to the last bit.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def train(
         if processes.main and isinstance(error, RewardError | AbsentError):
             run.note(mending=True)
         if processes.main and not resume and not isinstance(error, StopRun):
-            run.abandon()  # where nothing was sampled, the mended command may use the folder
+            run.abandon()  # where nothing was sampled, the corrected command may use the folder
         raise
     finally:
         if annotator is not None:
@@ -123,7 +123,7 @@ def train(
 def _open(
     run: Run, config: Config, functions: Sequence[RewardFunction], sampler: str | None, changes: Changes | None
 ) -> None:
-    """Begins a run, or opens one that goes on, with these `changes`."""
+    """Begins a run, or opens one that is resumed, with these `changes`."""
     if changes is None:
         run.create(dump(config), [name_of(f) for f in functions], digests.of_run(config, functions))
         if sampler:
@@ -281,7 +281,7 @@ class Trainer:
         self.run.write_text("summary.json", json.dumps(summary, indent=1))
         self.view.finish(summary, self.run)
 
-    # --- stopping and going on ---
+    # --- stopping and resuming ---
 
     def _checkpoint_steps(self) -> set[int]:
         total, count = self.config.train.online_batches, self.config.run.checkpoints
@@ -298,15 +298,15 @@ class Trainer:
         self.processes.barrier()
 
     def _restore(self) -> tuple[int, int, list[dict[str, float]]]:
-        """The batch to go on with, how many of its updates are done, and their losses."""
+        """The batch to resume with, how many of its updates are done, and their losses."""
         found = self.run.resumable()
         if found:
-            self.run.check(found, f"Delete {found} and resume: training goes on from the stored batches")
+            self.run.check(found, f"Delete {found} and resume: training resumes from the stored batches")
         progress: dict[str, Any] = (
             self.engine.restore(found) if found else {"step": 0, "update": 0, "labels": 0, "losses": []}
         )
         if found:
-            self.view.say(f"going on from {found}: {progress['step']} online batches done")
+            self.view.say(f"resuming from {found}: {progress['step']} online batches done")
         check_tokens(self.run, self.source, self.engine.tokenizer)
         if progress["step"] > self.config.train.online_batches:
             raise UserError(

@@ -30,7 +30,7 @@ def compare(
     report_only: ReportOnly = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Run systems side by side over seeds, and report: table, curves, figures. Called again, it goes on."""
+    """Run systems side by side over seeds, and report: table, curves, figures. Called again, it resumes."""
     _run(grid, base, out, jobs, report_only, dry_run, needs="systems")
 
 

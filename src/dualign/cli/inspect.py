@@ -28,7 +28,7 @@ def verify(run: RunFolder) -> None:
 
     findings = check(run)
     for finding in findings:
-        print(f"{finding.kind}: {finding.text}\n  {finding.mend}")
+        print(f"{finding.kind}: {finding.text}\n  {finding.remedy}")
     if any(finding.kind != "unfinished" for finding in findings):
         raise typer.Exit(1)
     print(f"{run}: every file is what was written" + ("; the run is not finished" if findings else ""))

@@ -43,7 +43,7 @@ def judge(
     prompt_column: PromptColumn = "prompt",
     more: More = None,
 ) -> None:
-    """Label a file with an LLM judge. Run it again to go on: what was bought is in the cache."""
+    """Label a file with an LLM judge. Run it again to continue: what was bought is in the cache."""
     from dualign.cli.labelled import load_responses, write_rows
     from dualign.data.settings import DataConfig
 

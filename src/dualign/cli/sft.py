@@ -60,7 +60,7 @@ def _batches(config: Config, epochs: float) -> int:
 
 
 def make(config: Config) -> Path:
-    """Trains, or goes on where the same run was cut off, and returns DIR/model: a link to the last checkpoint, which
+    """Trains, or resumes the same run where it was cut off, and returns DIR/model: a link to the last checkpoint, which
     opens with from_pretrained and can be the next run's model.name."""
     from dualign.trainer import train
 

@@ -33,7 +33,7 @@ def durable(path: Path, write: Callable[[Path], Any], commit: Callable[[Path], N
             remove(aside)
         raise UserError(
             f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}. What was written before is kept; "
-            "make room (or mend the folder's permissions) and resume"
+            "make room (or fix the folder's permissions) and resume"
         ) from None
 
 

@@ -10,13 +10,13 @@ UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u206
 
 
 class UserError(Exception):
-    """Something the user can mend: says what is wrong, where (file, key, row) and what to do. Exit code 2."""
+    """Something the user can fix: says what is wrong, where (file, key, row) and what to do. Exit code 2."""
 
     exit_code = 2
 
 
 class RewardError(UserError):
-    """A Python reward that raised, or returned no numbers. It may be mended before the run goes on."""
+    """A Python reward that raised, or returned no numbers. It may be fixed before the run is resumed."""
 
 
 class StopRun(Exception):
@@ -26,7 +26,7 @@ class StopRun(Exception):
 
 
 class AbsentError(StopRun):
-    """Too few labels. What gives them may be mended before the run goes on."""
+    """Too few labels. What gives them may be fixed before the run is resumed."""
 
 
 def out_of_memory(error: BaseException) -> bool:

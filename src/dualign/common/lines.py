@@ -77,5 +77,5 @@ class Appender:
 def _unwritable(path: Path, error: OSError) -> UserError:
     return UserError(
         f"{path}: cannot be written: {error.strerror or error}. What was written before is kept; "
-        "make room (or mend the folder's permissions) and resume"
+        "make room (or fix the folder's permissions) and resume"
     )

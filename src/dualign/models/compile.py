@@ -46,7 +46,7 @@ def can_compile() -> bool:
             x = torch.ones(8, device="cuda", requires_grad=True)
             torch.compile(lambda x: (x.exp() * 2).sum())(x).backward()
     except Exception as error:  # compilers fail in many ways, and nothing depends on them
-        log.warning("going on without compiled kernels: %s", str(error).strip().splitlines()[0])
+        log.warning("continuing without compiled kernels: %s", str(error).strip().splitlines()[0])
         return False
     return True
 
@@ -80,7 +80,7 @@ def _compiled(kind: Any) -> Any:
             except torch._dynamo.exc.TorchDynamoException as error:
                 if out_of_memory(error):
                     raise
-                log.warning("going on without compiled layers: %s", str(error).strip().splitlines()[0])
+                log.warning("continuing without compiled layers: %s", str(error).strip().splitlines()[0])
                 works = False  # what a step has done by now, its column of the cache, is done again to the same end
         return plain(self, *args, **kwargs)
 

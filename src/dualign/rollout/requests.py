@@ -68,12 +68,12 @@ def requests_of(
             return False
         if len(ids) + new_tokens > context:
             left = context - new_tokens
-            mend = (
+            remedy = (
                 f"set data.max_prompt_tokens={left} to leave such prompts out" if left > 0 else "ask for fewer new ones"
             )
             raise UserError(
                 f"prompt {prompts[i].id}: its {len(ids)} tokens and {new_tokens} new ones exceed the model's "
-                f"context of {context}; {mend}"
+                f"context of {context}; {remedy}"
             )
         return True
 

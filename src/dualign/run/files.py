@@ -51,7 +51,7 @@ class RunFiles:
         folder = self.folder
         if self.config_file.exists():
             raise UserError(
-                f"run.dir: {folder} already holds a run; go on with it by `dualign resume {folder}`, "
+                f"run.dir: {folder} already holds a run; resume it by `dualign resume {folder}`, "
                 "or choose another folder (run.dir=...)"
             )
         if folder.exists() and not (folder.is_dir() and self._is_stillborn()):
@@ -74,7 +74,7 @@ class RunFiles:
     @property
     def about(self) -> dict[str, Any]:
         """How the run was begun: when, versions, the code's digest, the Python functions that were given as rewards,
-        digests of its inputs; and what was mended since."""
+        digests of its inputs; and what was fixed since."""
         try:
             found = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):  # it holds nothing that training needs
@@ -184,12 +184,12 @@ class RunFiles:
             else:
                 path.unlink(missing_ok=True)
 
-    def check(self, path: Path, mend: str) -> None:
+    def check(self, path: Path, remedy: str) -> None:
         """Raises UserError, with what can be done, if a file is not what was written."""
         parts = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
         for part in parts:
             if self.manifest.check(part) == "changed":
-                raise UserError(f"{part}: damaged: it is not what was written (by its sha256). {mend}")
+                raise UserError(f"{part}: damaged: it is not what was written (by its sha256). {remedy}")
 
     def write_text(self, name: str, text: str) -> None:
         self._put(self.folder / name, lambda aside: aside.write_text(text, encoding="utf-8"))

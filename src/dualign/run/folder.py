@@ -178,13 +178,13 @@ class Run(RunFiles):
         return sorted(found, key=lambda p: [int(part) for part in p.name.split("+")])
 
     def slim(self, weights: bool) -> None:
-        """Drops the training state of a finished run that will not go on, and without `weights` every checkpoint."""
+        """Drops the training state of a finished run that will not be resumed, and without `weights` every checkpoint."""
         saved = self.saved()
         state = [p for folder in saved for name in STATE_FILES if (p := folder / name).exists()]
         self._drop(state if weights else [*saved, *([self.base] if self.base.exists() else [])])
 
     def resumable(self) -> Path | None:
-        """The newest checkpoint that training can go on from."""
+        """The newest checkpoint that training can resume from."""
         whole = [p for p in self.saved() if (p / STATE_FILES[0]).exists()]
         return whole[-1] if whole else None
 

@@ -24,11 +24,11 @@ REPLAY = "Delete it and checkpoints/* and resume: the stored batches are replaye
 @dataclass(frozen=True)
 class Finding:
     """`damaged`: a file is not what was written. `changed`: what the run was made from is not what it was.
-    `unfinished`: what a stop or a kill leaves; resume goes on from it."""
+    `unfinished`: what a stop or a kill leaves; resume continues from it."""
 
     kind: Literal["damaged", "changed", "unfinished"]
     text: str
-    mend: str = "`dualign resume` goes on from here"
+    remedy: str = "`dualign resume` continues from here"
 
 
 def verify(folder: Path) -> list[Finding]:
@@ -37,8 +37,8 @@ def verify(folder: Path) -> list[Finding]:
     try:
         _ = run.manifest
     except UserError as error:
-        mend = "Delete that line, and verify again: files without a record will be named"
-        return [Finding("damaged", str(error), mend)]
+        remedy = "Delete that line, and verify again: files without a record will be named"
+        return [Finding("damaged", str(error), remedy)]
     if not run.manifest.files:
         return [Finding("damaged", f"{run.manifest.path}: missing", "Nothing can be checked without it")]
     found = [*_recorded(run), *_present(run)]
@@ -57,8 +57,8 @@ def _inputs(run: Run) -> Iterator[Finding]:
         return
     for key, now in digests.of_run(config, near=True).items():
         if words := digests.changed(then.get(key) or {}, now):
-            mend = "The run was made with what was there before: put it back to resume it, or to compare it with π_0"
-            yield Finding("changed", f"{key}: {words}", mend)
+            remedy = "The run was made with what was there before: put it back to resume it, or to compare it with π_0"
+            yield Finding("changed", f"{key}: {words}", remedy)
 
 
 def _recorded(run: Run) -> Iterator[Finding]:
@@ -73,11 +73,11 @@ def _recorded(run: Run) -> Iterator[Finding]:
         if state == "missing" and name in run.manifest.last:
             yield Finding("unfinished", f"{path}: was about to be written")
         elif state == "missing":
-            yield Finding("damaged", f"{path}: missing", _mend(run, path))
+            yield Finding("damaged", f"{path}: missing", _remedy(run, path))
         elif state == "changed" and path == run.metrics_file:
             yield _metrics_end(run, known.sha256)
         elif state == "changed":
-            yield Finding("damaged", f"{path}: not what was written (its sha256 differs)", _mend(run, path))
+            yield Finding("damaged", f"{path}: not what was written (its sha256 differs)", _remedy(run, path))
 
 
 def _metrics_end(run: Run, hashes: list[str]) -> Finding:
@@ -87,10 +87,10 @@ def _metrics_end(run: Run, hashes: list[str]) -> Finding:
     return Finding("damaged", f"{run.metrics_file}: not what was written (its sha256 differs)", REPLAY)
 
 
-def _mend(run: Run, path: Path) -> str:
+def _remedy(run: Run, path: Path) -> str:
     if run.checkpoints in path.parents:
         checkpoint = run.checkpoints / path.relative_to(run.checkpoints).parts[0]
-        return f"Delete {checkpoint} and resume: training goes on from an earlier state by the stored batches"
+        return f"Delete {checkpoint} and resume: training resumes from an earlier state by the stored batches"
     if run.base in path.parents:
         return f"Delete {run.base} and resume: it is written again with the next checkpoint"
     if path == run.config_file:

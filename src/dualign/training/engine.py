@@ -261,7 +261,7 @@ class Engine:
             if self.micro_batch_tokens < 32:
                 raise StopRun("out of memory, even for one prompt at a time; resume on a machine with more of it")
             self.micro_batch_tokens //= 2
-            log.warning("out of memory: going on with %d tokens in a micro-batch", self.micro_batch_tokens)
+            log.warning("out of memory: continuing with %d tokens in a micro-batch", self.micro_batch_tokens)
 
     def begin_update(self, step: int, update: int) -> None:
         """Makes an update's learning rate, and what is random in it (dropout), functions of its place in the run."""

@@ -33,7 +33,7 @@ class Evaluations:
         if self.config.data.eval is None or (self.labeller is None and self.config.algo.source == "online"):
             return []
         if self.run.batch_path(0).exists() and not self.run.ever_evaluated:
-            self.view.say("note: the run began without evaluations and goes on without")
+            self.view.say("note: the run began without evaluations and continues without")
             return []
         self._check_first()
         return load_heldout(self.config, self.engine, self.view.say, self.labeller is not None)

@@ -103,14 +103,14 @@ def _moved(run: Run, config: Config, key: str) -> bool:
 
 @dataclass(frozen=True)
 class Changes:
-    """What a resume finds changed and may go on with: rewards that were to be mended, by their keys in `inputs`."""
+    """What a resume finds changed and may continue with: rewards that were to be fixed, by their keys in `inputs`."""
 
     mended: tuple[str, ...] = ()
     inputs: dict[str, Digests] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # for people
 
     def record(self, run: Run) -> None:
-        """In run.json: from here on the mended rewards are the run's own, and no others may take their place."""
+        """In run.json: from here on the fixed rewards are the run's own, and no others may take their place."""
         about = run.about
         if self.mended:
             batches = len(run.steps())
@@ -127,7 +127,7 @@ def told(mended: Mapping[str, Any]) -> str:
 def check_same_run(
     folder: Path, config: Config, functions: Sequence[Callable[..., Any]], sampler: Any = None
 ) -> Changes:
-    """What has changed since the run in `folder` began, as far as it can go on. Raises UserError where it cannot, by
+    """What has changed since the run in `folder` began, as far as it can be resumed. Raises UserError where it cannot, by
     `config` and with these rewards and this sampler from Python: another reward, sampler, model or data than before
     would make a run of two kinds."""
     run = Run.open(folder)
@@ -154,7 +154,7 @@ def sampler_name(sampler: Any) -> str | None:
 
 
 def check_inputs(run: Run, now: dict[str, Digests]) -> Changes:
-    """The same of what the run is made from. A reward may have changed where it stopped the run to be mended."""
+    """The same of what the run is made from. A reward may have changed where it stopped the run to be fixed."""
     then = run.about.get("inputs")
     if not isinstance(then, dict):
         note = "note: this run does not say what it was made from: nobody can tell whether its model, data or rewards changed"
@@ -167,7 +167,7 @@ def check_inputs(run: Run, now: dict[str, Digests]) -> Changes:
             "what was there before: put that back and resume, or begin a new run"
         )
     notes = tuple(
-        f"note: {key}: {words}; it was to be mended, and the run goes on with it" for key, words in found.items()
+        f"note: {key}: {words}; it was to be fixed, and the run continues with it" for key, words in found.items()
     )
     return Changes(tuple(found), {key: now[key] for key in found}, notes)
 

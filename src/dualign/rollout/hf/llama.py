@@ -1,4 +1,4 @@
-"""A step of decoding spelled out for decoders built like Llama's, on a CPU.
+"""A hand-written step of decoding for decoders built like Llama's, on a CPU.
 
 With a few dozen rows a step's products take as long as memory needs for their weights, and the dozens of small
 operations around them as long again. Here q, k and v are one product, gate and up another, queries and keys are rotated

@@ -29,7 +29,7 @@ from dualign.rollout.hf.llama import LlamaStep, like_llama
 from dualign.rollout.hf.trial import LENGTHS, Decoding, NoTokenizer, prompt_of, try_out
 
 PREFILL = 8192  # tokens of prompts computed at a time
-ROUNDING = 0.03  # how far a step that is spelled out may be from the model, relatively: bf16 puts it at some 0.01
+ROUNDING = 0.03  # how far a hand-written step may be from the model, relatively: bf16 puts it at some 0.01
 COMPACT = 0.875  # drop finished rows from the cache once fewer than this share is alive
 HALF = 0.5  # the same on a GPU, where another number of rows needs another graph
 LOOK = 8  # steps between two looks at a GPU's tokens, which wait for it
@@ -50,8 +50,8 @@ class HFSampler:
         self.policy, self.tokenizer, self.rows = policy, tokenizer, rows
         self.decoding = decoding or decoding_of(policy)
         self.head: Product | None = None
-        self.spelled: LlamaStep | None = None
-        self.agrees: bool | None = None  # whether a spelled-out step says what the model says, once tried
+        self.hand_written: LlamaStep | None = None
+        self.agrees: bool | None = None  # whether the hand-written step says what the model says, once tried
         named = inspect.signature(policy.base.forward).parameters  # transformers 5.23 renamed it
         self.cache_name = "cache" if "cache" in named else "past_key_values"
         self.cuda = policy.device.type == "cuda"
@@ -101,16 +101,16 @@ class HFSampler:
 
     @contextmanager
     def _prepared(self, rows: int) -> Iterator[None]:
-        """On a CPU bf16 weights are laid out once for all steps: those of a step that is spelled out, where the model
+        """On a CPU bf16 weights are laid out once for all steps: those of a hand-written step, where the model
         allows it, or else of each linear layer."""
-        self.spelled = self._spelled_out(rows)
+        self.hand_written = self._hand_written_step(rows)
         try:
-            with nullcontext() if self.spelled else laid_out_linears(self.policy.base, rows):
+            with nullcontext() if self.hand_written else laid_out_linears(self.policy.base, rows):
                 yield
         finally:
-            self.spelled = None
+            self.hand_written = None
 
-    def _spelled_out(self, rows: int) -> LlamaStep | None:
+    def _hand_written_step(self, rows: int) -> LlamaStep | None:
         """The step with weights as they are now; None where the model, when it was tried, said something else."""
         if self.agrees is False or self.head is None or not self.sdpa or len(self.kinds) > 1:
             return None
@@ -178,7 +178,7 @@ class HFSampler:
     def _step(self, d: InFlight, s: Sampling) -> None:
         """The next token of every row. All that changes is changed in place, by tensors that say where, so that it can
         be a graph."""
-        logits_NV = self._logits(*self._newest(d), d.cache, self.spelled)
+        logits_NV = self._logits(*self._newest(d), d.cache, self.hand_written)
         self._choose(logits_NV, d, s, d.step.add_(1))
         d.position_N += 1
         d.columns.at += 1
