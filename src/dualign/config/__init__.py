@@ -15,9 +15,9 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_va
 from pydantic_core import InitErrorDetails
 
 from dualign.algos import ALGORITHMS, Algorithm
-from dualign.annotate.settings import RewardConfig
+from dualign.annotate.settings import RewardConfig, RewardSettings, settings_class
 from dualign.common.errors import UserError
-from dualign.common.named import class_of, same_name
+from dualign.common.named import class_of, is_place, same_name
 from dualign.common.paths import at_home
 from dualign.common.settings import Settings
 from dualign.common.yaml_text import parse_yaml
@@ -28,6 +28,10 @@ from dualign.models.settings import ModelConfig
 from dualign.rollout.settings import ENGINES, RolloutConfig, SamplerSettings
 
 DEFAULT = "dar"
+COMPARES = (
+    "data.eval: an AI preference compares the completions of one prompt with each other, so its mean on held-out "
+    "prompts never changes; set data.eval: null, and hold checkpoints against π_0 with `dualign eval winrate`"
+)
 
 
 class Config(Settings):
@@ -60,11 +64,8 @@ class Config(Settings):
         if t.update_size > t.online_batch:
             raise ValueError(f"train.update_size: {t.update_size} is more than train.online_batch ({t.online_batch})")
         algo.check(k)
-        if self.data.eval is not None and any(reward.type == "preference" for reward in self.reward):
-            raise ValueError(
-                "data.eval: an AI preference compares the completions of one prompt with each other, so its mean on held-out "
-                "prompts never changes; set data.eval: null, and hold checkpoints against π_0 with `dualign eval winrate`"
-            )
+        if self.data.eval is not None and any(reward.compares for reward in self.reward):
+            raise ValueError(COMPARES)
         return self
 
     @property
@@ -125,7 +126,7 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
     given = list(overrides)
     tree = overridden(written, given)
     try:
-        return build(tree, str(path))
+        return build(tree, str(path), stored=(path.parent / "run.json").is_file())
     except UserError as error:  # what an override said is not the file's fault
         keys = [override.partition("=")[0] for override in given]
         lines = [_whose(line, str(path), keys, written) for line in str(error).splitlines()]
@@ -208,11 +209,12 @@ def default_system(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "algo": {"name": DEFAULT, **algo}} if isinstance(algo, dict) else tree
 
 
-def build(tree: dict[str, Any], where: str = "config") -> Config:
-    """A checked Config from a plain tree. Raises UserError with one line per fault."""
+def build(tree: dict[str, Any], where: str = "config", stored: bool = False) -> Config:
+    """A checked Config from a plain tree. Raises UserError with one line per fault. One that is `stored` in a run's
+    folder can be read without the reward's code of one's own that it names."""
     tree = with_new_names(default_system(one_reward(tree)))
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree, context={"stored": stored})
     except ValidationError as error:
         lines = [_explain(tree, item) for item in error.errors()]
         raise UserError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
@@ -252,12 +254,12 @@ def _position(items: list[Any], part: str, override: str) -> int:
 def _explain(tree: Any, item: Any) -> str:
     # pydantic puts the tag of a discriminated union into the path; people did not write it
     path: list[str] = []
-    node = tree
+    node = section = tree
     for part in item["loc"]:
         if (isinstance(node, dict) and part in node) or (
             isinstance(node, list) and isinstance(part, int) and part < len(node)
         ):
-            node = node[part]
+            section, node = node, node[part]
         elif isinstance(node, dict) and part in (node.get("name"), node.get("type")):
             continue
         path.append(str(part))
@@ -267,9 +269,11 @@ def _explain(tree: Any, item: Any) -> str:
         known = _known(path[:-1], tree)
         near = difflib.get_close_matches(path[-1], known, 1, 0.6)
         hint = f"; did you mean {'.'.join(path[:-1] + near)}?" if near else ""
-        if path[0] == "algo" and not near:
-            hint = f"; {tree['algo']['name']} has {', '.join(k for k in known if k != 'name')}"
-        return f"{key}: no such key{hint}"
+        tag = {"algo": "name", "reward": "type"}.get(path[0], "")
+        owner = section.get(tag)
+        if owner and not near:
+            hint = f"; {owner} has {', '.join(k for k in known if k != tag)}"
+        return f"{key}: no such key{f' of {owner}' if is_place(str(owner)) else ''}{hint}"
     if kind == "missing":
         return f"{key}: missing"
     if kind == "union_tag_invalid":
@@ -309,6 +313,8 @@ def _model_of(annotation: Any, tree: Any) -> Any:
     """The pydantic model that an annotation stands for, choosing within unions by the tree's tag."""
     if get_origin(annotation) is list:
         return get_args(annotation)[0]
+    if annotation is RewardSettings:
+        return settings_class(tree["type"])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         tags = [f.annotation for f in annotation.model_fields.values() if get_origin(f.annotation) is Literal]
         # a list and not a set: people can write anything for a tag, also what cannot be hashed

@@ -7,20 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dualign import data
-from dualign.annotate.settings import (
-    ClassifierReward,
-    FunctionReward,
-    HeadReward,
-    JudgeReward,
-    PreferenceReward,
-    RewardConfig,
-)
+from dualign.annotate import Reward
+from dualign.annotate.settings import REWARDS, RewardSettings
 from dualign.common.digests import Digests, changed, imported, of_code, of_file
 from dualign.common.errors import UserError
 from dualign.common.named import is_place
@@ -29,14 +22,10 @@ from dualign.models.digests import of_model
 from dualign.models.settings import ModelConfig
 
 __all__ = ["Digests", "changed", "of_data", "of_file", "of_model", "of_models", "of_reward", "of_rewards", "of_run"]
-ASKING = {  # settings of a reward that say how it is asked, and change no label
-    "api_key_env", "base_url", "cache", "concurrency", "max_calls", "max_dollars", "max_tokens_total", "name",
-    "price_completion", "price_prompt", "requests_per_minute", "retries", "timeout", "tokens_per_minute",
-}  # fmt: skip
 
 
-def of_run(config: Config, functions: Sequence[Callable[..., Any]] = (), near: bool = False) -> dict[str, Digests]:
-    """Everything that a run reads, by the key that names it. `functions`: the rewards given as Python functions;
+def of_run(config: Config, given: Sequence[Reward] = (), near: bool = False) -> dict[str, Digests]:
+    """Everything that a run reads, by the key that names it. `given`: the rewards given in Python;
     `near`: without data sets by name, which a hub might be asked for."""
     d, m = config.data, config.model
     found = of_models(m) | {"data.train": of_data(d.train, d.subset, d.split, near)}
@@ -47,7 +36,7 @@ def of_run(config: Config, functions: Sequence[Callable[..., Any]] = (), near: b
             found[key] = of_code(place)
     if d.eval:
         found["data.eval"] = of_data(d.eval, d.subset, d.eval_split, near)
-    return found | of_rewards(config.reward, functions)
+    return found | of_rewards(config.reward, given)
 
 
 def of_models(m: ModelConfig) -> dict[str, Digests]:
@@ -58,31 +47,39 @@ def of_models(m: ModelConfig) -> dict[str, Digests]:
     return found
 
 
-def of_rewards(rewards: Sequence[RewardConfig], functions: Sequence[Callable[..., Any]] = ()) -> dict[str, Digests]:
+def of_rewards(rewards: Sequence[RewardSettings], given: Sequence[Reward] = ()) -> dict[str, Digests]:
     """What a run's rewards read, likewise."""
     from dualign.annotate.function import name_of
-    from dualign.common.code_digest import modules_of, of_function
 
-    found = {}
-    for i, reward in enumerate(rewards):
-        key, files = _files_of(reward)
-        if key:
-            found[f"reward.{i}.{key}"] = files
-    for i, function in enumerate(functions):
-        code = of_function(function)
-        made_of = {"its code": code} | imported(modules_of(function)) if code else {}
-        found[f"reward function {i} ({name_of(function)})"] = made_of
+    found = {f"reward.{i}.{key}": files for i, reward in enumerate(rewards) for key, files in reward.made_of().items()}
+    for i, reward in enumerate(given):
+        if isinstance(reward, RewardSettings):
+            found[f"reward {i} ({name_of(reward)})"] = _of_settings(reward)
+        else:
+            what = "reward function" if callable(reward) else "reward"
+            found[f"{what} {i} ({name_of(reward)})"] = _of_function(reward)
     return found
 
 
-def of_reward(settings: RewardConfig) -> str:
+def _of_settings(given: RewardSettings) -> Digests:
+    told = json.dumps(given.decides(), sort_keys=True)
+    own = {} if type(given) in REWARDS.values() else _of_function(type(given).build)
+    files = {name: sha256 for each in given.made_of().values() for name, sha256 in each.items()}
+    return {"its settings": hashlib.sha256(told.encode()).hexdigest()} | own | files
+
+
+def _of_function(function: Any) -> Digests:
+    from dualign.common.code_digest import modules_of, of_function
+
+    code = of_function(function)
+    return {"its code": code} | imported(modules_of(function)) if code else {}
+
+
+def of_reward(settings: RewardSettings) -> str:
     """One digest of what decides a reward's labels: its settings, and the function, head, weights or rubric that they
     name, whatever these are called. (Not of a server's model: its name must do.)"""
-    key, files = _files_of(settings)
-    told = settings.model_dump(mode="json", exclude={*ASKING, key} if key else ASKING)
-    if isinstance(settings, FunctionReward):
-        told["function"] = settings.path.rpartition(":")[2]
-    text = json.dumps([told, sorted(files.values())], sort_keys=True)
+    files = [sha256 for each in settings.made_of().values() for sha256 in each.values()]
+    text = json.dumps([settings.decides(), sorted(files)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -111,25 +108,3 @@ def _of_rows(source: str, subset: str | None, split: str) -> Digests:
             found.update(f"{column} {batch.schema.field(column).type}\0".encode())
             found.update(json.dumps(batch[column].to_pylist(), default=repr).encode())
     return {"rows": found.hexdigest()}
-
-
-def _files_of(reward: RewardConfig) -> tuple[str, Digests]:
-    """The key of a reward that names what it is made of, and that; "" where none does."""
-    from dualign.annotate import rubric
-
-    match reward:
-        case FunctionReward():
-            return "path", of_code(reward.path)
-        case HeadReward():
-            from dualign.annotate.head import file_of
-
-            try:
-                return "path", of_file(file_of(reward.path))
-            except UserError:
-                return "path", {}
-        case ClassifierReward():
-            return "model", of_model(reward.model, reward.revision)
-        case JudgeReward() | PreferenceReward():
-            shipped = resources.files("dualign.annotate") / "rubrics" / f"{reward.rubric}.yaml"
-            return "rubric", of_file(str(shipped) if reward.rubric in rubric.BUILT_IN else reward.rubric)
-    return "", {}
