@@ -4,7 +4,6 @@ here: what a method needs is imported when it is called, so that an API judge do
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -12,22 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializeAsAny,
     ValidationError,
     ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import InitErrorDetails
 
 from dualign.common.digests import Digests, of_code, of_file
 from dualign.common.errors import UserError
-from dualign.common.named import is_place, load_named
-from dualign.common.paths import at_home
+from dualign.common.named import class_of, is_place
 from dualign.common.settings import Settings
 
 if TYPE_CHECKING:
@@ -327,27 +324,20 @@ class StaleReward(RewardSettings):
     model_config = ConfigDict(extra="allow")
 
     def build(self, run_dir: Path | None = None) -> Annotator:
-        settings_class(self.type)  # raises where it cannot be had
+        try:
+            settings_class(self.type)
+        except ValueError as error:
+            raise UserError(f"reward {self.type}: {error}") from None
         raise UserError(f"reward {self.type}: it does not take the settings that the run has: put it back as it was")
 
 
-def settings_class(kind: str) -> type[RewardSettings]:
-    """The settings of a `type`. Raises UserError for what is none."""
-    if kind in REWARDS:
-        return REWARDS[kind]
-    if not is_place(kind):
-        near = difflib.get_close_matches(kind, REWARDS, 1, 0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"no {kind!r}{hint} (one of {', '.join(REWARDS)}, or FILE.py:NAME)")
-    found = load_named(at_home(kind), "class")
-    if isinstance(found, type) and issubclass(found, RewardSettings):
-        return found
-    if callable(found) and not isinstance(found, type):
-        raise UserError(f"{kind} is a function: write {{type: function, path: {kind}}}")
-    raise UserError(f"{kind} is no reward's settings: it must be a subclass of dualign.annotate.RewardSettings")
+def settings_class(kind: Any) -> type[RewardSettings]:
+    """The settings of a `type`. Raises ValueError for what is none."""
+    function = f"; a function is written {{type: function, path: {kind}}}"
+    return class_of(str(kind), REWARDS, RewardSettings, hint=function)
 
 
-def _of_its_type(tree: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> RewardSettings:
+def _of_its_type(tree: Any, info: ValidationInfo) -> RewardSettings:
     """Settings by the class of their `type`. With {"stored": True} as context, what cannot be had is a StaleReward."""
     if isinstance(tree, RewardSettings):
         if REWARDS.get(tree.type) is not type(tree) and not is_place(tree.type):
@@ -356,21 +346,17 @@ def _of_its_type(tree: Any, handler: ValidatorFunctionWrapHandler, info: Validat
     if not isinstance(tree, Mapping):
         raise ValueError(f"expected a mapping with a type ({', '.join(REWARDS)}, or FILE.py:NAME), not {tree!r}")
     kind = tree.get("type")
-    if kind is None:
-        raise _fault("missing", tree)
     try:
-        return settings_class(str(kind)).model_validate({**tree, "type": at_home(str(kind))})
-    except (UserError, ValidationError) as error:
+        if kind is None:
+            raise ValueError("missing")
+        return settings_class(kind).model_validate(tree)
+    except ValueError as error:  # a ValidationError is one, too
         if is_place(str(kind)) and (info.context or {}).get("stored"):
             return StaleReward.model_validate(tree)
-        if isinstance(error, UserError):
-            raise _fault(PydanticCustomError("value_error", str(error)), tree) from None
-        raise
+        if isinstance(error, ValidationError):
+            raise
+        fault = InitErrorDetails(type="value_error", loc=("type",), input=kind, ctx={"error": error})
+        raise ValidationError.from_exception_data("reward", [fault]) from None
 
 
-def _fault(kind: str | PydanticCustomError, tree: Any) -> ValidationError:
-    """Of the key `type`."""
-    return ValidationError.from_exception_data("reward", [{"type": kind, "loc": ("type",), "input": tree}])
-
-
-RewardConfig = Annotated[SerializeAsAny[RewardSettings], WrapValidator(_of_its_type)]
+RewardConfig = Annotated[SerializeAsAny[RewardSettings], BeforeValidator(_of_its_type)]

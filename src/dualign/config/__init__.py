@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import Any, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
@@ -28,10 +28,6 @@ from dualign.models.settings import ModelConfig
 from dualign.rollout.settings import ENGINES, RolloutConfig, SamplerSettings
 
 DEFAULT = "dar"
-COMPARES = (
-    "data.eval: an AI preference compares the completions of one prompt with each other, so its mean on held-out "
-    "prompts never changes; set data.eval: null, and hold checkpoints against π_0 with `dualign eval winrate`"
-)
 
 
 class Config(Settings):
@@ -65,7 +61,10 @@ class Config(Settings):
             raise ValueError(f"train.update_size: {t.update_size} is more than train.online_batch ({t.online_batch})")
         algo.check(k)
         if self.data.eval is not None and any(reward.compares for reward in self.reward):
-            raise ValueError(COMPARES)
+            raise ValueError(
+                "data.eval: an AI preference compares the completions of one prompt with each other, so its mean on held-out "
+                "prompts never changes; set data.eval: null, and hold checkpoints against π_0 with `dualign eval winrate`"
+            )
         return self
 
     @property
@@ -252,7 +251,6 @@ def _position(items: list[Any], part: str, override: str) -> int:
 
 
 def _explain(tree: Any, item: Any) -> str:
-    # pydantic puts the tag of a discriminated union into the path; people did not write it
     path: list[str] = []
     node = section = tree
     for part in item["loc"]:
@@ -260,8 +258,6 @@ def _explain(tree: Any, item: Any) -> str:
             isinstance(node, list) and isinstance(part, int) and part < len(node)
         ):
             section, node = node, node[part]
-        elif isinstance(node, dict) and part in (node.get("name"), node.get("type")):
-            continue
         path.append(str(part))
     key = ".".join(path)
     kind, message = item["type"], item["msg"]
@@ -273,21 +269,10 @@ def _explain(tree: Any, item: Any) -> str:
         owner = section.get(tag)
         if owner and not near:
             hint = f"; {owner} has {', '.join(k for k in known if k != tag)}"
-        return f"{key}: no such key{f' of {owner}' if is_place(str(owner)) else ''}{hint}"
+        of = f" ({owner})" if near and is_place(str(owner)) else ""
+        return f"{key}: no such key{hint}{of}"
     if kind == "missing":
         return f"{key}: missing"
-    if kind == "union_tag_invalid":
-        field = "name" if key == "algo" else "type"
-        given = item["input"].get(field) if isinstance(item["input"], dict) else item["input"]
-        choices = [c.strip(" '") for c in item["ctx"]["expected_tags"].split(",")]
-        near = difflib.get_close_matches(str(given), choices, 1, 0.4)
-        return (
-            f"{key}.{field}: no {given!r}"
-            + (f"; did you mean {near[0]}?" if near else "")
-            + f" (one of {', '.join(choices)})"
-        )
-    if kind == "union_tag_not_found":
-        return f"{key}.{'name' if key == 'algo' else 'type'}: missing"
     if kind == "value_error":
         return (f"{key}: " if key else "") + message.removeprefix("Value error, ")
     return f"{key}: {message[0].lower()}{message[1:]}, not {item['input']!r}"
@@ -310,19 +295,13 @@ def _known(path: list[str], tree: Any) -> list[str]:
 
 
 def _model_of(annotation: Any, tree: Any) -> Any:
-    """The pydantic model that an annotation stands for, choosing within unions by the tree's tag."""
+    """The pydantic model that an annotation stands for, of a reward that of its type."""
     if get_origin(annotation) is list:
         return get_args(annotation)[0]
     if annotation is RewardSettings:
         return settings_class(tree["type"])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        tags = [f.annotation for f in annotation.model_fields.values() if get_origin(f.annotation) is Literal]
-        # a list and not a set: people can write anything for a tag, also what cannot be hashed
-        given = (
-            [tag for key in ("name", "type") if (tag := tree.get(key)) is not None] if isinstance(tree, dict) else []
-        )
-        known = get_args(tags[0]) if tags else ()
-        return annotation if not tags or not given or any(tag in known for tag in given) else None
+        return annotation
     return next((found for option in get_args(annotation) if (found := _model_of(option, tree))), None)
 
 

@@ -9,11 +9,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dualign import data
 from dualign.annotate import Reward
-from dualign.annotate.settings import REWARDS, RewardSettings
+from dualign.annotate.settings import RewardSettings
 from dualign.common.digests import Digests, changed, imported, of_code, of_file
 from dualign.common.errors import UserError
 from dualign.common.named import is_place
@@ -50,29 +49,14 @@ def of_models(m: ModelConfig) -> dict[str, Digests]:
 def of_rewards(rewards: Sequence[RewardSettings], given: Sequence[Reward] = ()) -> dict[str, Digests]:
     """What a run's rewards read, likewise."""
     from dualign.annotate.function import name_of
+    from dualign.common.code_digest import modules_of, of_function
 
     found = {f"reward.{i}.{key}": files for i, reward in enumerate(rewards) for key, files in reward.made_of().items()}
     for i, reward in enumerate(given):
-        if isinstance(reward, RewardSettings):
-            found[f"reward {i} ({name_of(reward)})"] = _of_settings(reward)
-        else:
-            what = "reward function" if callable(reward) else "reward"
-            found[f"{what} {i} ({name_of(reward)})"] = _of_function(reward)
+        what = "reward function" if callable(reward) else "reward"
+        code = of_function(reward)
+        found[f"{what} {i} ({name_of(reward)})"] = {"its code": code} | imported(modules_of(reward)) if code else {}
     return found
-
-
-def _of_settings(given: RewardSettings) -> Digests:
-    told = json.dumps(given.decides(), sort_keys=True)
-    own = {} if type(given) in REWARDS.values() else _of_function(type(given).build)
-    files = {name: sha256 for each in given.made_of().values() for name, sha256 in each.items()}
-    return {"its settings": hashlib.sha256(told.encode()).hexdigest()} | own | files
-
-
-def _of_function(function: Any) -> Digests:
-    from dualign.common.code_digest import modules_of, of_function
-
-    code = of_function(function)
-    return {"its code": code} | imported(modules_of(function)) if code else {}
 
 
 def of_reward(settings: RewardSettings) -> str:
