@@ -12,7 +12,7 @@ from dualign.annotate.combined import CombinedAnnotator, Term
 from dualign.annotate.remembered import Memory, Remembered
 from dualign.annotate.settings import REWARDS, RewardSettings
 from dualign.annotate.together import Together
-from dualign.common.errors import FOREIGN, UserError
+from dualign.common.errors import StopRun, UserError
 from dualign.common.processes import Processes
 from dualign.common.types import Label
 
@@ -87,7 +87,9 @@ def _built(settings: RewardSettings, run_dir: Path | None, what: str) -> Any:
 
     try:
         return settings.build(run_dir)
-    except (*FOREIGN, OSError, ImportError, NotImplementedError) as error:  # code of one's own may raise anything
+    except (UserError, StopRun):
+        raise
+    except Exception as error:  # code of one's own may raise anything
         raise UserError(f"{what}(run_dir) raised {type(error).__name__}: {error}{place_of(error)}") from error
 
 
