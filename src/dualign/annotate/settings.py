@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from dualign.annotate.base import Annotator
 
 PROMPT = 600  # tokens that a judge reads, assumed where nothing is sampled yet
+SPENT = "spent.sqlite"  # a run's account of what it bought
 
 
 class RewardSettings(Settings):
@@ -45,9 +45,9 @@ class RewardSettings(Settings):
     weight: float = Field(1.0, description="its factor in the sum of rewards")
     clip: list[float] | None = Field(
         None,
-        description="[low, high]: its value is held within these before it is weighted",
         min_length=2,
         max_length=2,
+        description="[low, high]: its value is held within these before it is weighted",
     )
     where: dict[str, str | int | bool] = Field(
         default_factory=dict,
@@ -214,24 +214,17 @@ class Endpoint(RewardSettings):
 
     def dollars(self, labels: int) -> float:
         """Replies at their ceiling."""
-        prompt, completion = PROMPT * self.price_prompt, self._reply_tokens() * self.price_completion
-        return self._calls(labels) * (prompt + completion) / 1e6
+        calls, reply_tokens = self._asked(labels)
+        return calls * (PROMPT * self.price_prompt + reply_tokens * self.price_completion) / 1e6
 
     def describe(self, labels: int) -> str:
         dollars = self.dollars(labels)
-        about = f"about {dollars:.2f} dollars for {self._calls(labels)} calls (assuming {PROMPT} prompt tokens each)"
+        about = f"about {dollars:.2f} dollars for {self._asked(labels)[0]} calls (assuming {PROMPT} prompt tokens each)"
         return super().describe(labels) + (f", at most {about}" if dollars else "")
 
-    def _calls(self, labels: int) -> int:
-        return labels
-
-    def _reply_tokens(self) -> int:
-        return 0
-
-    @staticmethod
-    def _ledger(run_dir: Path | None) -> Path | None:
-        """Where what is spent is counted."""
-        return run_dir / "spent.sqlite" if run_dir else None
+    def _asked(self, labels: int) -> tuple[int, int]:
+        """Calls, and the longest reply's tokens."""
+        return labels, 0
 
 
 class ServedReward(Endpoint):
@@ -243,7 +236,7 @@ class ServedReward(Endpoint):
     def build(self, run_dir: Path | None = None) -> Annotator:
         from dualign.annotate.served import ServedAnnotator
 
-        return ServedAnnotator(self, ledger=self._ledger(run_dir))
+        return ServedAnnotator(self, ledger=run_dir and run_dir / SPENT)
 
 
 class JudgeSampling(Endpoint):
@@ -257,11 +250,8 @@ class JudgeSampling(Endpoint):
             raise ValueError("samples > 1 at temperature 0 would buy the same reply again: set temperature above 0")
         return self
 
-    def _calls(self, labels: int) -> int:
-        return labels * self.samples
-
-    def _reply_tokens(self) -> int:
-        return self.max_tokens
+    def _asked(self, labels: int) -> tuple[int, int]:
+        return labels * self.samples, self.max_tokens
 
 
 class RubricReward(JudgeSampling):
@@ -276,10 +266,9 @@ class RubricReward(JudgeSampling):
         load(self.rubric)
 
     def made_of(self) -> dict[str, Digests]:
-        from dualign.annotate.rubric import BUILT_IN
+        from dualign.annotate.rubric import file_of
 
-        shipped = resources.files("dualign.annotate") / "rubrics" / f"{self.rubric}.yaml"
-        return super().made_of() | {"rubric": of_file(str(shipped) if self.rubric in BUILT_IN else self.rubric)}
+        return super().made_of() | {"rubric": of_file(file_of(self.rubric))}
 
 
 class JudgeReward(RubricReward):
@@ -291,7 +280,7 @@ class JudgeReward(RubricReward):
     def build(self, run_dir: Path | None = None) -> Annotator:
         from dualign.annotate.judge import JudgeAnnotator
 
-        return JudgeAnnotator(self, ledger=self._ledger(run_dir))
+        return JudgeAnnotator(self, ledger=run_dir and run_dir / SPENT)
 
 
 class PreferenceReward(RubricReward):
@@ -304,7 +293,7 @@ class PreferenceReward(RubricReward):
     def build(self, run_dir: Path | None = None) -> Annotator:
         from dualign.annotate.preference import PreferenceAnnotator
 
-        return PreferenceAnnotator(self, ledger=self._ledger(run_dir))
+        return PreferenceAnnotator(self, ledger=run_dir and run_dir / SPENT)
 
 
 REWARDS: dict[str, type[RewardSettings]] = {
@@ -324,15 +313,16 @@ class StaleReward(RewardSettings):
     model_config = ConfigDict(extra="allow")
 
     def build(self, run_dir: Path | None = None) -> Annotator:
-        try:
-            settings_class(self.type)
-        except ValueError as error:
-            raise UserError(f"reward {self.type}: {error}") from None
-        raise UserError(f"reward {self.type}: it does not take the settings that the run has: put it back as it was")
+        raise UserError(
+            f"reward {self.type}: its code is not there, or does not take the settings that the run has: put it back as it "
+            "was, or name its new place: dualign resume RUN reward.N.type=FILE.py:NAME"
+        )
 
 
 def settings_class(kind: Any) -> type[RewardSettings]:
     """The settings of a `type`. Raises ValueError for what is none."""
+    if kind is None:
+        raise ValueError("missing")
     function = f"; a function is written {{type: function, path: {kind}}}"
     return class_of(str(kind), REWARDS, RewardSettings, hint=function)
 
@@ -347,8 +337,6 @@ def _of_its_type(tree: Any, info: ValidationInfo) -> RewardSettings:
         raise ValueError(f"expected a mapping with a type ({', '.join(REWARDS)}, or FILE.py:NAME), not {tree!r}")
     kind = tree.get("type")
     try:
-        if kind is None:
-            raise ValueError("missing")
         return settings_class(kind).model_validate(tree)
     except ValueError as error:  # a ValidationError is one, too
         if is_place(str(kind)) and (info.context or {}).get("stored"):
