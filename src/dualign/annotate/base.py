@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from dualign.common.types import Label, Prompt, Rollout
 
@@ -35,9 +35,11 @@ class Session(Protocol):
     def close(self) -> dict[int, Label]: ...
 
 
+@runtime_checkable
 class Annotator(Protocol):
     """Opens one session per online batch. Raises UserError for what the user must mend (a reward function that
-    raises or returns the wrong length), StopRun for what ends the run cleanly (a spent budget, a dead judge)."""
+    raises or returns the wrong length), StopRun for what ends the run cleanly (a spent budget, a dead judge). One whose
+    labels depend on the rest of the batch says `whole_batch = True`: several processes then ask once, for all."""
 
     name: str
 

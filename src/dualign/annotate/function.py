@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from dualign.annotate.base import BatchSession, Item, Session
+from dualign.annotate.settings import RewardSettings
 from dualign.common.errors import RewardError, UserError
 from dualign.common.named import load_named
 from dualign.common.types import Label
@@ -26,14 +27,17 @@ from dualign.common.types import Label
 RewardFunction = Callable[..., Any]
 
 
-def name_of(function: RewardFunction) -> str:
-    """What a function is called in logs and in a run's folder."""
-    return str(getattr(function, "__name__", type(function).__name__))
+def name_of(reward: Any) -> str:
+    """What a reward that is given in Python is called in logs and in a run's folder."""
+    named = getattr(reward, "__name__" if callable(reward) else "name", None)
+    return str(named or type(reward).__name__)
 
 
 class FunctionAnnotator:
     """Labels a batch by one call of `function`. With a `timeout` (seconds) a late batch is absent; its call, if it is
     not async, cannot be killed and goes on in the background."""
+
+    whole_batch = True  # several processes ask once, for the completions of all
 
     def __init__(self, function: RewardFunction, name: str | None = None, timeout: float | None = None) -> None:
         if not callable(function):
@@ -64,7 +68,7 @@ class FunctionAnnotator:
         except _RaisedError as raised:
             error = raised.error
             raise UserError(
-                f"reward function {self.name} raised {type(error).__name__}: {error}{_place(error)} "
+                f"reward function {self.name} raised {type(error).__name__}: {error}{place_of(error)} "
                 f"(in a batch of {len(items)}; its first row is prompt {items[0].prompt.id!r})"
             ) from error
         values = result.tolist() if hasattr(result, "tolist") else result
@@ -130,10 +134,12 @@ def load_function(path: str) -> RewardFunction:
     function: RewardFunction = load_named(path, "reward function")
     if not callable(function):
         raise UserError(f"reward function {path}: it is no function but a value of type {type(function).__name__}")
+    if isinstance(function, type) and issubclass(function, RewardSettings):
+        raise UserError(f"reward function {path}: it is a reward's settings: write {{type: {path}}}")
     return function
 
 
-def _place(error: BaseException) -> str:
+def place_of(error: BaseException) -> str:
     """Where it was raised, as far as that is not in here."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
     return f", {frames[-1].filename} line {frames[-1].lineno}" if frames else ""

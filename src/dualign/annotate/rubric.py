@@ -79,13 +79,17 @@ def fence(name: str, text: str, digest: str) -> str:
 
 def load(name: str) -> Rubric:
     """A built-in rubric by name, or a YAML file. Raises UserError with file, key and what to do."""
-    if name in BUILT_IN:
-        source = resources.files("dualign.annotate") / "rubrics" / f"{name}.yaml"
-        return parse(source.read_text("utf-8"), f"rubric {name}")
-    path = Path(name)
-    if not path.is_file():
+    file = file_of(name)
+    if not file.is_file():
         raise UserError(f"rubric {name!r}: neither a file nor one of {', '.join(BUILT_IN)}")
-    return parse(path.read_text("utf-8"), str(path))
+    return parse(file.read_text("utf-8"), f"rubric {name}" if name in BUILT_IN else name)
+
+
+def file_of(name: str) -> Path:
+    """The file of a rubric, also of one that ships."""
+    return (
+        Path(str(resources.files("dualign.annotate") / "rubrics" / f"{name}.yaml")) if name in BUILT_IN else Path(name)
+    )
 
 
 def parse(text: str, where: str) -> Rubric:

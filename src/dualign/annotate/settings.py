@@ -1,25 +1,53 @@
-"""How rewards are configured: one strict model per kind of annotator, told apart by `type`. No torch here."""
+"""How rewards are configured: one strict class of settings for each `type`. It builds the annotator, checks what it
+names, tells its price and says what a resume must find unchanged; nobody outside asks which type a reward is. No torch
+here: what a method needs is imported when it is called, so that an API judge does without."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails
 
+from dualign.common.digests import Digests, of_code, of_file
+from dualign.common.errors import UserError
+from dualign.common.named import class_of, is_place
 from dualign.common.settings import Settings
+
+if TYPE_CHECKING:
+    from dualign.annotate.base import Annotator
+
+PROMPT = 600  # tokens that a judge reads, assumed where nothing is sampled yet
+SPENT = "spent.sqlite"  # a run's account of what it bought
 
 
 class RewardSettings(Settings):
-    """What every reward has."""
+    """What every reward has. A type of one's own is a subclass with fields of its own and `build`, named by its place:
+    `type: FILE.py:NAME`. Its fields are strict, and its methods may be overridden like those of the types below."""
 
+    compares: ClassVar[bool] = False  # the completions of a prompt with each other: their mean says nothing
+    ASKING: ClassVar[frozenset[str]] = frozenset()  # settings that change no label: a resume may change them
+
+    type: str = Field("", description="what labels: a type that ships, or FILE.py:NAME")
     name: str | None = Field(None, description="its name in logs and Parquet; default: from the function or model")
     weight: float = Field(1.0, description="its factor in the sum of rewards")
     clip: list[float] | None = Field(
         None,
-        description="[low, high]: its value is held within these before it is weighted",
         min_length=2,
         max_length=2,
+        description="[low, high]: its value is held within these before it is weighted",
     )
     where: dict[str, str | int | bool] = Field(
         default_factory=dict,
@@ -38,29 +66,89 @@ class RewardSettings(Settings):
             raise ValueError(f"[low, high] with low < high, not {clip}")
         return clip
 
+    def build(self, run_dir: Path | None = None) -> Annotator | Callable[..., Any]:
+        """What labels: an annotator, or a function in TRL's convention. `run_dir`: where a run keeps its files; None
+        outside of runs. Raises UserError for what cannot be loaded."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises UserError for what `build` would, as far as that is known without a server and before a run begins
+        (`--dry-run`). Override it where building takes long."""
+        from dualign.annotate import annotator_of
+
+        annotator_of(self).close()
+
+    def dollars(self, labels: int) -> float:
+        """What so many labels cost at most, about."""
+        return 0.0
+
+    def describe(self, labels: int) -> str:
+        """A line of the plan of a run that needs so many labels."""
+        return f"{self.type}, weight {self.weight}"
+
+    def made_of(self) -> dict[str, Digests]:
+        """What its labels come from beside the settings, by the setting that names it. Recorded when a run begins; a
+        resume is refused where it has changed. An override adds to it: `super().made_of() | {"words": of_file(...)}`."""
+        return {"type": of_code(self.type)} if is_place(self.type) else {}
+
+    def decides(self) -> dict[str, Any]:
+        """The settings that decide a label; of what it is made of, no place."""
+        told = self.model_dump(mode="json", exclude={"name", *self.ASKING, *self.made_of()})
+        return told if "type" in told else told | {"class": self.type.rpartition(":")[2]}
+
 
 class FunctionReward(RewardSettings):
     """A Python function `(prompts, completions, **columns) -> list[float | None]`, plain or async."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("path",)
-    type: Literal["function"] = "function"
+    ASKING: ClassVar[frozenset[str]] = frozenset({"timeout"})
+    type: str = "function"
     path: str = Field(description="FILE.py:FUNCTION or package.module:FUNCTION")
     timeout: float | None = Field(None, gt=0, description="seconds; a late answer is absent")
+
+    def build(self, run_dir: Path | None = None) -> Annotator:
+        from dualign.annotate.function import FunctionAnnotator, load_function
+
+        return FunctionAnnotator(load_function(self.path), self.name, self.timeout)
+
+    def made_of(self) -> dict[str, Digests]:
+        return super().made_of() | {"path": of_code(self.path)}
+
+    def decides(self) -> dict[str, Any]:
+        return super().decides() | {"function": self.path.rpartition(":")[2]}
 
 
 class HeadReward(RewardSettings):
     """Frozen MiniLM features with a ridge Bradley-Terry head, made by `dualign reward fit`."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("path",)
-    type: Literal["head"] = "head"
+    type: str = "head"
     path: str = Field("builtin:harmless", description="a head file, or builtin:NAME")
+
+    def build(self, run_dir: Path | None = None) -> Annotator:
+        from dualign.annotate.head import HeadAnnotator
+
+        return HeadAnnotator(self)
+
+    def check(self) -> None:
+        from dualign.annotate.head import load_head
+
+        load_head(self.path)
+
+    def made_of(self) -> dict[str, Digests]:
+        from dualign.annotate.head import file_of
+
+        try:
+            return super().made_of() | {"path": of_file(file_of(self.path))}
+        except UserError:
+            return super().made_of() | {"path": {}}
 
 
 class ClassifierReward(RewardSettings):
     """A Hugging Face sequence classifier with one output, in process."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("model",)
-    type: Literal["classifier"] = "classifier"
+    type: str = "classifier"
     model: str = Field(description="a local folder or a hub name")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; only if you trust it")
@@ -68,11 +156,28 @@ class ClassifierReward(RewardSettings):
     batch_size: int = Field(16, ge=1, description="completions of one forward pass")
     max_tokens: int = Field(4096, ge=8, description="longer inputs are absent, never cut silently")
 
+    def build(self, run_dir: Path | None = None) -> Annotator:
+        from dualign.annotate.reward_model import ClassifierAnnotator
+
+        return ClassifierAnnotator(self)
+
+    def check(self) -> None:
+        """Its weights are looked for when it is built."""
+
+    def made_of(self) -> dict[str, Digests]:
+        from dualign.models.digests import of_model
+
+        return super().made_of() | {"model": of_model(self.model, self.revision)}
+
 
 class Endpoint(RewardSettings):
     """A server, how hard it may be asked, and what it may cost."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("model", "cache")
+    ASKING: ClassVar[frozenset[str]] = frozenset(
+        {"api_key_env", "base_url", "cache", "concurrency", "max_calls", "max_dollars", "max_tokens_total"}
+        | {"price_completion", "price_prompt", "requests_per_minute", "retries", "timeout", "tokens_per_minute"}
+    )
     base_url: str = Field(description="http://HOST:PORT/v1")
     model: str = Field(description="its name on the server")
     api_key_env: str = Field(
@@ -104,12 +209,34 @@ class Endpoint(RewardSettings):
             raise ValueError("holds a password or key; put it into the environment variable that api_key_env names")
         return url
 
+    def check(self) -> None:
+        """Nothing is asked of a server before the run is."""
+
+    def dollars(self, labels: int) -> float:
+        """Replies at their ceiling."""
+        calls, reply_tokens = self._asked(labels)
+        return calls * (PROMPT * self.price_prompt + reply_tokens * self.price_completion) / 1e6
+
+    def describe(self, labels: int) -> str:
+        dollars = self.dollars(labels)
+        about = f"about {dollars:.2f} dollars for {self._asked(labels)[0]} calls (assuming {PROMPT} prompt tokens each)"
+        return super().describe(labels) + (f", at most {about}" if dollars else "")
+
+    def _asked(self, labels: int) -> tuple[int, int]:
+        """Calls, and the longest reply's tokens."""
+        return labels, 0
+
 
 class ServedReward(Endpoint):
     """A reward model behind vLLM's classification or pooling endpoint."""
 
-    type: Literal["served"] = "served"
+    type: str = "served"
     route: Literal["classify", "pooling"] = Field("classify", description="the server's endpoint")
+
+    def build(self, run_dir: Path | None = None) -> Annotator:
+        from dualign.annotate.served import ServedAnnotator
+
+        return ServedAnnotator(self, ledger=run_dir and run_dir / SPENT)
 
 
 class JudgeSampling(Endpoint):
@@ -123,26 +250,101 @@ class JudgeSampling(Endpoint):
             raise ValueError("samples > 1 at temperature 0 would buy the same reply again: set temperature above 0")
         return self
 
+    def _asked(self, labels: int) -> tuple[int, int]:
+        return labels * self.samples, self.max_tokens
 
-class JudgeReward(JudgeSampling):
-    """AI reward: an LLM judge's 1-10 score of one completion."""
+
+class RubricReward(JudgeSampling):
+    """A judge that is asked by a rubric."""
 
     PATHS: ClassVar[tuple[str, ...]] = (*Endpoint.PATHS, "rubric")
-    type: Literal["judge"] = "judge"
     rubric: str = Field(description="summarization, helpfulness, harmlessness, or a YAML file")
+
+    def check(self) -> None:
+        from dualign.annotate.rubric import load
+
+        load(self.rubric)
+
+    def made_of(self) -> dict[str, Digests]:
+        from dualign.annotate.rubric import file_of
+
+        return super().made_of() | {"rubric": of_file(file_of(self.rubric))}
+
+
+class JudgeReward(RubricReward):
+    """AI reward: an LLM judge's 1-10 score of one completion."""
+
+    type: str = "judge"
     expected_score: bool = Field(False, description="expectation over the score's token log-probs, where served")
 
+    def build(self, run_dir: Path | None = None) -> Annotator:
+        from dualign.annotate.judge import JudgeAnnotator
 
-class PreferenceReward(JudgeSampling):
+        return JudgeAnnotator(self, ledger=run_dir and run_dir / SPENT)
+
+
+class PreferenceReward(RubricReward):
     """AI preference: which of two completions is better, asked in both orders. A completion's value is 1 where it
     won, 0 where it lost, 0.5 for a tie; with K > 2 the K completions of a prompt meet as neighbours (1-2, 3-4, ...)."""
 
-    PATHS: ClassVar[tuple[str, ...]] = (*Endpoint.PATHS, "rubric")
-    type: Literal["preference"] = "preference"
-    rubric: str = Field(description="summarization, helpfulness, harmlessness, or a YAML file")
+    compares: ClassVar[bool] = True
+    type: str = "preference"
+
+    def build(self, run_dir: Path | None = None) -> Annotator:
+        from dualign.annotate.preference import PreferenceAnnotator
+
+        return PreferenceAnnotator(self, ledger=run_dir and run_dir / SPENT)
 
 
-RewardConfig = Annotated[
-    FunctionReward | HeadReward | ClassifierReward | ServedReward | JudgeReward | PreferenceReward,
-    Field(discriminator="type"),
-]
+REWARDS: dict[str, type[RewardSettings]] = {
+    "function": FunctionReward,
+    "head": HeadReward,
+    "classifier": ClassifierReward,
+    "served": ServedReward,
+    "judge": JudgeReward,
+    "preference": PreferenceReward,
+}
+
+
+class StaleReward(RewardSettings):
+    """Of a run's folder: a reward of one's own whose code is gone, or takes these settings no more. The folder can be
+    read all the same; nothing can be labelled."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def build(self, run_dir: Path | None = None) -> Annotator:
+        raise UserError(
+            f"reward {self.type}: its code is not there, or does not take the settings that the run has: put it back as it "
+            "was, or name its new place: dualign resume RUN reward.N.type=FILE.py:NAME"
+        )
+
+
+def settings_class(kind: Any) -> type[RewardSettings]:
+    """The settings of a `type`. Raises ValueError for what is none."""
+    if kind is None:
+        raise ValueError("missing")
+    function = f"; a function is written {{type: function, path: {kind}}}"
+    return class_of(str(kind), REWARDS, RewardSettings, hint=function)
+
+
+def _of_its_type(tree: Any, info: ValidationInfo) -> RewardSettings:
+    """Settings by the class of their `type`. With {"stored": True} as context, what cannot be had is a StaleReward."""
+    if isinstance(tree, RewardSettings):
+        if REWARDS.get(tree.type) is not type(tree) and not is_place(tree.type):
+            raise ValueError(f"{type(tree).__name__} has no place to be found again: give it to train(..., reward=...)")
+        return tree
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"expected a mapping with a type ({', '.join(REWARDS)}, or FILE.py:NAME), not {tree!r}")
+    kind = tree.get("type")
+    try:
+        return settings_class(kind).model_validate(tree)
+    except ValueError as error:  # a ValidationError is one, too
+        if is_place(str(kind)) and (info.context or {}).get("stored"):
+            return StaleReward.model_validate(tree)
+        if isinstance(error, ValidationError):
+            raise
+        fault = InitErrorDetails(type="value_error", loc=("type",), input=kind, ctx={"error": error})
+        raise ValidationError.from_exception_data("reward", [fault]) from None
+
+
+RewardConfig = Annotated[SerializeAsAny[RewardSettings], BeforeValidator(_of_its_type)]

@@ -90,7 +90,9 @@ def recipes() -> None:
 
 
 def keys(
-    sections: Annotated[list[str] | None, typer.Argument(help="train, algo, dar, judge, ...; none: all")] = None,
+    sections: Annotated[
+        list[str] | None, typer.Argument(help="train, algo, dar, judge, ..., FILE.py:NAME; none: all")
+    ] = None,
     markdown: Annotated[bool, typer.Option(help="all of them, as docs/configuration.md has them")] = False,
 ) -> None:
     """Every key of a recipe: what it takes, its default, what it does."""

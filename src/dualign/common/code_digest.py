@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -32,9 +32,9 @@ MUTATORS = {"add", "append", "appendleft", "clear", "discard", "extend", "insert
 MUTATORS |= {"remove", "reverse", "setdefault", "sort", "update"}
 
 
-def of_function(function: Callable[..., Any]) -> str:
-    """PYTHON:SHA256. Digests of different Pythons cannot be compared: each compiles in its own way. Empty where a value
-    that the function holds cannot be looked into."""
+def of_function(function: Any) -> str:
+    """PYTHON:SHA256, of any object that does the labelling. Digests of different Pythons cannot be compared: each
+    compiles in its own way. Empty where a value that it holds cannot be looked into."""
     version = f"{sys.implementation.name}{sys.version_info.major}.{sys.version_info.minor}"
     try:
         return f"{version}:{_described(function)[0]}"
@@ -42,7 +42,7 @@ def of_function(function: Callable[..., Any]) -> str:
         return ""
 
 
-def modules_of(function: Callable[..., Any]) -> dict[str, Path]:
+def modules_of(function: Any) -> dict[str, Path]:
     """The files of the user's own modules that the function, or code that it names, refers to as modules, with what
     these import."""
     try:
@@ -51,7 +51,7 @@ def modules_of(function: Callable[..., Any]) -> dict[str, Path]:
         return {}
 
 
-def _described(function: Callable[..., Any]) -> tuple[str, list[Path]]:
+def _described(function: Any) -> tuple[str, list[Path]]:
     first = _Description(_State())
     first.of(function, root=True)  # finds what changes, wherever it is named
     second = _Description(first.found)

@@ -74,19 +74,20 @@ def importable(folder: Path) -> None:
         sys.path.append(str(folder))
 
 
-def class_of(name: str, known: Mapping[str, type[X]], kind: type[X]) -> type[X]:
-    """One of ours by its name, or the user's own at FILE.py:NAME, which must be a `kind`. Raises ValueError, for whoever
+def class_of(name: str, known: Mapping[str, type[X]], kind: type[X], hint: str = "") -> type[X]:
+    """One of ours by its name, or the user's own at FILE.py:NAME, which must be a `kind`
+    (`hint`: what to do with what is none). Raises ValueError, for whoever
     checks a configuration."""
     if name in known:
         return known[name]
     if not is_place(name):
         near = difflib.get_close_matches(name, known, 1, 0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"no {name!r}{hint} (one of {', '.join(known)}, or one of your own: FILE.py:NAME)")
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"no {name!r}{meant} (one of {', '.join(known)}, or one of your own: FILE.py:NAME)")
     try:
         found = load_named(name, "its code")
     except UserError as error:
         raise ValueError(str(error)) from None
     if not (isinstance(found, type) and issubclass(found, kind)):
-        raise ValueError(f"{name} is no subclass of {kind.__module__}.{kind.__name__}")
+        raise ValueError(f"{name} is no subclass of {kind.__module__}.{kind.__name__}{hint}")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 HOME = re.compile(r"~[\w.-]*/")  # ~/x, ~somebody/x; a bare ~ is YAML's null
 
@@ -17,3 +18,8 @@ def at_home(text: str) -> str:
 def as_written(text: str | None) -> str | None:
     """A text of a command line that is no path: left as it is."""
     return text
+
+
+def cache_dir() -> Path:
+    """Where what is made or fetched once is kept."""
+    return Path(os.environ.get("DUALIGN_CACHE") or "~/.cache/dualign").expanduser()

@@ -8,16 +8,16 @@ import re
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import Any, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails
 
 from dualign.algos import ALGORITHMS, Algorithm
-from dualign.annotate.settings import RewardConfig
+from dualign.annotate.settings import RewardConfig, RewardSettings, settings_class
 from dualign.common.errors import UserError
-from dualign.common.named import class_of, same_name
+from dualign.common.named import class_of, is_place, same_name
 from dualign.common.paths import at_home
 from dualign.common.settings import Settings
 from dualign.common.yaml_text import parse_yaml
@@ -60,7 +60,7 @@ class Config(Settings):
         if t.update_size > t.online_batch:
             raise ValueError(f"train.update_size: {t.update_size} is more than train.online_batch ({t.online_batch})")
         algo.check(k)
-        if self.data.eval is not None and any(reward.type == "preference" for reward in self.reward):
+        if self.data.eval is not None and any(reward.compares for reward in self.reward):
             raise ValueError(
                 "data.eval: an AI preference compares the completions of one prompt with each other, so its mean on held-out "
                 "prompts never changes; set data.eval: null, and hold checkpoints against π_0 with `dualign eval winrate`"
@@ -125,7 +125,7 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
     given = list(overrides)
     tree = overridden(written, given)
     try:
-        return build(tree, str(path))
+        return build(tree, str(path), stored=(path.parent / "run.json").is_file())
     except UserError as error:  # what an override said is not the file's fault
         keys = [override.partition("=")[0] for override in given]
         lines = [_whose(line, str(path), keys, written) for line in str(error).splitlines()]
@@ -208,11 +208,12 @@ def default_system(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "algo": {"name": DEFAULT, **algo}} if isinstance(algo, dict) else tree
 
 
-def build(tree: dict[str, Any], where: str = "config") -> Config:
-    """A checked Config from a plain tree. Raises UserError with one line per fault."""
+def build(tree: dict[str, Any], where: str = "config", stored: bool = False) -> Config:
+    """A checked Config from a plain tree. Raises UserError with one line per fault. One that is `stored` in a run's
+    folder can be read without the reward's code of one's own that it names."""
     tree = with_new_names(default_system(one_reward(tree)))
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree, context={"stored": stored})
     except ValidationError as error:
         lines = [_explain(tree, item) for item in error.errors()]
         raise UserError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
@@ -250,16 +251,13 @@ def _position(items: list[Any], part: str, override: str) -> int:
 
 
 def _explain(tree: Any, item: Any) -> str:
-    # pydantic puts the tag of a discriminated union into the path; people did not write it
     path: list[str] = []
-    node = tree
+    node = section = tree
     for part in item["loc"]:
         if (isinstance(node, dict) and part in node) or (
             isinstance(node, list) and isinstance(part, int) and part < len(node)
         ):
-            node = node[part]
-        elif isinstance(node, dict) and part in (node.get("name"), node.get("type")):
-            continue
+            section, node = node, node[part]
         path.append(str(part))
     key = ".".join(path)
     kind, message = item["type"], item["msg"]
@@ -267,23 +265,14 @@ def _explain(tree: Any, item: Any) -> str:
         known = _known(path[:-1], tree)
         near = difflib.get_close_matches(path[-1], known, 1, 0.6)
         hint = f"; did you mean {'.'.join(path[:-1] + near)}?" if near else ""
-        if path[0] == "algo" and not near:
-            hint = f"; {tree['algo']['name']} has {', '.join(k for k in known if k != 'name')}"
-        return f"{key}: no such key{hint}"
+        tag = {"algo": "name", "reward": "type"}.get(path[0], "")
+        owner = section.get(tag)
+        if owner and not near:
+            hint = f"; {owner} has {', '.join(k for k in known if k != tag)}"
+        of = f" ({owner})" if near and is_place(str(owner)) else ""
+        return f"{key}: no such key{hint}{of}"
     if kind == "missing":
         return f"{key}: missing"
-    if kind == "union_tag_invalid":
-        field = "name" if key == "algo" else "type"
-        given = item["input"].get(field) if isinstance(item["input"], dict) else item["input"]
-        choices = [c.strip(" '") for c in item["ctx"]["expected_tags"].split(",")]
-        near = difflib.get_close_matches(str(given), choices, 1, 0.4)
-        return (
-            f"{key}.{field}: no {given!r}"
-            + (f"; did you mean {near[0]}?" if near else "")
-            + f" (one of {', '.join(choices)})"
-        )
-    if kind == "union_tag_not_found":
-        return f"{key}.{'name' if key == 'algo' else 'type'}: missing"
     if kind == "value_error":
         return (f"{key}: " if key else "") + message.removeprefix("Value error, ")
     return f"{key}: {message[0].lower()}{message[1:]}, not {item['input']!r}"
@@ -306,17 +295,13 @@ def _known(path: list[str], tree: Any) -> list[str]:
 
 
 def _model_of(annotation: Any, tree: Any) -> Any:
-    """The pydantic model that an annotation stands for, choosing within unions by the tree's tag."""
+    """The pydantic model that an annotation stands for, of a reward that of its type."""
     if get_origin(annotation) is list:
         return get_args(annotation)[0]
+    if annotation is RewardSettings:
+        return settings_class(tree["type"])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        tags = [f.annotation for f in annotation.model_fields.values() if get_origin(f.annotation) is Literal]
-        # a list and not a set: people can write anything for a tag, also what cannot be hashed
-        given = (
-            [tag for key in ("name", "type") if (tag := tree.get(key)) is not None] if isinstance(tree, dict) else []
-        )
-        known = get_args(tags[0]) if tags else ()
-        return annotation if not tags or not given or any(tag in known for tag in given) else None
+        return annotation
     return next((found for option in get_args(annotation) if (found := _model_of(option, tree))), None)
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dualign.algos import ALGORITHMS, Algorithm
-from dualign.annotate.settings import Endpoint, RewardConfig, RewardSettings
+from dualign.annotate.settings import REWARDS, Endpoint, RewardSettings
 from dualign.common.errors import UserError
 from dualign.common.named import is_place, load_named
 from dualign.config import Config
@@ -41,13 +41,11 @@ def sections() -> Iterator[tuple[str, list[Key]]]:
             for system, algorithm in ALGORITHMS.items():
                 yield f"algo, name: {system}", list(_keys(algorithm, {"name"}))
         elif name == "reward":
-            common, served = set(RewardSettings.model_fields), set(Endpoint.model_fields)
-            yield "reward.N, of every type", list(_keys(RewardSettings, set()))
+            common = set(RewardSettings.model_fields)
+            yield "reward.N, of every type", list(_keys(RewardSettings, {"type"}))
             yield "reward.N, of the types served, judge, preference", list(_keys(Endpoint, common))
-            for reward in _members(get_args(RewardConfig)[0]):
-                (kind,) = get_args(reward.model_fields["type"].annotation)
-                inherited = served if issubclass(reward, Endpoint) else common
-                yield f"reward.N, type: {kind}", list(_keys(reward, inherited | {"type"}))
+            for kind, reward in REWARDS.items():
+                yield f"reward.N, type: {kind}", list(_keys(reward, _shared(reward)))
         elif name == "rollout":
             yield name, list(_keys(RolloutConfig, {"options"}))
             for engine, settings in ENGINES.items():
@@ -61,7 +59,14 @@ def of_own(place: str) -> tuple[str, list[Key]]:
     found = load_named(place, "keys")
     if not (isinstance(found, type) and issubclass(found, BaseModel)):
         raise UserError(f"{place} has no keys: it is no class with settings")
-    return place, list(_keys(found, {"name"} if issubclass(found, Algorithm) else set()))
+    shared = {"name"} if issubclass(found, Algorithm) else _shared(found)
+    return place, list(_keys(found, shared))
+
+
+def _shared(kind: type[BaseModel]) -> set[str]:
+    """What a reward's type has in common with others."""
+    above = next((each for each in (Endpoint, RewardSettings) if issubclass(kind, each)), None)
+    return set(above.model_fields) if above else set()
 
 
 def matching(names: list[str]) -> list[tuple[str, list[Key]]]:
@@ -117,7 +122,9 @@ def _type(annotation: Any) -> str:
         return f"list ({_type(arguments[0])})"
     if origin is dict:
         return "mapping"
-    return {"str": "text", "bool": "true or false", "int": "whole number", "float": "number"}[annotation.__name__]
+    words = {"str": "text", "bool": "true or false", "int": "whole number", "float": "number"}
+    name = str(getattr(annotation, "__name__", annotation))
+    return words.get(name, name)
 
 
 def _default(field: FieldInfo) -> str:

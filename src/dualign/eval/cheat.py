@@ -53,7 +53,7 @@ def trace(run: Path, second: Judge, until: int | None = None) -> list[Json]:
 
     opened = Run.open(run)
     config = load(opened.config_file)
-    if config.algo.source != "online" or any(r.type == "preference" for r in config.reward):
+    if config.algo.source != "online" or any(r.compares for r in config.reward):
         raise UserError(
             f"{run}: its batches do not say whether it cheated: they are a fixed set's, or compared with each other; "
             "`dualign eval winrate` and `eval reward` look at its checkpoints"

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dualign.annotate import as_list
 from dualign.annotate.function import RewardFunction, name_of
 from dualign.common.errors import UserError
 from dualign.eval import cheat, cost, outputs, results, rewards, winrate
@@ -112,7 +113,7 @@ def cheating(
 
 def _functions(reward: Reward, runs: Sequence[str], *judges: str | None) -> Sequence[RewardFunction]:
     """Raises UserError for a function that is nobody's own reward: it would be left out in silence."""
-    functions: Sequence[RewardFunction] = [reward] if callable(reward) else reward
+    functions: Sequence[RewardFunction] = as_list(reward)
     if functions and "run" not in judges:
         raise UserError("--function (in Python: reward=) is part of a run's own reward, but another judge is named")
     known = [names for run in runs if outputs.is_run(run) and (names := Run.open(Path(run)).functions) is not None]

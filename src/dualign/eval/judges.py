@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dualign.annotate.base import Annotator, Item, label_all
 from dualign.annotate.function import RewardFunction, name_of
-from dualign.annotate.settings import FunctionReward, JudgeSampling, RewardConfig
+from dualign.annotate.settings import JudgeSampling, RewardConfig
 from dualign.common.errors import UserError
 from dualign.common.types import Label, Prompt
 from dualign.common.yaml_text import parse_yaml
@@ -189,8 +189,8 @@ def _changed(run: Run, settings: Sequence[RewardConfig], functions: Sequence[Rew
         return None
     now = digests.of_rewards(settings, functions)
     found = {key: words for key in now if (words := digests.changed(then.get(key) or {}, now[key]))}
-    files = {f"reward.{i}.path" for i, reward in enumerate(settings) if isinstance(reward, FunctionReward)}
-    if others := {key: words for key, words in found.items() if key not in files}:
+    code = {key for key in found if all(name.endswith(".py") for name in now[key])}
+    if others := {key: words for key, words in found.items() if key not in code}:
         raise UserError(
             f"judge run: {run.folder}: {'; '.join(f'{key}: {words}' for key, words in others.items())}: put it back, or name "
             "the judge that is meant"

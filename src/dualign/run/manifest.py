@@ -6,14 +6,13 @@ cannot be; and a kill between the two leaves at most a last record that the fold
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from dualign.common import lines
-from dualign.common.errors import UserError
+from dualign.common.digests import sha256_of
 
 State = Literal["good", "missing", "changed", "unknown"]
 
@@ -78,11 +77,3 @@ class Manifest:
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
-
-
-def sha256_of(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None

@@ -7,12 +7,13 @@ import inspect
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dualign import assets
 from dualign.algos import ALGORITHMS, Algorithm
+from dualign.annotate.settings import REWARDS, RewardSettings
 from dualign.common.durable import write_text
 from dualign.common.errors import UserError
 from dualign.config import Config, build
@@ -28,11 +29,15 @@ def with_given(
     tokenizer: Any = None,
     data: Rows | None = None,
     eval_data: Rows | None = None,
+    rewards: Sequence[RewardSettings] = (),
 ) -> Config:
-    """`config` with these in place of what it names. Rows and models are written into the cache, by their content.
-    Raises UserError for what cannot be written down."""
+    """`config` with these in place of what it names, and `rewards` beside its own. Rows and models are written into the
+    cache, by their content. Raises UserError for what cannot be written down."""
     tree = config.model_dump()
-    tree["algo"] = config.algo if algo is None else algo.model_copy(update={"name": _name(algo)})
+    named = algo and algo.model_copy(update={"name": _name("algo", algo, algo.name, ALGORITHMS)})
+    tree["algo"] = named or config.algo
+    own = [r.model_copy(update={"type": _name("reward", r, r.type, REWARDS)}) for r in rewards]
+    tree["reward"] = [*config.reward, *own]
     if data is not None:
         tree["data"]["train"] = _rows(data, "data")
     if eval_data is not None:
@@ -42,17 +47,17 @@ def with_given(
     return build(tree)
 
 
-def _name(algo: Algorithm) -> str:
-    """What a recipe calls a system: its name, or where its class stands."""
-    kind = type(algo)
-    if ALGORITHMS.get(algo.name) is kind:
-        return algo.name
+def _name(key: str, given: object, name: str, ours: Mapping[str, type]) -> str:
+    """What a recipe calls a system or a reward's type: one of ours by its name, another by where its class stands."""
+    kind = type(given)
+    if ours.get(name) is kind:
+        return name
     try:
         file = inspect.getsourcefile(kind)
     except (TypeError, OSError):  # of a notebook, or of no module
         file = None
     if file is None or "." in kind.__qualname__:
-        raise UserError(f"algo: {kind.__qualname__} must stand at the top of a file, so that a resume finds it again")
+        raise UserError(f"{key}: {kind.__qualname__} must stand at the top of a file, so that a resume finds it again")
     return f"{Path(file).resolve()}:{kind.__name__}"
 
 

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from dualign import assets, data
-from dualign.annotate.settings import FunctionReward, HeadReward, JudgeReward, PreferenceReward, RewardConfig
 from dualign.common.errors import UserError
 from dualign.config import Config
 from dualign.models.load import context_of
@@ -95,9 +94,11 @@ def print_plan(config: Config) -> None:
     evaluated = evaluated // c.eval.prompts * (held or c.eval.prompts)
     print(f"labels needed: {labels} to train, {evaluated} to evaluate")
     for i, reward in enumerate(c.reward):
-        print(f"reward.{i}: {reward.type}, weight {reward.weight}" + _priced(reward, labels + evaluated))
-        if fault := _fault_of(reward):
-            faults.append(f"reward.{i}: {fault}")
+        print(f"reward.{i}: {reward.describe(labels + evaluated)}")
+        try:
+            reward.check()
+        except UserError as error:
+            faults.append(f"reward.{i}: {error}")
     if (Path(c.run.dir) / "config.yaml").exists():
         faults.append(f"run.dir: {c.run.dir} already holds a run")
     faults += [f"run.trackers: {name} is not installed" for name in c.run.trackers if find_spec(name) is None]
@@ -165,38 +166,3 @@ def _count(load: Callable[[Callable[[str], None]], Sequence[Any]], source: str, 
         else:
             print(f"data: NOT HERE, the run needs it: {error}")
     return 0
-
-
-def _fault_of(reward: RewardConfig) -> str | None:
-    """What is wrong with a reward's function, head or rubric. Nothing is asked of a server."""
-    from dualign.annotate.function import load_function
-    from dualign.annotate.head import load_head
-    from dualign.annotate.rubric import load
-
-    try:
-        match reward:
-            case FunctionReward():
-                load_function(reward.path)
-            case HeadReward():
-                load_head(reward.path)
-            case JudgeReward() | PreferenceReward():
-                load(reward.rubric)
-    except UserError as error:
-        return str(error)
-    return None
-
-
-def price(reward: Any, labels: int) -> float:
-    """Dollars, from prices per million tokens and an assumed 600 prompt tokens per call; replies at their ceiling."""
-    prompt, completion = getattr(reward, "price_prompt", 0.0), getattr(reward, "price_completion", 0.0)
-    return float(_calls(reward, labels) * (600 * prompt + getattr(reward, "max_tokens", 0) * completion) / 1e6)
-
-
-def _calls(reward: Any, labels: int) -> int:
-    return labels * int(getattr(reward, "samples", 1))
-
-
-def _priced(reward: Any, labels: int) -> str:
-    dollars, calls = price(reward, labels), _calls(reward, labels)
-    words = f", at most about {dollars:.2f} dollars for {calls} calls (assuming 600 prompt tokens each)"
-    return words if dollars else ""

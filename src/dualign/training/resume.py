@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dualign import config as configs
+from dualign.annotate import Reward
 from dualign.annotate.function import name_of
 from dualign.common.errors import UserError
 from dualign.common.named import is_place, same_name
@@ -31,29 +32,6 @@ ALLOWED = (  # none of these changes a number that is already in the folder
     "run.keep_last",
     "run.trackers",
     "run.project",
-    "reward.*.concurrency",
-    "reward.*.requests_per_minute",
-    "reward.*.tokens_per_minute",
-    "reward.*.timeout",
-    "reward.*.retries",
-    "reward.*.api_key_env",
-    "reward.*.max_dollars",
-    "reward.*.price_prompt",
-    "reward.*.price_completion",
-    "reward.*.max_tokens_total",
-    "reward.*.max_calls",
-    "reward.*.base_url",
-)
-
-PLACES = (  # these may where the same is found in another place
-    "model.name",
-    "model.reference",
-    "model.chat_template",
-    "data.train",
-    "data.eval",
-    "reward.*.path",
-    "reward.*.model",
-    "reward.*.rubric",
 )
 
 
@@ -69,11 +47,11 @@ def resumed_config(folder: Path, overrides: Iterable[str]) -> Config:
 def check_changes(run: Run, config: Config) -> None:
     """Raises UserError, by name, for a key of `config` that may not differ from the run's own."""
     stored = _stored(run, config)
-    for key in configs.differences(stored, config):
-        generic = ".".join("*" if part.isdigit() else part for part in key.split("."))
-        if generic not in ALLOWED and key != "run.dir" and not (generic in PLACES and _moved(run, config, key)):
+    allowed = [*ALLOWED, *(f"reward.{i}.{key}" for i, r in enumerate(config.reward) for key in sorted(r.ASKING))]
+    for key, (old, new) in configs.differences(stored, config).items():
+        if key not in allowed and key != "run.dir" and not _moved(run, config, key, str(old), str(new)):
             raise UserError(
-                f"{key} cannot change on resume: what is stored was made with its old value. These can: {', '.join(ALLOWED)}"
+                f"{key} cannot change on resume: what is stored was made with its old value. These can: {', '.join(allowed)}"
             )
         if key == "train.online_batches" and stored.train.decay:
             raise UserError(
@@ -86,19 +64,20 @@ def _stored(run: Run, config: Config) -> Config:
     """The run's own configuration. Code of the user's own is loaded from where `config` has it, if that is elsewhere:
     whether it is the same, its digest says."""
     tree, path = configs.read(run.config_file)
-    for section, key, now in (("algo", "name", config.algo.name), ("rollout", "engine", config.rollout.engine)):
-        held = tree.get(section)
+    own = [(tree.get("algo"), "name", config.algo.name), (tree.get("rollout"), "engine", config.rollout.engine)]
+    own += [(held, "type", r.type) for held, r in zip(tree.get("reward", ()), config.reward, strict=False)]
+    for held, key, now in own:
         if isinstance(held, dict) and same_name(held.get(key), now):
             held[key] = now
-    return configs.build(tree, str(path))
+    return configs.build(tree, str(path), stored=True)
 
 
-def _moved(run: Run, config: Config, key: str) -> bool:
+def _moved(run: Run, config: Config, key: str, old: str, new: str) -> bool:
     """Whether `key` names another place of what the run was made from. (In a file of code, the same name.)"""
-    old, new = configs.differences(configs.load(run.config_file), config)[key]
     then: Digests = (run.about.get("inputs") or {}).get(key) or {}
-    now = digests.of_run(config).get(key) or {}
-    return bool(then and now) and (not is_place(str(old)) or same_name(old, new)) and digests.changed(then, now) is None
+    now = digests.of_run(config).get(key) or {} if then else {}
+    named = not (is_place(old) and is_place(new)) or same_name(old, new)
+    return bool(then and now) and named and digests.changed(then, now) is None
 
 
 @dataclass(frozen=True)
@@ -124,19 +103,17 @@ def told(mended: Mapping[str, Any]) -> str:
     return f"{', '.join(mended['inputs'])} changed after {mended['batches']} online batches"
 
 
-def check_same_run(
-    folder: Path, config: Config, functions: Sequence[Callable[..., Any]], sampler: Any = None
-) -> Changes:
+def check_same_run(folder: Path, config: Config, given: Sequence[Reward], sampler: Any = None) -> Changes:
     """What has changed since the run in `folder` began, as far as it can be resumed. Raises UserError where it cannot, by
     `config` and with these rewards and this sampler from Python: another reward, sampler, model or data than before
     would make a run of two kinds."""
     run = Run.open(folder)
-    had, names = run.functions, [name_of(function) for function in functions]
+    had, names = run.functions, [name_of(reward) for reward in given]
     if had is not None and had != names:
         raise UserError(
             f"{folder}: its rewards came from Python: {', '.join(had) or 'none'}, now {', '.join(names) or 'none'}. "
             "Go on with the same ones: dualign.train(config, reward=[...], resume=True); a recipe that names its rewards "
-            "(type: function) is resumed from the command line"
+            "is resumed from the command line"
         )
     if run.about.get("sampler") != sampler_name(sampler):
         raise UserError(
@@ -145,7 +122,7 @@ def check_same_run(
             "dualign.train(config, sampler=..., resume=True)"
         )
     check_changes(run, config)
-    return check_inputs(run, digests.of_run(config, functions))
+    return check_inputs(run, digests.of_run(config, given))
 
 
 def sampler_name(sampler: Any) -> str | None:

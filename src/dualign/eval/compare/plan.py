@@ -10,7 +10,6 @@ from dualign.config import Config
 from dualign.eval.compare.cells import selected, state
 from dualign.eval.compare.grid import Cell, Grid, cells, selection_cells, unique
 from dualign.eval.compare.results import read
-from dualign.training.plan import price
 
 
 def plan_lines(grid: Grid, jobs: int = 1) -> list[str]:
@@ -45,7 +44,7 @@ def plan_lines(grid: Grid, jobs: int = 1) -> list[str]:
 
 def dollars(config: Config) -> float:
     """An upper estimate of what a run's labels cost."""
-    return sum(price(reward, sum(config.labels)) for reward in config.reward)
+    return sum(reward.dollars(sum(config.labels)) for reward in config.reward)
 
 
 def _time(todo: Sequence[Cell], finished: Sequence[Cell], jobs: int) -> str:
