@@ -3,49 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from dualign.common.paths import as_written
-
-JUDGE_HELP = (
-    "builtin:NAME or a head file; FILE.py:FUNCTION; a YAML file or inline mapping of reward settings; "
-    "run: the run's own reward"
+from dualign.cli.eval_options import (
+    JUDGE_HELP,
+    Chat,
+    Functions,
+    JudgeSpec,
+    K,
+    Limit,
+    Out,
+    PromptColumn,
+    Prompts,
+    Seed,
+    Sources,
+    SystemPrompt,
+    Temperature,
+    Tokens,
+    loaded,
 )
-Sources = Annotated[
-    list[str], typer.Argument(help="runs, checkpoints, models, or files of outputs (.jsonl, .json, .parquet)")
-]
-JudgeSpec = Annotated[str, typer.Option("--judge", help=JUDGE_HELP)]
-Prompts = Annotated[
-    str | None, typer.Option(help="held-out prompts to sample on; default: what a run's own evaluations sampled")
-]
-Chat = Annotated[
-    bool | None,
-    typer.Option("--chat/--no-chat", help="plain-text prompts as a user's message; default: as the run's data.chat"),
-]
-SystemPrompt = Annotated[
-    str | None,
-    typer.Option(
-        help="put before every conversation that has none; default: the run's data.system_prompt; '': none",
-        callback=as_written,
-    ),
-]
-PromptColumn = Annotated[
-    str | None, typer.Option(help="the column that holds the prompt; default: the run's data.prompt_column")
-]
-Functions = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="FILE.py:NAME of a Python function that dualign.train(reward=...) gave to the run; may be repeated"
-    ),
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="so many prompts, always the same draw")]
-Tokens = Annotated[int, typer.Option(min=1, help="longest answer")]
-Temperature = Annotated[float, typer.Option(min=0, help="0: greedy")]
-K = Annotated[int, typer.Option("--k", min=1, help="answers per prompt")]
-Seed = Annotated[int, typer.Option()]
-Out = Annotated[Path | None, typer.Option(help="a .json file; default: RUN/eval/NAME.json, or eval/NAME.json")]
 
 TOKENS = 128
 
@@ -78,12 +56,12 @@ def winrate(
     out: Out = None,
 ) -> None:
     """Win rate of each source against π_0 or another, over a run's checkpoints and the labels it bought."""
-    from dualign.eval import show
     from dualign.eval.asking import Asking
     from dualign.eval.evaluate import win_rate
+    from dualign.eval.show import show
 
     asking = Asking(prompts, limit, max_new_tokens, temperature, k, seed, chat, system_prompt, prompt_column)
-    show.winrate(*win_rate(sources, judge, against, asking, _loaded(function), out))
+    show(win_rate(sources, judge, against, asking, loaded(function), out))
 
 
 @app.command()
@@ -104,18 +82,12 @@ def reward(
     out: Out = None,
 ) -> None:
     """Mean reward of each source, and with --second whether the gain survives another judge."""
-    from dualign.eval import show
     from dualign.eval.asking import Asking
     from dualign.eval.evaluate import mean_reward
+    from dualign.eval.show import show
 
     asking = Asking(prompts, limit, max_new_tokens, temperature, k, seed, chat, system_prompt, prompt_column)
-    show.reward(*mean_reward(sources, judge, second, asking, _loaded(function), out))
-
-
-def _loaded(paths: list[str] | None) -> list[Any]:
-    from dualign.annotate.function import load_function
-
-    return [load_function(path) for path in paths or ()]
+    show(mean_reward(sources, judge, second, asking, loaded(function), out))
 
 
 @app.command()
@@ -129,10 +101,10 @@ def cheat(
     out: Out = None,
 ) -> None:
     """Signs of overoptimisation, batch by batch, and a verdict in plain words."""
-    from dualign.eval import show
     from dualign.eval.evaluate import cheating
+    from dualign.eval.show import show
 
-    show.cheat(*cheating(run, second, until, _loaded(function), out))
+    show(cheating(run, second, until, loaded(function), out))
 
 
 def report(

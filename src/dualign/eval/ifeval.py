@@ -11,6 +11,7 @@ from typing import Any
 from dualign.common.errors import UserError
 from dualign.common.intervals import bracket
 from dualign.eval.outputs import Answer
+from dualign.eval.result import Column, Json, Table
 from dualign.eval.statistics import share
 
 COLUMNS = ("instruction_id_list", "kwargs")
@@ -61,3 +62,16 @@ def table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     result["absent_reasons"] = sorted({r["reason"] for r in rows if r["reason"]})[:3]
     result["headline"] = f"prompt-level strict accuracy {bracket(result['prompt_strict'], '{:.1%}')}"
     return result
+
+
+SHOWN = [
+    Column("accuracy"),
+    Column("over prompts [95 %]", "{:.1%}", "{:.0%}"),
+    Column("over instructions", "{:.1%}"),
+]
+
+
+def tables(record: Json) -> list[Table]:
+    rows = [[kind, record[f"prompt_{kind}"], record[f"instruction_{kind}"]] for kind in ("strict", "loose")]
+    notes = [f"{record['checked']} checked, {record['absent']} not", *record["absent_reasons"]]
+    return [Table("IFEval", SHOWN, rows, notes, record.get("source"), run=record.get("run"))]
