@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from dualign.cli.eval_options import (
     JUDGE_HELP,
@@ -24,10 +26,22 @@ from dualign.cli.eval_options import (
     Tokens,
     loaded,
 )
+from dualign.common.named import is_place
 
 TOKENS = 128
 
-app = typer.Typer(no_args_is_help=True, help="Is it better, by how much, how sure is that, and did it cheat?")
+
+class Evaluations(TyperGroup):
+    """FILE.py:NAME in a command's place is an evaluation of one's own."""
+
+    def resolve_command(self, context: Any, arguments: list[str]) -> Any:
+        return super().resolve_command(context, [OWN, *arguments] if is_place(arguments[0]) else arguments)
+
+
+OWN = "FILE.py:NAME"
+app = typer.Typer(
+    cls=Evaluations, no_args_is_help=True, help="Is it better, by how much, how sure is that, and did it cheat?"
+)
 
 
 def register(parent: typer.Typer) -> None:
@@ -105,6 +119,32 @@ def cheat(
     from dualign.eval.show import show
 
     show(cheating(run, second, until, loaded(function), out))
+
+
+@app.command(OWN)
+def own(
+    evaluation: Annotated[str, typer.Argument(metavar=OWN, help="FILE.py:NAME or package.module:NAME")],
+    given: Annotated[list[str], typer.Argument(metavar="SOURCE... [key=value...]", help="what is evaluated; settings")],
+    prompts: Prompts = None,
+    limit: Limit = None,
+    chat: Chat = None,
+    system_prompt: SystemPrompt = None,
+    prompt_column: PromptColumn = None,
+    max_new_tokens: Tokens = TOKENS,
+    temperature: Temperature = 0.0,
+    k: K = 1,
+    seed: Seed = 0,
+    out: Out = None,
+) -> None:
+    """An evaluation of your own (docs/evaluation.md says how to add one)."""
+    from dualign.eval.asking import Asking
+    from dualign.eval.evaluation import evaluate, opened
+    from dualign.eval.show import show
+
+    asking = Asking(prompts, limit, max_new_tokens, temperature, k, seed, chat, system_prompt, prompt_column)
+    settings = [text for text in given if re.match(r"\w+=", text) and not Path(text).exists()]
+    sources = [text for text in given if text not in settings]
+    show(evaluate(opened(evaluation, settings), sources, asking, out))
 
 
 def report(
