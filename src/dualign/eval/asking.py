@@ -20,7 +20,8 @@ TOKENS = 128
 
 @dataclass(frozen=True)
 class Asking:
-    """The options of an evaluation. None: as the run's configuration has it; `prompts` None: what each source brings."""
+    """The options of an evaluation. None: as the run's configuration has it; `prompts` None: what each source
+    brings."""
 
     prompts: str | None = None
     limit: int | None = None
@@ -115,8 +116,8 @@ def _evaluated(folder: Path) -> list[Prompt]:
 
 
 def in_words(system: Mapping[str, Any]) -> str:
-    """How a system's answers came about, and by what exactly they were judged; "unknown" where an earlier version did not
-    write it down."""
+    """How a system's answers came about, and by what exactly they were judged; "unknown" where an earlier version did
+    not write it down."""
     how, judge = dict(system.get("sampling") or {}), system.get("judge") or {}
     words = [f"answers to {clean(str(how.pop('prompts')))}"] if how else ["how it was asked: unknown"]
     system_prompt = how.pop("system_prompt", None)

@@ -66,8 +66,8 @@ def mt_bench(
     record = store.provenance("mtbench", settings.model_dump(mode="json"), 0) | _about(source, path, how)
     record |= mtbench.table(chosen, ratings)
     rows = [
-        {"id": q.id, "category": q.category, "turn": t + 1, "answer": a[t].given, "rating": r[t].value, "reason": r[t].reason,
-         "note": r[t].note}
+        {"id": q.id, "category": q.category, "turn": t + 1, "answer": a[t].given, "rating": r[t].value,
+         "reason": r[t].reason, "note": r[t].note}
         for q, a, r in zip(chosen, answers, ratings, strict=True) for t in (0, 1)
     ]  # fmt: skip
     return store.write(path, Result(rows, record["headline"], mtbench.tables(record), record))
@@ -83,8 +83,8 @@ def alpaca_eval(
     functions: Sequence[RewardFunction] = (),
     out: Path | None = None,
 ) -> tuple[tuple[Path, Path], Result | None]:
-    """The source's answers and the baseline's (a file, or a column of the instructions), written in AlpacaEval's format;
-    and with `judge` the win rate, raw and length-controlled."""
+    """The source's answers and the baseline's (a file, or a column of the instructions), written in AlpacaEval's
+    format; and with `judge` the win rate, raw and length-controlled."""
     name = "-against-".join(["alpaca", *([alpaca.slug(column, reference)] if column or reference else [])])
     path, how = putting.generation(source, instructions, name, judge, out)
     prompts = _prompts(instructions, how, "eval", putting)

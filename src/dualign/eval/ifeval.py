@@ -29,8 +29,8 @@ def library() -> Any:
 
 def check(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Per answer: which of its instructions it follows, strictly and loosely (loosely: also without its first or last
-    line, or asterisks). Both are None, with the reason, where a check could not be run. Raises UserError where no prompt
-    has IFEval's columns."""
+    line, or asterisks). Both are None, with the reason, where a check could not be run. Raises UserError where no
+    prompt has IFEval's columns."""
     checks = library()
     if not any(set(COLUMNS) <= set(answer.prompt.columns) for answer in answers):
         raise UserError(f"IFEval's columns {' and '.join(COLUMNS)} are in no row of the prompts")

@@ -47,8 +47,8 @@ class Column:
 @dataclass(frozen=True)
 class Plot:
     """A figure of a table: the column along the bottom and those drawn above it. Tables whose plots have one name share
-    a figure. `about`: what it shows, for those who cannot see it; `line`: a value to compare with; `mark`: a place along
-    the bottom."""
+    a figure. `about`: what it shows, for those who cannot see it; `line`: a value to compare with; `mark`: a place
+    along the bottom."""
 
     name: str
     x: str

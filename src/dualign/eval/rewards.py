@@ -115,8 +115,10 @@ COLUMNS = [
     Column("policy"), Column("labels"), Column("reward [95 %]", "{:+.3f}"),
     Column("gain over the first [95 %]", "{:+.3f}"), Column("gain in sd", "{:+.2f}"), Column("absent"),
 ]  # fmt: skip
-SWAP = [Column("r of all answers", "{:.2f}"), Column("of the last policy's", "{:.2f}"), Column("of the gains", "{:.2f}"),
-        Column("gain survives"), Column("disagreements")]  # fmt: skip
+SWAP = [
+    Column("r of all answers", "{:.2f}"), Column("of the last policy's", "{:.2f}"), Column("of the gains", "{:.2f}"),
+    Column("gain survives"), Column("disagreements"),
+]  # fmt: skip
 
 
 def tables(record: Json) -> list[Table]:
@@ -136,8 +138,10 @@ def tables(record: Json) -> list[Table]:
             about = {"judge": _judge(record, system, "judge"), "second": _judge(record, system, "second_judge")}
             r = [swap[what] | {"value": swap[what]["pearson"]} for what in ("all", "last", "gains")]
             listed = swap.get("disagreements", ())
-            notes = [f"does the gain survive the second judge? {swap['survives']}; {len(listed)} disagreements listed in the "
-                     "file"] if "survives" in swap else []  # fmt: skip
+            notes = []
+            if "survives" in swap:
+                told = f"does the gain survive the second judge? {swap['survives']}; "
+                notes = [f"{told}{len(listed)} disagreements listed in the file"]
             row = [*r, swap.get("survives"), len(listed)]
             found.append(Table("Gain under two judges", SWAP, [row], notes, about=about, **whose))
     return found
@@ -155,7 +159,8 @@ def headline(record: Json) -> str:
 
 
 def _judge(record: Json, system: Json, which: str) -> str:
-    """Its name, and whether it is the run's own; a result of an earlier version has what was said on the command line."""
+    """Its name, and whether it is the run's own; a result of an earlier version has what was said on the command
+    line."""
     spec = str(record["judge"].get(which.removesuffix("_judge"), "–"))
     name = (system.get(which) or {}).get("name", spec)
     return f"run: {name}" if spec == "run" and name != spec else name

@@ -30,8 +30,8 @@ OF_NUMBERS = {
 
 
 def away(source: str | Path, result: Path) -> str | None:
-    """Where the run `source` lies, seen from the folder of its result, so that both can be moved together; None for what
-    is no run."""
+    """Where the run `source` lies, seen from the folder of its result, so that both can be moved together; None for
+    what is no run."""
     return os.path.relpath(Path(source).resolve(), result.parent.resolve()) if is_run(str(source)) else None
 
 
@@ -47,8 +47,8 @@ def provenance(kind: str, judge: Mapping[str, Any] | None, seed: int) -> dict[st
 
 
 def write(path: Path, result: Result) -> Result:
-    """`path` gets the numbers, what made them and the tables; rows go, one a line, into the .jsonl of the same name. The
-    result as it was written. Raises TypeError for what JSON does not know."""
+    """`path` gets the numbers, what made them and the tables; rows go, one a line, into the .jsonl of the same name.
+    The result as it was written. Raises TypeError for what JSON does not know."""
     from dualign.common.durable import write_text
 
     tables = [replace(t, run=away(t.source, path)) if t.source and t.run is None else t for t in result.tables]

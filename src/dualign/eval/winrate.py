@@ -109,7 +109,8 @@ PLOT = Plot("winrate", "labels", ("win rate [95 %]", "length-controlled [95 %]")
 
 
 def tables(record: Json, what: str = "Win rate") -> list[Table]:
-    """Of each system: its points, and the last one's win rate by length; and the mean over systems where there is one."""
+    """Of each system: its points, and the last one's win rate by length; and the mean over systems where there is
+    one."""
     found = []
     for system in record["systems"]:
         last = system["points"][-1]

@@ -49,8 +49,8 @@ def _lines(
 
 
 def reward(figure: Figure, runs: Sequence[RunData]) -> Rows:
-    """The reward itself, in training as on held-out prompts. What training saw of it where a missing EOS costs something
-    is another number, in a panel of its own."""
+    """The reward itself, in training as on held-out prompts. What training saw of it where a missing EOS costs
+    something is another number, in a panel of its own."""
     penalised = [run for run in runs if run.sampling.get("missing_eos_penalty")]
     panels = figure.subplots(2, sharex=True) if penalised else [figure.subplots()]
     rows = _lines(panels[0], runs, "reward", "mean reward", _reward_itself)
@@ -229,7 +229,8 @@ PLOTS: dict[str, tuple[str, str, Plot]] = {
     "pareto": ("Reward against KL", "Held-out reward against the distance to π_0; numbers are online batches", pareto),
     "kl": (
         "Distance to π_0",
-        "Mean of log π/π_0 over completions, by online batches: KL to the initial policy where sampled at temperature 1",
+        "Mean of log π/π_0 over completions, by online batches: KL to the initial policy where sampled at "
+        "temperature 1",
         kl,
     ),
     "length": ("Length", "Tokens per completion over online batches", length),
