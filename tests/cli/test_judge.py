@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from dualign.cli import judge as commands
-from dualign.cli.labelled import write_rows
+from dualign.annotate.labelled import write_rows
 from dualign.common.errors import StopRun, UserError
 from dualign.data.rows import load_prompts
 from fault_server import FaultServer
