@@ -11,7 +11,9 @@ import yaml
 from command import dualign as command
 from runs_common import reward_file, tree, write_prompts
 
+import dualign
 from dualign import Run
+from dualign.eval.report import write_report
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -149,3 +151,42 @@ def test_mistakes_in_a_reward_are_named(recipe, reward, words):
     file = str(EXAMPLES / "reward.py")
     reward, words = (text.replace("PLACE", f"{file}:Brevity").replace("FILE", file) for text in (reward, words))
     refuses(command("train", recipe, f"reward={reward}", "--dry-run"), words)
+
+
+def test_an_evaluation_of_ones_own(tiny, tmp_path):
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}, online_batches=2)
+    config |= {"reward": [reward_file()], "eval": {"prompts": 12, "k": 2, "every": 1}}
+    run = Path(dualign.train(config, quiet=True).folder)
+    spec = f"{EXAMPLES / 'evaluation.py'}:Brevity"
+    said = command("eval", spec, run, "longest=11")
+    assert said.code == 0, said.text
+    (file,) = (run / "eval").glob("brevity-*.json")
+    result = json.loads(file.read_text())
+    (table,) = result["tables"]
+    texts = {step: [row.rollout.text for row in Run.open(run).read_evaluation(step)[0]] for step in range(3)}
+    assert [row[:2] for row in table["rows"]] == [["π_0", 0], ["batch 1", 1], ["batch 2", 2]]
+    for (*_, brief, asks), answers in zip(table["rows"], texts.values(), strict=True):
+        assert len(answers) == 24 and (brief["n"], asks["n"]) == (12, 12), "two answers to each of 12 prompts"
+        assert brief["value"] == pytest.approx(sum(len(text) <= 11 for text in answers) / 24)
+        assert asks["value"] == pytest.approx(sum("?" in text for text in answers) / 24)
+    assert 0 < table["rows"][-1][2]["value"] < 1, "the length tells answers apart"
+    assert result["settings"] == {"longest": 11} and list(result["evaluation"]["files"]) == ["evaluation.py"]
+    lengths = [json.loads(line)["length"] for line in file.with_suffix(".jsonl").read_text().splitlines()]
+    assert sorted(lengths) == sorted(len(text) for answers in texts.values() for text in answers)
+    shown = f"{table['rows'][-1][2]['value']:.1%}"
+    assert shown in said.out and result["headline"] in said.out
+
+    page = write_report([run])
+    text = page.read_text(encoding="utf-8")
+    assert "<h3>Brevity, last policy</h3>" in text and f"<td>{shown} [" in text and 'id="figure-brevity"' in text
+    assert result["headline"] in text.replace("&#x27;", "'") and len(list(page.parent.glob("figures/brevity.*"))) == 2
+
+
+def test_a_setting_that_an_evaluation_does_not_have(tmp_path):
+    spec = f"{EXAMPLES / 'evaluation.py'}:Brevity"
+    for setting, told in (
+        ("longst=5", "longst: no such key; did you mean longest?"),
+        ("words=5", "words: no such key; it has longest"),
+        ("longest=long", "longest: input should be a valid integer, not 'long'"),
+    ):
+        refuses(command("eval", spec, tmp_path, setting), told)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from command import dualign as command
+from runs_common import reward_file, tree, write_prompts
+
 from dualign.annotate.settings import Endpoint
 from dualign.common.paths import at_home
 from dualign.config import build, load
 from dualign.eval.asking import Asking
-from runs_common import reward_file, tree, write_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +56,8 @@ def test_texts_of_a_command_line_stay_as_they_are(written, monkeypatch):
 def test_texts_and_paths_of_an_evaluation(kind, monkeypatch):
     given = []
     name = {"winrate": "win_rate", "reward": "mean_reward"}[kind]
-    monkeypatch.setattr(f"dualign.eval.evaluate.{name}", lambda *a: given.extend(a) or ({}, None))
-    monkeypatch.setattr(f"dualign.eval.show.{kind}", lambda *a: None)
+    monkeypatch.setattr(f"dualign.eval.evaluate.{name}", lambda *a: given.extend(a))
+    monkeypatch.setattr("dualign.eval.show.show", lambda *a: None)
     said = command("eval", kind, "~/a run", "~/b", "--judge=~/j.py:f", "--prompts", "~/p.jsonl", "--system-prompt",
                    "~/ be terse", "--out=~/x.json")  # fmt: skip
     assert said.code == 0, said.text

@@ -5,12 +5,12 @@ import random
 
 import numpy as np
 import pytest
+from shared import shared
 
 from dualign.annotate import agreement
 from dualign.annotate.agreement import Pair
 from dualign.annotate.preference import Verdict
 from dualign.common.types import Prompt
-from shared import shared
 
 
 def pair(human: str, votes: dict[str, int] | None = None, a: str = "x", b: str = "yy") -> Pair:
@@ -121,11 +121,11 @@ def test_no_variation_is_not_a_number() -> None:
     ],
 )
 def test_the_layouts_are_read_as_they_are(file: str, rows: int, decided: int) -> None:
-    from dualign.cli.labelled import load_pairs
+    from dualign.annotate.labelled import load_pairs
 
-    pairs = load_pairs(str(shared(f"data/{file}")))
+    pairs, _ = load_pairs(str(shared(f"data/{file}")))
     assert len(pairs) == rows
     assert sum(p.human != "tie" for p in pairs) == decided
     assert all(isinstance(p.a, str) and isinstance(p.b, str) for p in pairs)
-    some = load_pairs(str(shared(f"data/{file}")), limit=20)
-    assert len(some) == 20 and some == load_pairs(str(shared(f"data/{file}")), limit=20)
+    some, _ = load_pairs(str(shared(f"data/{file}")), limit=20)
+    assert len(some) == 20 and some == load_pairs(str(shared(f"data/{file}")), limit=20)[0]

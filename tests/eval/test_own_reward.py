@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from runs_common import tree
 from typer.testing import CliRunner
 
 import dualign
@@ -16,7 +17,6 @@ from dualign.eval.asking import Asking
 from dualign.eval.evaluate import mean_reward, win_rate
 from dualign.eval.report import write_report
 from dualign.eval.report.data import collect
-from runs_common import tree
 
 HERE = Path(__file__)
 
@@ -120,11 +120,11 @@ def test_the_other_side_of_a_comparison_has_the_columns_too(world, tmp_path):
     """Outputs from elsewhere hold a prompt and an answer; what the reward reads beside them are the prompt's columns."""
     high = "a" + next(chr(c) for c in range(97, 123) if (97 + c) % 17 == 16)
     outputs = write(tmp_path / "o.jsonl", [{"prompt": row["prompt"], "completion": high} for row in world["rows"]])
-    result, _ = win_rate([str(world["b"])], against=str(outputs), out=tmp_path / "x.json")
+    result = win_rate([str(world["b"])], against=str(outputs), out=tmp_path / "x.json")
     rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
     theirs = {row["id"]: row["scores"][1] for row in rows}
     assert theirs == {row["id"]: 16.0 if row["kind"] == "b" else -144.0 for row in world["rows"]}
-    assert result["systems"][0]["points"][0]["win_rate"]["n"] == 8
+    assert result.record["systems"][0]["points"][0]["win_rate"]["n"] == 8
 
 
 def test_a_python_reward_is_refused_by_name_until_it_is_given(world):
@@ -132,11 +132,11 @@ def test_a_python_reward_is_refused_by_name_until_it_is_given(world):
         UserError, match=r"trained with the Python function python_only, which its config does not name"
     ):
         cli("eval", "reward", world["c"])
-    result, path = mean_reward([str(world["c"])], reward=python_only)
-    assert rewards_of(path)[0] == pytest.approx(summary(world["c"]))
+    result = mean_reward([str(world["c"])], reward=python_only)
+    assert rewards_of(result.path)[0] == pytest.approx(summary(world["c"]))
     assert cli("eval", "reward", world["c"], "--function", f"{HERE}:python_only").exit_code == 0
-    assert rewards_of(path)[0] == pytest.approx(summary(world["c"]))
-    assert [s["type"] for s in result["systems"][0]["judge"]["settings"]] == ["function", "python"]
+    assert rewards_of(result.path)[0] == pytest.approx(summary(world["c"]))
+    assert [s["type"] for s in result.record["systems"][0]["judge"]["settings"]] == ["function", "python"]
     with pytest.raises(
         UserError, match="--function sums: no run here was given it in Python; those given: python_only"
     ):
@@ -150,10 +150,10 @@ def test_of_several_runs_each_is_judged_by_its_own(world, tmp_path):
     done = cli("eval", "reward", world["b"], world["a"], "--out", out)
     assert rewards_of(out) == [pytest.approx(summary(world["b"])), pytest.approx(summary(world["a"]))]
     assert "short" in done.stdout and "sums + negative" in done.stdout
-    result, _ = win_rate([str(world["a"]), str(world["b"])], out=tmp_path / "rates.json")
-    names = [s["judge"]["name"] for s in result["systems"]]
-    assert names == ["short", "sums + negative"] and "seeds" not in result
-    assert len({s["judge"]["digest"] for s in result["systems"]}) == 2
+    result = win_rate([str(world["a"]), str(world["b"])], out=tmp_path / "rates.json")
+    names = [s["judge"]["name"] for s in result.record["systems"]]
+    assert names == ["short", "sums + negative"] and "seeds" not in result.record
+    assert len({s["judge"]["digest"] for s in result.record["systems"]}) == 2
 
 
 def test_what_is_no_run_beside_runs_of_different_rewards_is_refused(world, tmp_path):
@@ -188,49 +188,52 @@ def test_runs_whose_folders_end_alike_show_their_own(world, tmp_path):
     runs = [Path(shutil.copytree(world[name], tmp_path / name / "run")) for name in "ab"]
     for run in runs:
         shutil.rmtree(run / "eval", ignore_errors=True)
-    _, path = win_rate(list(map(str, runs)))
-    assert path.parent.parent == runs[0]
-    (rate,) = collect(runs[:1])[0].winrates()
-    assert rate.points == json.loads(path.read_text())["systems"][0]["points"] and rate.judge == "short"
-    assert collect(runs[1:])[0].winrates() == []
+    result = win_rate(list(map(str, runs)))
+    assert result.path.parent.parent == runs[0]
+    (rate,) = collect(runs[:1])[0].tables
+    points = json.loads(result.path.read_text())["systems"][0]["points"]
+    assert rate.numbers("win rate [95 %]") == [p["win_rate"] for p in points] and rate.about["judge"] == "short"
+    assert collect(runs[1:])[0].tables == []
     moved = shutil.move(tmp_path / "a", tmp_path / "elsewhere")  # a result goes with its run
-    assert len(collect([Path(moved) / "run"])[0].winrates()) == 1
+    assert len(collect([Path(moved) / "run"])[0].tables) == 1
     mean_reward([str(runs[1]), str(Path(moved) / "run")], out=Path(moved) / "run" / "eval" / "reward-run.json")
-    (found,) = collect([Path(moved) / "run"])[0].of_kind("reward")
-    assert found["system"]["judge"]["name"] == "short"
+    found, _ = collect([Path(moved) / "run"])[0].tables
+    assert (found.title, found.about["judge"]) == ("Mean reward", "run: short")
 
 
 def test_results_of_before_are_shown_as_far_as_they_tell(world, tmp_path):
     run = Path(shutil.copytree(world["b"], tmp_path / "run"))
     shutil.rmtree(run / "eval", ignore_errors=True)
-    _, path = win_rate([str(run)])
-    old = json.loads(path.read_text())
+    result = win_rate([str(run)])
+    old = json.loads(result.path.read_text())
+    del old["headline"], old["tables"]
     for system in old["systems"]:
         for key in ("run", "judge", "against", "sampling"):
             del system[key]
     old["systems"].append(old["systems"][0] | {"source": "elsewhere/run"})
-    path.write_text(json.dumps(old))
-    (rate,) = collect([run])[0].winrates()
-    assert rate.asked == "how it was asked: unknown; reward unknown" and rate.against == "π_0"
+    result.path.write_text(json.dumps(old))
+    (rate,) = collect([run])[0].tables
+    assert rate.notes[-1] == "how it was asked: unknown; reward unknown" and rate.about["against"] == "π_0"
+    assert rate.numbers("win rate [95 %]") == [p["win_rate"] for p in old["systems"][0]["points"]]
 
 
 def test_results_carry_what_made_them(world, tmp_path):
     asking = Asking(str(world["prompts"]), max_new_tokens=8, temperature=1.0, k=2, seed=3)
-    result, path = win_rate([str(world["b"])], asking=asking, out=tmp_path / "x.json")
-    (system,) = json.loads(path.read_text())["systems"]
+    result = win_rate([str(world["b"])], asking=asking, out=tmp_path / "x.json")
+    (system,) = json.loads(result.path.read_text())["systems"]
     assert system["sampling"] == {
         "prompts": str(world["prompts"]), "asked": 8, "chat": False, "system_prompt": None, "k": 2,
         "max_new_tokens": 8, "temperature": 1.0, "seed": 3,
     }  # fmt: skip
-    assert system["points"][0]["win_rate"]["n"] == 8 and system["judge"]["digest"] == result["judge"]["digest"]
+    assert system["points"][0]["win_rate"]["n"] == 8 and system["judge"]["digest"] == result.record["judge"]["digest"]
 
 
 def test_another_function_under_the_same_name_has_another_digest(world, tmp_path):
     digests = []
     for body in ("return [1.0 for c in completions]", "return [2.0 for c in completions]"):
         (tmp_path / "rw.py").write_text(f"def f(completions, **columns):\n    {body}\n")
-        result, _ = mean_reward([str(world["b"])], judge=f"{tmp_path}/rw.py:f", out=tmp_path / "x.json")
-        digests.append(result["systems"][0]["judge"]["digest"])
+        result = mean_reward([str(world["b"])], judge=f"{tmp_path}/rw.py:f", out=tmp_path / "x.json")
+        digests.append(result.record["systems"][0]["judge"]["digest"])
     assert digests[0] != digests[1]
 
 
@@ -252,12 +255,12 @@ def test_a_reward_that_may_have_changed_since_the_run_is_said(tiny, world, tmp_p
     config = tree(tiny, world["prompts"], tmp_path / "run", {"name": "dar"}, online_batches=1)
     config["reward"] = [{"type": "function", "path": f"{code}:f"}]
     run = str(dualign.train(config, quiet=True).folder)
-    assert "changed" not in mean_reward([run])[0]["systems"][0]["judge"]
+    assert "changed" not in mean_reward([run]).record["systems"][0]["judge"]
     code.write_text("def f(completions, **columns):\n    return [2.0 for c in completions]\n")
     told = cli("eval", "reward", run)
     assert "not surely what the run was trained on" in told.stdout.replace("\n", " ")
-    (found,) = collect([Path(run)])[0].of_kind("reward")
-    assert "rw.py has changed" in found["system"]["judge"]["changed"]
+    (found,) = collect([Path(run)])[0].tables
+    assert "rw.py has changed" in found.notes[0]
 
     def python_only(completions, **columns):
         return [3.0 for c in completions]
@@ -275,10 +278,10 @@ def test_pi_0_is_the_reference_that_a_run_names(tiny, world, tmp_path):
     config = tree(tiny, world["prompts"], tmp_path / "run", {"name": "dar"}, online_batches=1)
     config["model"] |= {"reference": str(reference), "precision": "bf16"}  # as models are sampled by name
     run = str(dualign.train(config, reward=sums, quiet=True).folder)
-    result, _ = win_rate([run], reward=sums)
-    assert [p["b"] for p in result["systems"][0]["points"]] == ["the start"]
+    result = win_rate([run], reward=sums)
+    assert [p["b"] for p in result.record["systems"][0]["points"]] == ["the start"]
     asking = Asking(str(world["prompts"]), max_new_tokens=6)
-    result, _ = mean_reward([run, str(reference), str(tiny)], reward=sums, asking=asking, out=tmp_path / "x.json")
-    of_run, *others = [{p["name"]: p["reward"]["value"] for p in s["points"]} for s in result["systems"]]
+    result = mean_reward([run, str(reference), str(tiny)], reward=sums, asking=asking, out=tmp_path / "x.json")
+    of_run, *others = [{p["name"]: p["reward"]["value"] for p in s["points"]} for s in result.record["systems"]]
     assert list(of_run) == ["π_0", "the start", "batch 1"]
     assert [of_run["π_0"], of_run["the start"]] == [value for other in others for value in other.values()]

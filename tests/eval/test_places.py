@@ -85,12 +85,11 @@ class Opened:
 
 
 def test_benchmarks_by_different_judges_and_ways_of_asking(run):
-    from dualign.cli.eval_benchmarks import TOKENS, _setting
-    from dualign.data.settings import DataConfig
+    from dualign.eval.benchmarks import TOKENS, Putting
 
     def name(judge=None, limit=None, system=None, chat=True, tokens=TOKENS["alpaca"]):
-        asked = DataConfig(train="p.jsonl", chat=chat, system_prompt=system)
-        return _setting(str(run), "alpaca-against-x", tokens, None, asked, judge, limit, system)[0].stem
+        putting = Putting(tokens, limit, chat, system)
+        return putting.generation(str(run), "p.jsonl", "alpaca-against-x", judge, None)[0].stem
 
     usual = name()
     assert usual == "alpaca-against-x" and name("builtin:helpful") == f"{usual}-helpful"

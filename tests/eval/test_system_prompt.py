@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command import dualign as command
+from runs_common import reward_file, tree
 from typer.testing import CliRunner
 
 import dualign
-from command import dualign as command
 from dualign.cli import application
 from dualign.common.errors import UserError
 from dualign.eval.asking import Asking
 from dualign.eval.evaluate import mean_reward, win_rate
-from runs_common import reward_file, tree
 
 PIRATE = "Answer like a pirate."
 SEEN = []
@@ -45,8 +45,8 @@ def world(tiny, tmp_path_factory):
 def shown(evaluate, *arguments, **options):
     """The system messages that the reward was shown, None for a conversation without one; and the result."""
     SEEN.clear()
-    result, _ = evaluate(*arguments, reward=seen, **options)
-    return {p[0]["content"] if p[0]["role"] == "system" else None for p in SEEN}, result["systems"]
+    result = evaluate(*arguments, reward=seen, **options)
+    return {p[0]["content"] if p[0]["role"] == "system" else None for p in SEEN}, result.record["systems"]
 
 
 @pytest.mark.parametrize("evaluate", [win_rate, mean_reward])
@@ -113,8 +113,8 @@ def test_a_system_prompt_that_would_not_be_used_is_refused_or_said(tiny, tmp_pat
     said = command("train", tmp_path / "recipe.yaml")
     assert said.code == 0 and "system_prompt is not used; it needs data.chat=true" in " ".join(said.text.split())
     run, out = str(tmp_path / "run"), tmp_path / "x.json"
-    result, _ = mean_reward([run], out=out)
-    assert result["systems"][0]["sampling"]["system_prompt"] is None, "its own evaluations did not use it"
+    result = mean_reward([run], out=out)
+    assert result.record["systems"][0]["sampling"]["system_prompt"] is None, "its own evaluations did not use it"
     tokens = ["--max-new-tokens", 4]
     own = ["eval", "reward", run, "--prompts", prompts, *tokens]
     instructions = ["--prompt-column", "prompt", "--column", "question", "--instructions", prompts]

@@ -17,10 +17,12 @@ from dualign.cli import application
 from dualign.common.errors import UserError
 from dualign.common.intervals import FEW
 from dualign.data.rows import load_prompts
-from dualign.eval import alpaca, cost, rewards, show
+from dualign.eval import cost, rewards
 from dualign.eval.judges import judge_pairs, open_judge
 from dualign.eval.outputs import Generation, Outputs, generate, grouped, points, read
-from dualign.eval.winrate import measure
+from dualign.eval.result import Result
+from dualign.eval.show import show
+from dualign.eval.winrate import measure, of_point, tables
 from dualign.models.settings import ModelConfig
 
 LENGTH = f"{Path(__file__)}:by_length"
@@ -184,12 +186,12 @@ def test_few_prompts_have_no_length_control_price_or_verdict(prompts, tmp_path, 
     assert point["win_rate"]["low"] < point["win_rate"]["value"] < point["win_rate"]["high"] <= 1
     system = {"source": "a", "points": [point], **cost.of_system(str(run), point)}
     assert (system["cost_per_point"] is None) == few and system["cost"]["labels"] == 320
-    show.winrate({"systems": [system], "judge": {"name": "length"}}, tmp_path / "x.json")
+    show(Result((), "", tables({"systems": [system], "judge": {"name": "length"}})))
     said = capsys.readouterr().out
     told = f"{prompts} prompts are too few for a verdict ({FEW} are needed)"
     assert (f"no length control: {told}" in said) == (f"no cost per point of win rate: {told}" in said) == few
     assert (told in rewards.survival({str(i): 1.0 + i for i in range(prompts)})) == few
-    assert (told in alpaca.headline(point)) == few
+    assert (told in of_point(point)) == few
 
 
 def test_cost_reads_the_account(run):

@@ -2,54 +2,46 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from dualign.common.paths import as_written
-
-JUDGE_HELP = (
-    "builtin:NAME or a head file; FILE.py:FUNCTION; a YAML file or inline mapping of reward settings; "
-    "run: the run's own reward"
+from dualign.cli.eval_options import (
+    JUDGE_HELP,
+    Chat,
+    Functions,
+    JudgeSpec,
+    K,
+    Limit,
+    Out,
+    PromptColumn,
+    Prompts,
+    Seed,
+    Sources,
+    SystemPrompt,
+    Temperature,
+    Tokens,
+    loaded,
 )
-Sources = Annotated[
-    list[str], typer.Argument(help="runs, checkpoints, models, or files of outputs (.jsonl, .json, .parquet)")
-]
-JudgeSpec = Annotated[str, typer.Option("--judge", help=JUDGE_HELP)]
-Prompts = Annotated[
-    str | None, typer.Option(help="held-out prompts to sample on; default: what a run's own evaluations sampled")
-]
-Chat = Annotated[
-    bool | None,
-    typer.Option("--chat/--no-chat", help="plain-text prompts as a user's message; default: as the run's data.chat"),
-]
-SystemPrompt = Annotated[
-    str | None,
-    typer.Option(
-        help="put before every conversation that has none; default: the run's data.system_prompt; '': none",
-        callback=as_written,
-    ),
-]
-PromptColumn = Annotated[
-    str | None, typer.Option(help="the column that holds the prompt; default: the run's data.prompt_column")
-]
-Functions = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="FILE.py:NAME of a Python function that dualign.train(reward=...) gave to the run; may be repeated"
-    ),
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="so many prompts, always the same draw")]
-Tokens = Annotated[int, typer.Option(min=1, help="longest answer")]
-Temperature = Annotated[float, typer.Option(min=0, help="0: greedy")]
-K = Annotated[int, typer.Option("--k", min=1, help="answers per prompt")]
-Seed = Annotated[int, typer.Option()]
-Out = Annotated[Path | None, typer.Option(help="a .json file; default: RUN/eval/NAME.json, or eval/NAME.json")]
+from dualign.common.named import is_place
 
 TOKENS = 128
 
-app = typer.Typer(no_args_is_help=True, help="Is it better, by how much, how sure is that, and did it cheat?")
+
+class Evaluations(TyperGroup):
+    """FILE.py:NAME in a command's place is an evaluation of one's own."""
+
+    def resolve_command(self, context: Any, arguments: list[str]) -> Any:
+        return super().resolve_command(context, [OWN, *arguments] if is_place(arguments[0]) else arguments)
+
+
+OWN = "FILE.py:NAME"
+app = typer.Typer(
+    cls=Evaluations, no_args_is_help=True, help="Is it better, by how much, how sure is that, and did it cheat?"
+)
 
 
 def register(parent: typer.Typer) -> None:
@@ -78,12 +70,12 @@ def winrate(
     out: Out = None,
 ) -> None:
     """Win rate of each source against π_0 or another, over a run's checkpoints and the labels it bought."""
-    from dualign.eval import show
     from dualign.eval.asking import Asking
     from dualign.eval.evaluate import win_rate
+    from dualign.eval.show import show
 
     asking = Asking(prompts, limit, max_new_tokens, temperature, k, seed, chat, system_prompt, prompt_column)
-    show.winrate(*win_rate(sources, judge, against, asking, _loaded(function), out))
+    show(win_rate(sources, judge, against, asking, loaded(function), out))
 
 
 @app.command()
@@ -104,18 +96,12 @@ def reward(
     out: Out = None,
 ) -> None:
     """Mean reward of each source, and with --second whether the gain survives another judge."""
-    from dualign.eval import show
     from dualign.eval.asking import Asking
     from dualign.eval.evaluate import mean_reward
+    from dualign.eval.show import show
 
     asking = Asking(prompts, limit, max_new_tokens, temperature, k, seed, chat, system_prompt, prompt_column)
-    show.reward(*mean_reward(sources, judge, second, asking, _loaded(function), out))
-
-
-def _loaded(paths: list[str] | None) -> list[Any]:
-    from dualign.annotate.function import load_function
-
-    return [load_function(path) for path in paths or ()]
+    show(mean_reward(sources, judge, second, asking, loaded(function), out))
 
 
 @app.command()
@@ -129,10 +115,36 @@ def cheat(
     out: Out = None,
 ) -> None:
     """Signs of overoptimisation, batch by batch, and a verdict in plain words."""
-    from dualign.eval import show
     from dualign.eval.evaluate import cheating
+    from dualign.eval.show import show
 
-    show.cheat(*cheating(run, second, until, _loaded(function), out))
+    show(cheating(run, second, until, loaded(function), out))
+
+
+@app.command(OWN)
+def own(
+    evaluation: Annotated[str, typer.Argument(metavar=OWN, help="FILE.py:NAME or package.module:NAME")],
+    given: Annotated[list[str], typer.Argument(metavar="SOURCE... [key=value...]", help="what is evaluated; settings")],
+    prompts: Prompts = None,
+    limit: Limit = None,
+    chat: Chat = None,
+    system_prompt: SystemPrompt = None,
+    prompt_column: PromptColumn = None,
+    max_new_tokens: Tokens = TOKENS,
+    temperature: Temperature = 0.0,
+    k: K = 1,
+    seed: Seed = 0,
+    out: Out = None,
+) -> None:
+    """An evaluation of your own (docs/evaluation.md says how to add one)."""
+    from dualign.eval.asking import Asking
+    from dualign.eval.evaluation import evaluate, opened
+    from dualign.eval.show import show
+
+    asking = Asking(prompts, limit, max_new_tokens, temperature, k, seed, chat, system_prompt, prompt_column)
+    settings = [text for text in given if re.match(r"\w+=", text) and not Path(text).exists()]
+    sources = [text for text in given if text not in settings]
+    show(evaluate(opened(evaluation, settings), sources, asking, out))
 
 
 def report(

@@ -44,7 +44,8 @@ def judge(
     more: More = None,
 ) -> None:
     """Label a file with an LLM judge. Run it again to continue: what was bought is in the cache."""
-    from dualign.cli.labelled import load_responses, write_rows
+    from dualign.annotate.labelled import write_rows
+    from dualign.data.responses import load_responses
     from dualign.data.settings import DataConfig
 
     rows = load_responses(file, limit, DataConfig(train=file, prompt_column=prompt_column))
@@ -125,7 +126,7 @@ def labels(
     from rich.table import Table
 
     from dualign.annotate.cache import Cache, default_path
-    from dualign.cli.labelled import write_rows
+    from dualign.annotate.labelled import write_rows
     from dualign.common.errors import UserError
 
     path = cache or default_path()
@@ -160,8 +161,9 @@ def agreement(
     plot: Annotated[Path | None, typer.Option(help="draw the shares to this file (.png, .svg, .pdf)")] = None,
 ) -> None:
     """How often AI rewards, AI preferences and reward heads agree with people, beside the longer answer and people."""
-    from dualign.cli.agreement_report import measure_file, print_report, write_plot
     from dualign.common.errors import UserError
+    from dualign.eval.agreement import measure_file, result, write_plot
+    from dualign.eval.show import show
 
     given = {"rubric": rubric, "base_url": base_url, "model": model}
     if any(given.values()) and not all(given.values()):
@@ -173,7 +175,7 @@ def agreement(
     settings = {**given, **_settings(more)}
     reward, preference = (_validated(kind, settings) if model else None for kind in ("judge", "preference"))
     reports = [measure_file(file, limit, head or [], reward, preference, prompt_column) for file in files]
-    print_report(reports)
+    show(result(reports))
     if json_out:
         _write_json(json_out, reports)
     if plot:
@@ -190,7 +192,7 @@ def granularity(
     from rich.table import Table
 
     from dualign.annotate.agreement import granularity as correlate
-    from dualign.cli.labelled import read_rewards
+    from dualign.annotate.labelled import read_rewards
     from dualign.common.errors import UserError
 
     found = correlate(read_rewards(a), read_rewards(b))

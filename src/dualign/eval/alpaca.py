@@ -12,10 +12,8 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dualign.common.errors import UserError
-from dualign.common.intervals import bracket, too_few
 from dualign.common.types import Prompt
 from dualign.data.responses import answer_text
 from dualign.data.settings import DataConfig
@@ -70,13 +68,3 @@ def official(model: Path, reference: Path, config: str) -> int:
     arguments = ["--model_outputs", str(model), "--reference_outputs", str(reference), "--annotators_config", config,
                  "--output_path", str(model.parent / "official")]  # fmt: skip
     return subprocess.run([command, "evaluate", *arguments], check=False).returncode
-
-
-def headline(point: dict[str, Any]) -> str:
-    raw = bracket(point["win_rate"], "{:.1%}")
-    few = too_few(point["win_rate"]["n"])
-    return (
-        f"raw {raw}; no length control: {few}"
-        if few
-        else (f"length-controlled {bracket(point['length_controlled'], '{:.1%}')}, raw {raw}")
-    )

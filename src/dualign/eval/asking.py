@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dualign import data
-from dualign.common.errors import UserError
+from dualign.common.errors import UserError, clean
 from dualign.common.types import Prompt
 from dualign.config import load
 from dualign.data.settings import DataConfig
@@ -20,7 +20,8 @@ TOKENS = 128
 
 @dataclass(frozen=True)
 class Asking:
-    """The options of an evaluation. None: as the run's configuration has it; `prompts` None: what each source brings."""
+    """The options of an evaluation. None: as the run's configuration has it; `prompts` None: what each source
+    brings."""
 
     prompts: str | None = None
     limit: int | None = None
@@ -112,3 +113,15 @@ def _evaluated(folder: Path) -> list[Prompt]:
     run = Run.open(folder)
     first = min((int(path.stem) for path in run.evaluations_dir.glob("*.parquet")), default=None)
     return [] if first is None else [row.rollout.prompt for row in run.read_evaluation(first)[0]]
+
+
+def in_words(system: Mapping[str, Any]) -> str:
+    """How a system's answers came about, and by what exactly they were judged; "unknown" where an earlier version did
+    not write it down."""
+    how, judge = dict(system.get("sampling") or {}), system.get("judge") or {}
+    words = [f"answers to {clean(str(how.pop('prompts')))}"] if how else ["how it was asked: unknown"]
+    system_prompt = how.pop("system_prompt", None)
+    words += [f"{key.replace('_', ' ')} {value}" for key, value in how.items() if value is not None]
+    words += [f"system prompt {clean(system_prompt)!r}"] if system_prompt else []
+    now = f", not surely what the run was trained on: {clean(judge['changed'])}" if judge.get("changed") else ""
+    return f"{', '.join(words)}; reward {judge.get('digest') or 'unknown'}{now}"

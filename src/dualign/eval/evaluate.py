@@ -1,6 +1,6 @@
 """`dualign eval winrate | reward | cheat` for Python: `win_rate`, `mean_reward`, `cheating`.
 
-Each writes its result beside the run and returns it with the file's path. A run that `dualign.train(reward=f)` gave its
+Each writes its result beside the run and returns it; `path` is its file. A run that `dualign.train(reward=f)` gave its
 reward to is judged by it with `reward=f`.
 """
 
@@ -14,15 +14,15 @@ from typing import Any
 from dualign.annotate import as_list
 from dualign.annotate.function import RewardFunction, name_of
 from dualign.common.errors import UserError
-from dualign.eval import cheat, cost, outputs, results, rewards, winrate
+from dualign.eval import cheat, cost, outputs, rewards, store, winrate
 from dualign.eval.asking import Asking, data_of, generation, said
 from dualign.eval.judges import Judges, open_judge
 from dualign.eval.outputs import Generation, Outputs
 from dualign.eval.places import named, place, slug
+from dualign.eval.result import Result
 from dualign.run.folder import Run
 
 Reward = RewardFunction | Sequence[RewardFunction]
-Result = tuple[dict[str, Any], Path]
 
 
 def win_rate(
@@ -46,18 +46,17 @@ def win_rate(
             points, b = winrate.sides(source, _points(source, as_asked), _opponent(against, as_asked))
             table, pairs = winrate.curve(judged, points, b, asking.seed)
             systems.append({
-                "source": source, "run": results.away(source, path), "judge": judged.record(),
+                "source": source, "run": store.away(source, path), "judge": judged.record(),
                 "against": {"source": against, "name": b.name}, "sampling": said(source, how, asking),
                 "points": table, **cost.of_system(source, table[-1]),
             })  # fmt: skip
             rows += [winrate.row(p.name, pair) for p, found in zip(points, pairs, strict=True) for pair in found]
             last.append(pairs[-1])
-        result = results.provenance("winrate", judges.record(), asking.seed)
-        result |= {"prompts": len({pair.key for pair in last[0]}), "systems": systems}
+        record = store.provenance("winrate", judges.record(), asking.seed)
+        record |= {"prompts": len({pair.key for pair in last[0]}), "systems": systems}
         if len(sources) > 1 and judges.agree:
-            result["seeds"] = winrate.across_seeds(last)
-    results.write(path, result, rows)
-    return result, path
+            record["seeds"] = winrate.across_seeds(last)
+    return store.write(path, Result(rows, winrate.headline(record), winrate.tables(record), record))
 
 
 def mean_reward(
@@ -75,8 +74,7 @@ def mean_reward(
     how = generation(sources, asking, path.parent / "outputs")
     points = [_points(source, how) for source in sources]
     systems: list[dict[str, Any]] = [
-        {"source": source, "run": results.away(source, path), "sampling": said(source, how, asking)}
-        for source in sources
+        {"source": source, "run": store.away(source, path), "sampling": said(source, how, asking)} for source in sources
     ]
     values: list[list[rewards.Scored]] = []
     for name, spec in (("", judge), ("second_", second)):
@@ -90,9 +88,8 @@ def mean_reward(
                     systems[i]["swap"] = rewards.swap(points[i], values[i], scored)
                 values.append(scored)
     named = {"judge": judge} | ({"second": second} if second else {})
-    result = results.provenance("reward", named, asking.seed) | {"systems": systems}
-    results.write(path, result)
-    return result, path
+    record = store.provenance("reward", named, asking.seed) | {"systems": systems}
+    return store.write(path, Result((), rewards.headline(record), rewards.tables(record), record))
 
 
 def cheating(
@@ -105,10 +102,9 @@ def cheating(
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_judge(spec, str(run), path.parent, _functions(reward, [str(run)], spec)) as judge:
         table = cheat.trace(run, judge, until)
-    result = results.provenance("cheat", judge.record(), 0) | {"run": results.away(run, path)}
-    result |= {"second": spec, "until": until, "batches": table, **cheat.verdict(table)}
-    results.write(path, result)
-    return result, path
+    record = store.provenance("cheat", judge.record(), 0) | {"source": str(run), "run": store.away(run, path)}
+    record |= {"second": spec, "until": until, "batches": table, **cheat.verdict(table)}
+    return store.write(path, Result((), record["verdict"], cheat.tables(record), record))
 
 
 def _functions(reward: Reward, runs: Sequence[str], *judges: str | None) -> Sequence[RewardFunction]:

@@ -11,6 +11,7 @@ from typing import Any
 from dualign.common.errors import UserError
 from dualign.common.intervals import bracket
 from dualign.eval.outputs import Answer
+from dualign.eval.result import Column, Json, Table
 from dualign.eval.statistics import share
 
 COLUMNS = ("instruction_id_list", "kwargs")
@@ -28,8 +29,8 @@ def library() -> Any:
 
 def check(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Per answer: which of its instructions it follows, strictly and loosely (loosely: also without its first or last
-    line, or asterisks). Both are None, with the reason, where a check could not be run. Raises UserError where no prompt
-    has IFEval's columns."""
+    line, or asterisks). Both are None, with the reason, where a check could not be run. Raises UserError where no
+    prompt has IFEval's columns."""
     checks = library()
     if not any(set(COLUMNS) <= set(answer.prompt.columns) for answer in answers):
         raise UserError(f"IFEval's columns {' and '.join(COLUMNS)} are in no row of the prompts")
@@ -61,3 +62,16 @@ def table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     result["absent_reasons"] = sorted({r["reason"] for r in rows if r["reason"]})[:3]
     result["headline"] = f"prompt-level strict accuracy {bracket(result['prompt_strict'], '{:.1%}')}"
     return result
+
+
+SHOWN = [
+    Column("accuracy"),
+    Column("over prompts [95 %]", "{:.1%}", "{:.0%}"),
+    Column("over instructions", "{:.1%}"),
+]
+
+
+def tables(record: Json) -> list[Table]:
+    rows = [[kind, record[f"prompt_{kind}"], record[f"instruction_{kind}"]] for kind in ("strict", "loose")]
+    notes = [f"{record['checked']} checked, {record['absent']} not", *record["absent_reasons"]]
+    return [Table("IFEval", SHOWN, rows, notes, record.get("source"), run=record.get("run"))]

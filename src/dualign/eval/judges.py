@@ -143,8 +143,8 @@ def _shared(spec: str, source: str, runs: Mapping[str, Chosen]) -> Chosen:
         raise UserError("judge run: nothing that is evaluated is a run; name a judge")
     if len({chosen.digest for chosen in runs.values()}) > 1:
         raise UserError(
-            f"judge run: {source} is no run, and the runs beside it ({', '.join(runs)}) were trained on different rewards; "
-            "name a judge (--judge), or evaluate them apart"
+            f"judge run: {source} is no run, and the runs beside it ({', '.join(runs)}) were trained on different "
+            "rewards; name a judge (--judge), or evaluate them apart"
         )
     return next(iter(runs.values()))
 
@@ -180,8 +180,8 @@ def _own(run: str, given: Mapping[str, RewardFunction]) -> Chosen:
 
 
 def _changed(run: Run, settings: Sequence[RewardConfig], functions: Sequence[RewardFunction]) -> str | None:
-    """In words: the file of a reward function has changed since the run began, which may be elsewhere in the file. Raises
-    UserError for what surely is another reward."""
+    """In words: the file of a reward function has changed since the run began, which may be elsewhere in the file.
+    Raises UserError for what surely is another reward."""
     from dualign.run import digests
 
     then = run.about.get("inputs")
@@ -191,10 +191,8 @@ def _changed(run: Run, settings: Sequence[RewardConfig], functions: Sequence[Rew
     found = {key: words for key in now if (words := digests.changed(then.get(key) or {}, now[key]))}
     code = {key for key in found if all(name.endswith(".py") for name in now[key])}
     if others := {key: words for key, words in found.items() if key not in code}:
-        raise UserError(
-            f"judge run: {run.folder}: {'; '.join(f'{key}: {words}' for key, words in others.items())}: put it back, or name "
-            "the judge that is meant"
-        )
+        told = "; ".join(f"{key}: {words}" for key, words in others.items())
+        raise UserError(f"judge run: {run.folder}: {told}: put it back, or name the judge that is meant")
     return "; ".join(f"{run.folder}: {key}: {words}" for key, words in found.items()) or None
 
 
@@ -241,8 +239,8 @@ def _faults(error: ValidationError, skip: int) -> list[str]:
 
 
 def score(judge: Judge, answers: Sequence[Answer]) -> list[Label]:
-    """A label for each answer, with all that a reward may read of it; what is no answer is absent. Raises UserError for a
-    judge that only compares."""
+    """A label for each answer, with all that a reward may read of it; what is no answer is absent. Raises UserError for
+    a judge that only compares."""
     if hasattr(judge.annotator, "compare"):
         raise UserError(f"{judge.name}: an AI preference compares two answers and scores none; name a reward")
     _mention_columns(judge, answers)
@@ -263,8 +261,8 @@ def _mention_columns(judge: Judge, answers: Sequence[Answer]) -> None:
 @dataclass(frozen=True)
 class Pair:
     """One comparison on one prompt. `value` is a's: 1 won, 0.5 tie, 0 lost, None absent (with the reason). `orders`:
-    the better one by each order, for AI preferences, and `named_first`, the share of the two answers that named what was
-    shown first; `scores`: for rewards."""
+    the better one by each order, for AI preferences, and `named_first`, the share of the two answers that named what
+    was shown first; `scores`: for rewards."""
 
     key: str
     prompt: Prompt
@@ -299,8 +297,8 @@ def judge_pairs(judge: Judge, a: Outputs, b: Outputs) -> list[Pair]:
 
 
 def _alike(x: Answer, y: Answer) -> tuple[Answer, Answer]:
-    """Both as answers to x's prompt. A column that only one of them has is the other's too: where it came from a file of
-    outputs, the prompts' own columns are not in it."""
+    """Both as answers to x's prompt. A column that only one of them has is the other's too: where it came from a file
+    of outputs, the prompts' own columns are not in it."""
 
     def told(mine: Answer, other: Answer) -> Answer:
         lent = {k: v for k, v in other.prompt.columns.items() if k not in ANSWERS_OWN}

@@ -22,6 +22,7 @@ from dualign.common.errors import UserError
 from dualign.common.intervals import bracket
 from dualign.common.types import Label, Message, Prompt, user_prompt
 from dualign.eval.outputs import Answer, Generation, generate
+from dualign.eval.result import Column, Json, Table
 from dualign.eval.statistics import t_interval
 from dualign.models.settings import ModelConfig
 
@@ -159,3 +160,17 @@ def table(questions: Sequence[Question], ratings: Sequence[tuple[Label, Label]])
     if overall["n"]:
         headline = f"{bracket(overall, '{:.2f}')} of 10"
     return {"rows": rows, "absent": len(reasons), "absent_reasons": sorted(set(reasons))[:5], "headline": headline}
+
+
+COLUMNS = [Column("category"), Column("turn 1", "{:.2f}"), Column("turn 2", "{:.2f}"), Column("both [95 %]", "{:.2f}"),
+           Column("questions")]  # fmt: skip
+
+
+def tables(record: Json) -> list[Table]:
+    rows = [
+        [name, row["turn_1"]["value"], row["turn_2"]["value"], row["both"], row["both"]["n"]]
+        for name, row in record["rows"].items()
+    ]
+    notes = [f"{record['absent']} ratings absent", *record.get("absent_reasons", ())]
+    about = {"judge": str((record.get("judge") or {}).get("model", "unknown"))}
+    return [Table("MT-Bench", COLUMNS, rows, notes, record.get("source"), about, run=record.get("run"))]

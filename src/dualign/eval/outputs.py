@@ -69,8 +69,8 @@ class Outputs:
 @dataclass(frozen=True)
 class Generation:
     """How models are sampled: greedily, or with the same random numbers for all. `prompts`: on what, None where each
-    source brings its own; `folder`: where outputs are kept, so that nothing is sampled twice. `data`: how files' prompts
-    are put to a model (data.chat, data.system_prompt)."""
+    source brings its own; `folder`: where outputs are kept, so that nothing is sampled twice. `data`: how files'
+    prompts are put to a model (data.chat, data.system_prompt)."""
 
     prompts: Sequence[Prompt] | None
     max_new_tokens: int

@@ -18,21 +18,22 @@ from dualign.eval.outputs import is_run
 def place(
     kind: str,
     sources: Sequence[str],
-    judge: str,
+    judge: str | None,
     asking: Asking,
     out: Path | None,
     against: str | None = None,
     second: str | None = None,
+    own: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Where the result goes: one file for each judge, set of prompts, way of asking and opponent, beside the first run.
-    Makes its folder."""
+    """Where the result goes: one file for each judge, set of prompts, way of asking, opponent and code and settings of
+    one's `own`, beside the first run. Makes its folder."""
     run = next((s for s in sources if is_run(s)), None)
-    stem = "-".join([kind, *map(slug, filter(None, (judge, asking.prompts)))])
+    stem = "-".join(map(slug, filter(None, (kind, judge, asking.prompts))))
     if second:
         stem += f"-second-{slug(second)}"
     if against:
         stem += f"-against-{slug(against)}-{_six(whole(against))}"
-    stem = named(stem, [judge, second], _unusual(asking, run))
+    stem = named(stem, [judge, second], _unusual(asking, run) | ({"own": own} if own else {}))
     path = out or (Path(run) / "eval" if run else Path("eval")) / f"{stem}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from dualign.common.intervals import too_few
+from dualign.common.intervals import bracket, too_few
+from dualign.eval.asking import in_words
 from dualign.eval.judges import Judge, score
 from dualign.eval.outputs import Answer, Outputs
+from dualign.eval.result import Column, Json, Table
 from dualign.eval.statistics import correlation, t_interval
 
 SHOWN = 20  # disagreements that are listed
@@ -105,3 +107,60 @@ def _disagreements(
          "after": text(after[k]), "first_gain_sd": one[k], "second_gain_sd": two[k]}
         for k in opposed[:SHOWN]
     ]  # fmt: skip
+
+
+# --- what people see ---
+
+COLUMNS = [
+    Column("policy"), Column("labels"), Column("reward [95 %]", "{:+.3f}"),
+    Column("gain over the first [95 %]", "{:+.3f}"), Column("gain in sd", "{:+.2f}"), Column("absent"),
+]  # fmt: skip
+SWAP = [
+    Column("r of all answers", "{:.2f}"), Column("of the last policy's", "{:.2f}"), Column("of the gains", "{:.2f}"),
+    Column("gain survives"), Column("disagreements"),
+]  # fmt: skip
+
+
+def tables(record: Json) -> list[Table]:
+    """Of each system: its points under each judge, and what two judges agree on."""
+    found = []
+    for system in record["systems"]:
+        whose = {"source": system.get("source"), "run": system.get("run")}
+        for key, which in (("points", "judge"), ("second_points", "second_judge")):
+            if key in system:
+                rows = [
+                    [p["name"], p["labels"], p["reward"], p["gain"], p["gain_sd"], p["absent"]] for p in system[key]
+                ]
+                about = {"judge": _judge(record, system, which)}
+                notes = [in_words(system | {"judge": system.get(which)})]
+                found.append(Table("Mean reward", COLUMNS, rows, notes, about=about, over="policy", **whose))
+        if swap := system.get("swap"):
+            about = {"judge": _judge(record, system, "judge"), "second": _judge(record, system, "second_judge")}
+            r = [swap[what] | {"value": swap[what]["pearson"]} for what in ("all", "last", "gains")]
+            listed = swap.get("disagreements", ())
+            notes = []
+            if "survives" in swap:
+                told = f"does the gain survive the second judge? {swap['survives']}; "
+                notes = [f"{told}{len(listed)} disagreements listed in the file"]
+            row = [*r, swap.get("survives"), len(listed)]
+            found.append(Table("Gain under two judges", SWAP, [row], notes, about=about, **whose))
+    return found
+
+
+def headline(record: Json) -> str:
+    """Each system's gain, and whether it survives."""
+    found = []
+    for system in record["systems"]:
+        whose = f"{system['source']}: " if len(record["systems"]) > 1 else ""
+        survives = system.get("swap", {}).get("survives")
+        under = f", under the second judge: {survives}" if survives else ""
+        found.append(f"{whose}gain {bracket(system['points'][-1]['gain'], '{:+.3f}')}{under}")
+    return "; ".join(found)
+
+
+def _judge(record: Json, system: Json, which: str) -> str:
+    """Its name, and whether it is the run's own; a result of an earlier version has what was said on the command
+    line."""
+    spec = str(record["judge"].get(which.removesuffix("_judge"), "–"))
+    name = (system.get(which) or {}).get("name", spec)
+    return f"run: {name}" if spec == "run" and name != spec else name

@@ -77,9 +77,9 @@ def bootstrap(
 
 
 def percentile(value: float, draws: Array, n: int) -> Estimate:
-    """Efron's percentile interval at Hesterberg's expanded level Φ(−t √(n/(n−1))) (2015, The American Statistician 69(4),
-    section 5.3): the plain one is as much too narrow in small samples as a normal interval is. Infinite for a single
-    prompt, and where all draws are equal."""
+    """Efron's percentile interval at Hesterberg's expanded level Φ(−t √(n/(n−1))) (2015, The American Statistician
+    69(4), section 5.3): the plain one is as much too narrow in small samples as a normal interval is. Infinite for a
+    single prompt, and where all draws are equal."""
     if n < 2 or all_equal(draws):
         return Estimate(value, float("-inf"), float("inf"), n)
     tail = float(stats.norm.cdf(stats.t.ppf((1 - LEVEL) / 2, n - 1) * np.sqrt(n / (n - 1))))

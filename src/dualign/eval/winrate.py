@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from dualign.common.errors import UserError
-from dualign.common.intervals import FEW
+from dualign.common.intervals import FEW, bracket, too_few
+from dualign.eval.asking import in_words
 from dualign.eval.judges import Judge, Pair, judge_pairs
 from dualign.eval.length import by_length, length_controlled
 from dualign.eval.outputs import Outputs
+from dualign.eval.result import Column, Json, Plot, Table
 from dualign.eval.statistics import over_seeds, share
 
 
@@ -92,3 +94,76 @@ def row(point: str, pair: Pair) -> dict[str, Any]:
     return {"point": point, "id": pair.prompt.id, "prompt": pair.prompt.messages, "a": pair.a.text, "b": pair.b.text,
             "value": pair.value, "orders": pair.orders, "scores": pair.scores, "reason": pair.reason,
             "note": pair.note}  # fmt: skip
+
+
+# --- what people see ---
+
+SHARE = ("{:.1%}", "{:.0%}")
+COLUMNS = [
+    Column("policy"), Column("labels"), Column("win rate [95 %]", *SHARE), Column("prompts"),
+    Column("length-controlled [95 %]", *SHARE), Column("won/tied/lost"), Column("absent"),
+    Column("characters", "{:.0f}"), Column("orders agree", "{:.0%}"),
+]  # fmt: skip
+PLOT = Plot("winrate", "labels", ("win rate [95 %]", "length-controlled [95 %]"), "Win rate",
+            "Win rate against labels bought, raw and length-controlled", line=0.5)  # fmt: skip
+
+
+def tables(record: Json, what: str = "Win rate") -> list[Table]:
+    """Of each system: its points, and the last one's win rate by length; and the mean over systems where there is
+    one."""
+    found = []
+    for system in record["systems"]:
+        last = system["points"][-1]
+        whose = {"source": system.get("source"), "run": system.get("run"), "about": {
+            "judge": (system.get("judge") or record["judge"])["name"], "against": last["b"]}}  # fmt: skip
+        rows = [
+            [p["a"], p["labels"], p["win_rate"], p["win_rate"]["n"], p["length_controlled"],
+             (p["won"], p["tied"], p["lost"]), p["absent"], (p["chars_a"], p["chars_b"]), p["swap_consistency"]]
+            for p in system["points"]
+        ]  # fmt: skip
+        few = too_few(last["win_rate"]["n"])
+        notes = [*([f"no length control: {few}"] if few else []), *_cost(system), in_words(system)]
+        found.append(Table(f"{what} against {last['b']}", COLUMNS, rows, notes, over="policy", plot=PLOT, **whose))
+        if last["by_length"]:
+            lengths = [[f"{r['longer_from']:+d} .. {r['longer_to']:+d}", r, r["n"]] for r in last["by_length"]]
+            columns = [Column("longer by"), Column("win rate [95 %]", *SHARE), Column("prompts")]
+            found.append(Table(f"{what} against {last['b']}, by characters", columns, lengths, **whose))
+    if "seeds" in record:
+        columns = [Column("sources"), Column("between seeds [95 %]", *SHARE), Column("over prompts [95 %]", *SHARE)]
+        row = [len(record["systems"]), record["seeds"]["over_seeds"], record["seeds"]["over_prompts"]]
+        found.append(Table(f"{what}, mean over the sources", columns, [row]))
+    return found
+
+
+def headline(record: Json) -> str:
+    """Of several systems the mean, where they have one."""
+    one, *others = record["systems"]
+    if not others:
+        return of_point(one["points"][-1])
+    if "seeds" not in record:
+        return "no mean over the sources: each is judged by its own reward, and they differ"
+    seeds, prompts = (bracket(record["seeds"][key], *SHARE) for key in ("over_seeds", "over_prompts"))
+    return f"mean of {len(others) + 1} sources: {seeds} between seeds, {prompts} over prompts"
+
+
+def of_point(point: Json) -> str:
+    """One win rate in words."""
+    raw = f"raw {bracket(point['win_rate'], '{:.1%}')} against {point['b']}"
+    if few := too_few(point["win_rate"]["n"]):
+        return f"{raw}; no length control: {few}"
+    return f"length-controlled {bracket(point['length_controlled'], '{:.1%}')}, {raw}"
+
+
+def _cost(system: Json) -> list[str]:
+    """What a run's labels cost, and a point of its win rate; nothing of what is no run."""
+    if "cost" not in system:
+        return []
+    cost, each, n = system["cost"], system["cost_per_point"], system["points"][-1]["win_rate"]["n"]
+    spent = f"{cost['labels']:,} labels, {cost['calls']:,} judge calls, {cost['tokens']:,} tokens"
+    text = f"cost: {spent}, ${cost['dollars']:.2f}, {cost['hours']:.2f} h"
+    if each is None:
+        return [f"{text}; no cost per point of win rate: {too_few(n)}"]
+    if each["labels"] is None:
+        return [f"{text}; the win rate is not above 50 %"]
+    price = f"{each['labels']:.0f} labels, {each['tokens']:.0f} tokens, ${each['dollars']:.4f}, {each['hours']:.3f} h"
+    return [f"{text}; for each point of win rate above 50 %: {price}"]

@@ -14,25 +14,14 @@ import pyarrow.parquet as pq
 
 from dualign.common.errors import UserError
 from dualign.common.yaml_text import parse_yaml
-from dualign.eval import results
-from dualign.eval.outputs import PI_0
-from dualign.eval.show import asked
+from dualign.eval import store
+from dualign.eval.result import Json, Result, Table
 from dualign.run.folder import Run, read_table
 from dualign.training.heldout import kl_name
 
 TEXT_BUDGET = 2_400_000  # characters of prompts and completions in one page, all runs together
 LONGEST = 4000  # characters shown of one text
 HISTOGRAMS = 60  # batches in the figure of weights
-
-Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class WinRate:
-    judge: str
-    against: str
-    points: list[Json]  # over the labels bought
-    asked: str  # how the answers came about, in words
 
 
 @dataclass(frozen=True)
@@ -47,7 +36,7 @@ class RunData:
     batches: dict[int, list[Json]]  # groups of the training batches that the page holds
     batch_count: int
     weights: dict[int, np.ndarray]  # positive weights of some batches
-    results: list[Json] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)  # kept beside it
 
     @cached_property
     def config(self) -> Json:
@@ -66,21 +55,16 @@ class RunData:
         temperature = (self.config.get("eval") or {}).get("temperature")
         return self.sampling if temperature is None else self.sampling | {"temperature": temperature}
 
-    def of_kind(self, kind: str) -> list[Json]:
-        """The results of a kind that are about this run; `system`: the part of each that is."""
-        found = [r | {"system": results.system_of(r, self.folder)} for r in self.results if r["kind"] == kind]
-        return [result for result in found if result["system"] is not None]
+    @cached_property
+    def tables(self) -> list[Table]:
+        """What evaluations measured of this run, wherever two folders have one name."""
+        return [table for result in self.results for table in result.tables if table.is_about(self.folder)]
 
-    def winrates(self) -> list[WinRate]:
-        """Every win rate that was measured of this run, those against its π_0 first."""
-        found = []
-        for result in self.of_kind("winrate"):
-            system = result["system"]
-            points = [p for p in system["points"] if p["labels"] is not None]
-            if points and system.get("cost"):
-                judge = (system.get("judge") or result["judge"])["name"]
-                found.append(WinRate(judge, points[-1]["b"], points, asked(system)))
-        return sorted(found, key=lambda w: w.against != PI_0)
+    @property
+    def headlines(self) -> list[str]:
+        """What the evaluations of this run say in a line."""
+        ours = [r for r in self.results if not r.tables or any(table.is_about(self.folder) for table in r.tables)]
+        return [f"{result.record['kind']}: {result.headline}" for result in ours if result.headline]
 
 
 def heldout_kl_name(runs: Sequence[RunData]) -> str:
@@ -126,7 +110,7 @@ def _run(folder: Path, name: str, budget: int) -> RunData:
         batches=_within({step: run.batch_path(step) for step in steps}, budget - budget // 3),
         batch_count=len(steps),
         weights={step: _weights(run.batch_path(step)) for step in evenly(steps, HISTOGRAMS)},
-        results=results.read_all(folder / "eval"),
+        results=store.read_all(folder),
     )
 
 

@@ -5,26 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from dualign.common.errors import UserError
-from dualign.eval.report.data import Json, RunData
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# Okabe & Ito's colours, told apart by people of every kind of colour vision; black and yellow left out, which vanish
-# on a dark or a light page. Lines differ by dash and marker too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
-MARKERS = "osD^vP"
-INK = "#010203"  # in the SVG it becomes the page's own colour of text, light or dark
+from dualign.eval.report.data import RunData
+from dualign.eval.report.declared import declared
+from dualign.eval.report.plots import PLOTS
+from dualign.eval.report.style import INK, Plot
 
 
 @dataclass(frozen=True)
@@ -45,18 +36,12 @@ class Drawn:
         durable(folder / f"{self.name}.png", lambda aside: aside.write_bytes(self.png))
 
 
-Rows = list[list[Any]]
-Plot = Callable[["Figure", Sequence[RunData]], Rows | None]
-
-
 def draw_all(runs: Sequence[RunData]) -> list[Drawn]:
     """Every figure that the runs have numbers for."""
     try:
         import matplotlib
     except ModuleNotFoundError:
         raise UserError("the report needs matplotlib: pip install 'dualign[plots]'") from None
-    from dualign.eval.report.plots import PLOTS
-
     style = {
         "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "axes.spines.top": False,
         "axes.spines.right": False, "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
@@ -64,7 +49,7 @@ def draw_all(runs: Sequence[RunData]) -> list[Drawn]:
         "legend.frameon": False, "legend.fontsize": 10, "axes.facecolor": "none", "figure.facecolor": "none",
     }  # fmt: skip
     drawn = []
-    for name, (title, about, plot) in PLOTS.items():
+    for name, (title, about, plot) in (PLOTS | declared(runs, PLOTS)).items():
         with matplotlib.rc_context(style | {"svg.hashsalt": name}):
             found = _draw(name, title, about, plot, runs)
         drawn += [found] if found else []
@@ -90,23 +75,7 @@ def _inline(svg: str, name: str, about: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r"(xlink:href=\"#|url\(#)", rf"\g<1>{name}-", svg)
-    return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>',
-                  rf'<svg viewBox="\1" role="img" aria-label="{about}" xmlns="http://www.w3.org/2000/svg" '
-                  r'xmlns:xlink="http://www.w3.org/1999/xlink">', svg, count=1)  # fmt: skip
-
-
-def style_of(i: int) -> dict[str, Any]:
-    n = len(COLOURS)
-    return {"color": COLOURS[i % n], "linestyle": DASHES[i % n], "marker": MARKERS[i % n], "markersize": 4}
-
-
-def series(metrics: Sequence[Json], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(batches done when it was sampled, value) where a value was logged."""
-    found = [(m["step"], m[key]) for m in metrics if m.get(key) is not None]
-    return np.array([s for s, _ in found]), np.array([float(v) for _, v in found])
-
-
-def legend(axes: Axes, runs: Sequence[RunData]) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if len(handles) > 1 or len(runs) > 1:
-        axes.legend(handles, labels)
+    label = escape(about)
+    return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', lambda found: (
+                  f'<svg viewBox="{found[1]}" role="img" aria-label="{label}" xmlns="http://www.w3.org/2000/svg" '
+                  'xmlns:xlink="http://www.w3.org/1999/xlink">'), svg, count=1)  # fmt: skip

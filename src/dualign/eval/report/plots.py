@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dualign.eval.report.data import Json, RunData, evenly, heldout_kl_name
-from dualign.eval.report.figures import COLOURS, Plot, Rows, legend, series, style_of
+from dualign.eval.report.style import COLOURS, Plot, Rows, legend, series, style_of
 from dualign.training.heldout import kl_name
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def _lines(
 
 
 def reward(figure: Figure, runs: Sequence[RunData]) -> Rows:
-    """The reward itself, in training as on held-out prompts. What training saw of it where a missing EOS costs something
-    is another number, in a panel of its own."""
+    """The reward itself, in training as on held-out prompts. What training saw of it where a missing EOS costs
+    something is another number, in a panel of its own."""
     penalised = [run for run in runs if run.sampling.get("missing_eos_penalty")]
     panels = figure.subplots(2, sharex=True) if penalised else [figure.subplots()]
     rows = _lines(panels[0], runs, "reward", "mean reward", _reward_itself)
@@ -209,62 +209,8 @@ def _seconds(metrics: Sequence[Json]) -> dict[str, float]:
     return {p: float(np.mean([m["seconds"].get(p, 0.0) for m in metrics])) for p in phases}
 
 
-def winrate(figure: Figure, runs: Sequence[RunData]) -> Rows:
-    """Win rate over labels bought, raw and length-controlled, with 95 % intervals."""
-    axes = figure.subplots()
-    rows: Rows = [["run", "judge", "against", "kind", "batches", "labels", "win_rate", "low", "high"]]
-    drawn = 0
-    for run in runs:
-        for rate in run.winrates():
-            judge, points = f"{rate.judge}, against {_short(rate.against)}", rate.points
-            for kind, label in (("win_rate", "raw"), ("length_controlled", "length-controlled")):
-                e = np.array([[p["labels"], *(p[kind][k] for k in ("value", "low", "high"))] for p in points], float)
-                name = f"{judge}, {label}" if len(runs) == 1 else f"{run.name}, {judge}, {label}"
-                at = e[:, 0] * (1 + 0.012 * (drawn % 6))  # intervals side by side
-                axes.errorbar(
-                    at, e[:, 1], [e[:, 1] - e[:, 2], e[:, 3] - e[:, 1]], capsize=3, label=name, **style_of(drawn)
-                )
-                rows += [
-                    [run.name, rate.judge, rate.against, label, p["batches"], *v]
-                    for p, v in zip(points, e.tolist(), strict=True)
-                ]
-                drawn += 1
-    axes.axhline(0.5, color="#888888", linewidth=1)
-    axes.set(xlabel="labels bought", ylabel="win rate", ylim=(-0.03, 1.03))
-    if drawn:
-        axes.legend(fontsize=8 if drawn > 2 else 10)
-    return rows
-
-
-def _short(name: str, longest: int = 24) -> str:
-    """A name for the legend: of a long path its end (the table and the CSV have the whole)."""
-    return name if len(name) <= longest else f"…{name[-longest:]}"
-
-
-def second(figure: Figure, runs: Sequence[RunData]) -> Rows:
-    """The reward trained on and an independent one, in standard deviations of the first batch: do they part?"""
-    axes = figure.subplots()
-    rows: Rows = [["run", "batch", "reward_sd", "second_sd"]]
-    for i, run in enumerate(runs):
-        for result in run.of_kind("cheat"):
-            table = result["batches"]
-            x = [b["batch"] for b in table]
-            for j, key in enumerate(("reward_sd", "second_sd")):
-                label = ("reward trained on", result["second"])[j]
-                look = style_of(2 * i + j) | {"markevery": max(1, len(x) // 12)}
-                axes.plot(x, [np.nan if b[key] is None else b[key] for b in table],
-                          label=label if len(runs) == 1 else f"{run.name}: {label}", **look)  # fmt: skip
-            if result.get("from_batch") is not None:
-                axes.axvline(result["from_batch"], color="#888888", linestyle=":")
-            rows += [[run.name, b["batch"], b["reward_sd"], b["second_sd"]] for b in table]
-    axes.set(xlabel="online batches", ylabel="change, standard deviations")
-    legend(axes, runs)
-    return rows
-
-
 PLOTS: dict[str, tuple[str, str, Plot]] = {
     "reward": ("Reward", "Mean reward over online batches, and on held-out prompts with 95 % intervals", reward),
-    "winrate": ("Win rate", "Win rate against labels bought, raw and length-controlled", winrate),
     "loss": (
         "Loss",
         "Mean loss of training batches, and of held-out rows with 95 % intervals",
@@ -283,10 +229,10 @@ PLOTS: dict[str, tuple[str, str, Plot]] = {
     "pareto": ("Reward against KL", "Held-out reward against the distance to π_0; numbers are online batches", pareto),
     "kl": (
         "Distance to π_0",
-        "Mean of log π/π_0 over completions, by online batches: KL to the initial policy where sampled at temperature 1",
+        "Mean of log π/π_0 over completions, by online batches: KL to the initial policy where sampled at "
+        "temperature 1",
         kl,
     ),
-    "second": ("An independent reward", "The reward trained on beside a second one that was not", second),
     "length": ("Length", "Tokens per completion over online batches", length),
     "missing_eos": ("Completions without EOS", "Share of completions that were cut off", missing_eos),
     "weights": ("Weights", "Share of each batch's completions by the size of their weight", weights),

@@ -11,23 +11,14 @@ from typing import Any
 
 from dualign.annotate.agreement import Pair
 from dualign.common.errors import UserError
-from dualign.data.responses import Responses, load_responses
+from dualign.data.responses import load_responses
 from dualign.data.settings import DataConfig
 from dualign.models.template import arguments_as_json
 
-__all__ = ["Responses", "load_pairs", "load_responses", "read_rewards", "write_rows"]
 
-
-def load_pairs(source: str, limit: int | None = None) -> list[Pair]:
+def load_pairs(source: str, limit: int | None = None, prompt_column: str = "prompt") -> tuple[list[Pair], Counter[str]]:
     """Pairs that people labelled: response_a, response_b with `label` (a, b, tie) and perhaps `votes`, or chosen and
-    rejected. A pair that lacks a response is left out. Raises UserError naming the row."""
-    return labelled_pairs(source, limit)[0]
-
-
-def labelled_pairs(
-    source: str, limit: int | None = None, prompt_column: str = "prompt"
-) -> tuple[list[Pair], Counter[str]]:
-    """Those pairs, and why others were left out."""
+    rejected; and why others were left out, which lack a response. Raises UserError naming the row."""
     pairs = []
     absent: Counter[str] = Counter()
     for row in load_responses(source, limit, DataConfig(train=source, prompt_column=prompt_column)):

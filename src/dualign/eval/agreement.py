@@ -1,4 +1,4 @@
-"""One file's agreement numbers, as a record, a table and a plot."""
+"""How well labellers agree with people on files of pairs: records, tables and a plot."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dualign.annotate import agreement
+from dualign.annotate.labelled import load_pairs
 from dualign.annotate.settings import HeadReward, JudgeReward, PreferenceReward
-from dualign.cli.labelled import labelled_pairs
-from dualign.common.errors import UserError, clean
+from dualign.common.errors import UserError
+from dualign.eval.result import Column, Result, Table
 
 Report = dict[str, Any]
 
@@ -25,7 +26,7 @@ def measure_file(
 ) -> Report:
     """{"file", "rows", "labellers": [Agreement ...], "orders": Orders | None, "left_out": why some pairs cannot be
     compared, with how many} as plain values. Those pairs count as absent for every labeller."""
-    pairs, left_out = labelled_pairs(file, limit, prompt_column)
+    pairs, left_out = load_pairs(file, limit, prompt_column)
     found = [agreement.measure("longer answer", pairs, agreement.longer(pairs))]
     if ceiling := agreement.human_ceiling(pairs):
         found.append(ceiling)
@@ -69,31 +70,36 @@ def _verdicts(settings: PreferenceReward, pairs: Sequence[agreement.Pair]) -> li
         judge.close()
 
 
-def print_report(reports: Sequence[Report]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+COLUMNS = [
+    Column("labeller"), Column("pairs"), Column("agrees [95 %]", "{:.1%}"), Column("ties", "{:.1%}"),
+    Column("kappa", "{:.3f}"), Column("absent"),
+]  # fmt: skip
 
-    console = Console()
+
+def result(reports: Sequence[Report]) -> Result:
+    """A table for each file. Where no pair could be labelled there is nothing to say."""
+    tables = []
     for report in reports:
-        table = Table("labeller", "pairs", "agrees", "95 %", "ties", "kappa", "absent", title=Path(report["file"]).name)
-        for row in report["labellers"]:
-            found = ["-"] * 4  # where no pair could be labelled there is nothing to say
-            if row["pairs"] > 0:
-                between = f"{100 * row['low']:.1f}-{100 * row['high']:.1f}"
-                found = [f"{100 * row['share']:.1f} %", between, f"{100 * row['ties']:.1f} %", f"{row['kappa']:.3f}"]
-            table.add_row(row["labeller"], f"{row['pairs']:,}", *found, f"{row['absent']:,}")
-        console.print(table)
-        for reason, count in report["left_out"].items():
-            console.print(f"{count} of {report['rows']} pairs cannot be compared: {clean(reason)}", markup=False)
-        orders = report["orders"]
-        if orders and not orders["pairs"]:
-            console.print("AI preference by order: no pair was answered in both")
-        elif orders:
-            console.print(
-                f"AI preference by order: {100 * orders['preferred_first']:.1f} % where people's choice is first, "
-                f"{100 * orders['preferred_second']:.1f} % where it is second; {100 * orders['first_named']:.1f} % of "
-                f"answers name the first; {100 * orders['consistent']:.1f} % of {orders['pairs']:,} pairs alike in both"
-            )
+        rows = [
+            [r["labeller"], r["pairs"], *([r | {"value": r["share"]}, r["ties"], r["kappa"]] if r["pairs"] else [None] * 3),
+             r["absent"]]
+            for r in report["labellers"]
+        ]  # fmt: skip
+        left_out = [f"{count} of {report['rows']} pairs cannot be compared: {reason}"
+                    for reason, count in report["left_out"].items()]  # fmt: skip
+        notes = [*left_out, *([_by_order(report["orders"])] if report["orders"] else [])]
+        tables.append(Table(Path(report["file"]).name, COLUMNS, rows, notes))
+    return Result((), "", tables)
+
+
+def _by_order(orders: Report) -> str:
+    if not orders["pairs"]:
+        return "AI preference by order: no pair was answered in both"
+    return (
+        f"AI preference by order: {orders['preferred_first']:.1%} where people's choice is first, "
+        f"{orders['preferred_second']:.1%} where it is second; {orders['first_named']:.1%} of answers name the first; "
+        f"{orders['consistent']:.1%} of {orders['pairs']:,} pairs alike in both"
+    )
 
 
 def write_plot(reports: Sequence[Report], path: Path) -> None:
