@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dualign.annotate.settings import RewardSettings
     from dualign.common.errors import StopRun, UserError
     from dualign.config import Config, load
+    from dualign.eval.evaluation import Evaluation
     from dualign.rollout.base import Sampler
     from dualign.rollout.settings import SamplerSettings
     from dualign.run.folder import Run
@@ -23,6 +24,7 @@ __all__ = [
     "Annotator",
     "Batch",
     "Config",
+    "Evaluation",
     "RewardSettings",
     "Run",
     "Sampler",
@@ -40,6 +42,7 @@ if not TYPE_CHECKING:  # imported when they are asked for, so that `import duali
         "Annotator": "annotate.base",
         "Batch": "algos",
         "Config": "config",
+        "Evaluation": "eval.evaluation",
         "RewardSettings": "annotate.settings",
         "Run": "run.folder",
         "Sampler": "rollout.base",
