@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from runs_common import tree, vowels, write_prompts
 from transformers import AutoModelForCausalLM
 
 import dualign
@@ -15,7 +16,6 @@ from dualign.run.batch import Row
 from dualign.run.verify import verify
 from dualign.training.heldout import HeldOut, gains, kl_name
 from dualign.training.view import verdict
-from runs_common import tree, vowels, write_prompts
 
 
 def rows(values, finishes, parts=None):
@@ -60,7 +60,7 @@ def test_each_of_several_rewards():
 
 
 def test_the_verdict_names_them():
-    record = {"reward": 0.0, "kl": 1.0, "kl_ci": 0.1, "length": 3.0, "missing_eos": 0.5, "prompts": 2}
+    record = {"reward": 0.0, "kl": 1.0, "kl_ci": 0.1, "length": 3.0, "truncated": 0.5, "prompts": 2}
     said = "\n".join(verdict({"before": record, "after": record, "penalty": 2.0} | gains(BEFORE, AFTER, 2.0)))
     assert "as trained, an answer that is cut off worth 2 less: +0.500 -> +2.000" in said
 
@@ -72,7 +72,7 @@ def test_what_there_is_no_pair_for_has_no_interval_and_no_verdict():
     after = rows([1.5, 1.5, None, None, 3.0, 3.0], ends)
     found = gains(before, after, 0.0)
     assert (found["n"], found["gain"], found["gain_ci"], found["gain_sd_ci"]) == (1, 0.5, None, None)
-    record = {"reward": 1.0, "kl": 1.0, "kl_ci": None, "length": 3.0, "missing_eos": 0.5, "prompts": 2, "absent": 1 / 3}
+    record = {"reward": 1.0, "kl": 1.0, "kl_ci": None, "length": 3.0, "truncated": 0.5, "prompts": 2, "absent": 1 / 3}
     said = "\n".join(verdict({"before": record, "after": record} | found))
     assert "(no interval, n=1)" in said and "1 prompt are too few" not in said and "1 prompt is too few" in said
     assert "± 0.00" not in said and "nan" not in said and "33% before and 33% after are absent" in said
@@ -88,7 +88,7 @@ def test_a_verdict_needs_so_many_prompts(prompts):
     ends = ["eos"] * (2 * prompts)
     start = [float(i % 5) for i in range(2 * prompts)]
     found = gains(rows(start, ends), rows([v + 1 + 0.1 * (i % 3) for i, v in enumerate(start)], ends), 0.0)
-    record = {"reward": 0.0, "kl": 0.0, "kl_ci": 0.1, "length": 3.0, "missing_eos": 0.0, "prompts": prompts}
+    record = {"reward": 0.0, "kl": 0.0, "kl_ci": 0.1, "length": 3.0, "truncated": 0.0, "prompts": prompts}
     (said, *_) = verdict({"before": record, "after": record} | found)
     assert ("better" in said) == (prompts >= FEW) and ("too few" in said) == (prompts < FEW)
 
@@ -99,7 +99,7 @@ def test_equal_differences_are_no_certainty_and_equal_rewards_no_unit():
     assert found["gain"] == pytest.approx(0.3) and found["gain_ci"] is None, "0.3 but for rounding, each of them"
     flat = gains(rows([1.0] * 8, ends), rows([2.0, 2.0, 3.0, 3.0] * 2, ends), 0.0)
     assert flat["gain"] == 1.5 and flat["sd"] == 0 and flat["gain_sd"] is None
-    record = {"reward": 1.0, "kl": 0.0, "kl_ci": 0.1, "length": 3.0, "missing_eos": 0.0, "prompts": 4}
+    record = {"reward": 1.0, "kl": 0.0, "kl_ci": 0.1, "length": 3.0, "truncated": 0.0, "prompts": 4}
     assert "in the reward's own units" in verdict({"before": record, "after": record} | flat)[0]
 
 
@@ -129,7 +129,7 @@ def test_only_samples_of_the_policy_itself_estimate_a_kl(sampling, name):
 def test_an_evaluation_of_before_is_still_read():
     """Without the fields that came later, and with nan where there was no interval."""
     old = {"batches": 2, "prompts": 1, "reward": 0.5, "reward_ci": float("nan"), "reward_sd": 0.1, "kl": 1.0,
-           "kl_ci": float("nan"), "length": 9.0, "missing_eos": 0.0, "absent": 0.0, "seconds": 1.0}  # fmt: skip
+           "kl_ci": float("nan"), "length": 9.0, "truncated": 0.0, "absent": 0.0, "seconds": 1.0}  # fmt: skip
     assert HeldOut(**old).record() == HeldOut(**old | {"reward_ci": None, "kl_ci": None}).record()
     summary = {"before": old, "after": old, "gain": 0.1, "gain_ci": 0.0, "sd": 0.0, "gain_sd": 0.0, "gain_sd_ci": 0.0}
     assert not [line for line in verdict(summary) if "nan" in line]

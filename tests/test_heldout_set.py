@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from runs_common import metrics, tree, vowels, write_demonstrations, write_pairs, write_prompts
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +20,6 @@ from dualign.run.folder import Run
 from dualign.training.heldout import key_of
 from dualign.training.plan import print_plan
 from dualign.training.view import View, verdict, warnings_of
-from runs_common import metrics, tree, vowels, write_demonstrations, write_pairs, write_prompts
 
 
 def config_of(tiny, folder, algo, prompts=24, **train):
@@ -187,5 +187,5 @@ def test_held_out_rows_are_drawn_from_those_that_fit(tiny, tmp_path):
 
 
 def test_a_batch_of_a_fixed_set_is_not_warned_of_as_a_reward():
-    record = {"missing_eos": 0.0, "absent": 0, "loss": 0.7}
+    record = {"truncated": 0.0, "absent": 0, "loss": 0.7}
     assert warnings_of(record, ALGORITHMS["offline_dpo"]()) == []

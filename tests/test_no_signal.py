@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
+from runs_common import metrics, tree, vowels, weights, write_prompts
 from transformers import AutoModelForCausalLM
 
 import dualign
 from dualign.algos import ALGORITHMS, Batch
 from dualign.training.view import warnings_of
-from runs_common import metrics, tree, vowels, weights, write_prompts
 
 
 def by_prompt(completions, prompts, **columns):
@@ -42,7 +42,7 @@ def test_skipped_such_batches_leave_the_weights_and_the_schedule(name, tiny, tmp
     assert all(
         torch.equal(first[k], v) for k, v in AutoModelForCausalLM.from_pretrained(run.saved()[-1]).state_dict().items()
     )
-    (said,) = [w for w in warnings_of(records[0] | {"missing_eos": 0}, ALGORITHMS[name]()) if "nothing to learn" in w]
+    (said,) = [w for w in warnings_of(records[0] | {"truncated": 0}, ALGORITHMS[name]()) if "nothing to learn" in w]
     assert "all rewards are equal" in said and "the batch was left out" in said
 
     shutil.rmtree(run.folder / "checkpoints")

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import dualign as command
 from datasets import Dataset
+from runs_common import tree, vowels, weights, write_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dualign
-from command import dualign as command
 from dualign.common.errors import UserError
 from dualign.rollout.hf.sampler import HFSampler
-from runs_common import tree, vowels, weights, write_prompts
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "system.py"
 
@@ -111,3 +111,14 @@ def test_a_run_can_be_read(tiny, tmp_path):
     assert (
         record["entropy"] > 0 and record["positive_mass"] > 0 and record["negative_mass"] == 0
     )  # DAR never pushes down
+
+
+def test_numbers_of_a_run_of_before_are_read_by_their_new_names(tiny, tmp_path):
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"})
+    run = dualign.train(config, reward=vowels, quiet=True)
+    now = [record["truncated"] for record in run.metrics()]
+    for file in (run.metrics_file, run.folder / "summary.json"):
+        file.write_text(file.read_text().replace('"truncated"', '"missing_eos"'))
+    old = dualign.Run.open(run.folder)
+    assert [record["truncated"] for record in old.metrics()] == now and "truncated" in old.summary["after"]
+    assert command("report", run.folder).code == 0

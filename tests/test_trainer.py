@@ -12,19 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM
-
-import dualign
 from command import dualign as command
-from conftest import save_tiny
-from dualign.algos import ALGORITHMS
-from dualign.common.errors import StopRun, UserError
-from dualign.config import build
-from dualign.models.policy import Policy
-from dualign.run.batch import update_rows
-from dualign.run.folder import Run
-from dualign.training.engine import Engine
-from dualign.training.resume import resumed_config
 from runs_common import (
     launch,
     metrics,
@@ -36,6 +24,18 @@ from runs_common import (
     write_pairs,
     write_prompts,
 )
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import dualign
+from conftest import save_tiny
+from dualign.algos import ALGORITHMS
+from dualign.common.errors import StopRun, UserError
+from dualign.config import build
+from dualign.models.policy import Policy
+from dualign.run.batch import update_rows
+from dualign.run.folder import Run
+from dualign.training.engine import Engine
+from dualign.training.resume import resumed_config
 
 
 def fit(tiny, folder, algo, reward=vowels, **train):
@@ -281,7 +281,7 @@ def test_a_reward_is_absent_only_where_it_gave_no_label(tiny, tmp_path):
     dualign.train(config, quiet=True)
     (record,) = metrics(tmp_path / "run")
     assert (record["vowels/absent"], record["fitful/absent"], record["fitful/mean"]) == (0.0, 0.25, 2.0)
-    assert record["missing_eos"] > 0 and "missing_eos/absent" not in record and record["absent"] == 4
+    assert record["truncated"] > 0 and "missing_eos/absent" not in record and record["absent"] == 4
 
     config["run"]["dir"] = str(tmp_path / "single")
     config["reward"] = [one]

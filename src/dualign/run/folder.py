@@ -18,7 +18,7 @@ from dualign.config import Config, load
 from dualign.run.batch import Row, WeightedBatch, labelled
 from dualign.run.files import RunFiles
 from dualign.run.journal import files_of
-from dualign.run.metrics import MetricsFile
+from dualign.run.metrics import MetricsFile, new_names
 from dualign.run.table import from_table, read_table, to_table
 
 STATE_FILES = ("state.json", "train.safetensors", "optimizer.safetensors")  # what only the newest checkpoint needs
@@ -56,7 +56,12 @@ class Run(RunFiles):
     def summary(self) -> dict[str, Any] | None:
         """What a finished run gained; None where it is not finished."""
         path = self.folder / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not path.is_file():
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found | {
+            when: new_names(found[when]) for when in ("before", "after") if isinstance(found.get(when), dict)
+        }
 
     def steps(self) -> list[int]:
         """The numbers of the online batches that are stored."""
@@ -211,7 +216,7 @@ class Run(RunFiles):
         path = self.evaluation_path(done)
         self.check(path, "Delete it and resume: its completions will be sampled, and their labels asked for, again")
         b = from_table(read_table(path), done)
-        return b.rows, b.stats
+        return b.rows, new_names(b.stats)
 
     @property
     def bytes(self) -> int:

@@ -15,6 +15,13 @@ from dualign.common.errors import UserError
 from dualign.run.batch import PENALTY, WeightedBatch, recorded_logp
 from dualign.run.manifest import Manifest
 
+OLD_NAMES = {"missing_eos": "truncated"}
+
+
+def new_names(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of a run of before, by the names that its numbers have now."""
+    return {OLD_NAMES.get(key, key): value for key, value in record.items()}
+
 
 def batch_record(b: WeightedBatch, losses: list[dict[str, float]], online: bool) -> dict[str, Any]:
     """One line of metrics.jsonl: what was sampled, how it was rewarded and weighted, and how the updates went."""
@@ -28,7 +35,7 @@ def batch_record(b: WeightedBatch, losses: list[dict[str, float]], online: bool)
         "step": b.step,
         **(rewarded if online else {}),  # a fixed set has none: its 1 and 0 say which answer was chosen
         "length": float(np.mean(lengths)),
-        "missing_eos": float(np.mean([row.rollout.finish == "length" for row in b.rows])),
+        "truncated": float(np.mean([row.rollout.finish == "length" for row in b.rows])),
         "distinct": distinct([row.rollout.text for row in b.rows]),
         "absent": b.absent,
         **b.stats,
@@ -98,7 +105,7 @@ class MetricsFile:
         records = []
         for number, line in enumerate(whole, 1):
             try:
-                records.append(json.loads(line))
+                records.append(new_names(json.loads(line)))
             except ValueError:
                 raise UserError(
                     f"{self.path}, line {number}: damaged. Delete the file: `dualign resume` "

@@ -33,7 +33,7 @@ class HeldOut:
     kl: float
     kl_ci: float | None
     length: float
-    missing_eos: float
+    truncated: float  # share of completions that were cut off
     absent: float  # share of completions without a label
     seconds: float
     distinct: float | None = None  # share of completions that differ; one answer to every prompt: 1/n
@@ -76,7 +76,7 @@ def evaluate(
         kl=float(kl.mean()) if len(kl) else float("nan"),
         kl_ci=0.0 if at_pi_0(config, done) else half_width(kl),  # π_0 is exactly π_0
         length=float(np.mean([len(row.rollout.completion_ids) for row in b.rows])),
-        missing_eos=float(np.mean([row.rollout.finish == "length" for row in b.rows])),
+        truncated=float(np.mean([row.rollout.finish == "length" for row in b.rows])),
         absent=b.absent / len(b.rows),
         seconds=sum(clock.seconds.values()),
         distinct=distinct([row.rollout.text for row in b.rows]),

@@ -33,7 +33,7 @@ COLUMNS = {  # column: (key, format); shown when the key is there
     "ess": ("ess", "{:.0%}"),
     "tied": ("tied", "{:.0%}"),
     "length": ("length", "{:.1f}"),
-    "no EOS": ("missing_eos", "{:.0%}"),
+    "truncated": ("truncated", "{:.0%}"),
     "different": ("distinct", "{:.0%}"),
     "absent": ("absent", "{:d}"),
     "loss": ("loss", "{:.3g}"),
@@ -97,7 +97,7 @@ class View:
             f"held-out after {result.batches} batches: "
             f"reward {plus_minus(result.reward, result.reward_ci, result.prompts, '{:+.3f}')}, "
             f"{_kl(result.record())}, length {result.length:.1f}, "
-            f"no EOS {result.missing_eos:.0%}, different {_text(result.distinct, '{:.0%}')}{absent} "
+            f"truncated {result.truncated:.0%}, different {_text(result.distinct, '{:.0%}')}{absent} "
             f"({result.prompts}{of} prompts, {result.seconds:.1f} s)"
         )
 
@@ -196,7 +196,7 @@ def warnings_of(record: dict[str, Any], algo: Algorithm) -> list[str]:
         found.append(
             f"{record['tied']:.0%} of completions are in groups with equal rewards; a finer reward or more completions would help"
         )
-    if record["missing_eos"] >= 1:
+    if record["truncated"] >= 1:
         found.append("no completion ended with EOS: all were cut off; raise rollout.max_new_tokens")
     if record.get("ess") is not None and record["ess"] < 0.05:
         found.append(
@@ -226,7 +226,7 @@ def verdict(summary: dict[str, Any]) -> list[str]:
             if each
         ),
         f"{_kl(after)}; length {before['length']:.1f} -> {after['length']:.1f}; "
-        f"no EOS {before['missing_eos']:.0%} -> {after['missing_eos']:.0%}",
+        f"truncated {before['truncated']:.0%} -> {after['truncated']:.0%}",
     ]
     if before.get("absent") or after.get("absent"):
         lines.append(

@@ -17,7 +17,7 @@ from dualign.common.intervals import all_equal, half_width, too_few
 from dualign.config import Config
 from dualign.eval.compare.grid import Cell
 from dualign.run.folder import Run
-from dualign.run.metrics import distinct
+from dualign.run.metrics import distinct, new_names
 from dualign.training.heldout import kl_name
 
 
@@ -118,11 +118,11 @@ def _points(run: Run, labels: Sequence[int], seconds: float, alpha: float) -> It
     import pyarrow.parquet as pq
 
     for path in sorted(run.evaluations_dir.glob("*.parquet")):
-        e = json.loads(pq.read_schema(path).metadata[b"dualign"])["stats"]
+        e = new_names(json.loads(pq.read_schema(path).metadata[b"dualign"])["stats"])
         done = e["batches"]
         if "reward" not in e:  # a fixed set's loss, margin, accuracy
             continue
-        measured = {key: e[key] for key in ("reward", "kl", "length", "missing_eos")}
+        measured = {key: e[key] for key in ("reward", "kl", "length")} | {"missing_eos": e["truncated"]}
         measured |= {"kl_interpolated": alpha * e["kl"], "distinct": _distinct(path)}
         yield Point(done, labels[done], seconds * done, prompts=e["prompts"], **measured)
 

@@ -17,6 +17,7 @@ from dualign.common.yaml_text import parse_yaml
 from dualign.eval import store
 from dualign.eval.result import Json, Result, Table
 from dualign.run.folder import Run, read_table
+from dualign.run.metrics import new_names
 from dualign.training.heldout import kl_name
 
 TEXT_BUDGET = 2_400_000  # characters of prompts and completions in one page, all runs together
@@ -91,10 +92,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _run(folder: Path, name: str, budget: int) -> RunData:
     run = Run.open(folder)
-    summary = folder / "summary.json"
-    steps = sorted(int(p.stem) for p in run.batches.glob("*.parquet"))
-    done = sorted(int(p.stem) for p in run.evaluations_dir.glob("*.parquet"))
-    tables = {step: run.evaluations_dir / f"{step:06d}.parquet" for step in done}
+    steps, tables = run.steps(), {step: run.evaluation_path(step) for step in run.evaluated()}
     stats = {step: _stats(path) for step, path in tables.items()}
     sampled = {
         step: path for step, path in tables.items() if "data" not in stats[step]
@@ -104,7 +102,7 @@ def _run(folder: Path, name: str, budget: int) -> RunData:
         name=name,
         config_text=(folder / "config.yaml").read_text(encoding="utf-8"),
         metrics=run.metrics(),
-        summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
+        summary=run.summary or {},
         heldout=[{"batches": step, **stats[step]} for step in tables],
         answers=_within(sampled, budget // 3),
         batches=_within({step: run.batch_path(step) for step in steps}, budget - budget // 3),
@@ -123,7 +121,7 @@ def evenly(items: Sequence[Any], count: int) -> list[Any]:
 
 def _stats(path: Path) -> Json:
     stats: Json = json.loads(pq.read_schema(path).metadata[b"dualign"])["stats"]
-    return stats
+    return new_names(stats)
 
 
 def _weights(path: Path) -> np.ndarray:

@@ -81,7 +81,7 @@ def _summary(runs: Sequence[RunData]) -> tuple[list[str], list[list[str]]]:
             _change(first, last, "reward", "{:+.2f}"),
             f"{plus_minus(s['gain_sd'], s['gain_sd_ci'], s.get('n'))}{_over(s)}" if "gain_sd" in s else "–",
             _number(last.get("kl"), "{:.2f}"), _change(first, last, "length", "{:.0f}"),
-            _change(first, last, "missing_eos", "{:.0%}"), _change(first, last, "absent", "{:.0%}"), f"{hours:.2f}",
+            _change(first, last, "truncated", "{:.0%}"), _change(first, last, "absent", "{:.0%}"), f"{hours:.2f}",
         ])  # fmt: skip
     return header, rows
 

@@ -72,7 +72,7 @@ def _reward_itself(run: RunData) -> Series:
     penalty = run.sampling.get("missing_eos_penalty") or 0.0
     found = []
     for m in run.metrics:
-        cut = penalty * m["missing_eos"]
+        cut = penalty * m["truncated"]
         value = m.get("reward_unpenalised", m.get("reward"))
         if value is not None and ("reward_unpenalised" in m or not (cut and m["absent"])):
             found.append((m["step"], value if "reward_unpenalised" in m else value + cut))
@@ -100,7 +100,7 @@ def _of_set(key: str, label: str) -> Plot:
 
 def missing_eos(figure: Figure, runs: Sequence[RunData]) -> Rows:
     axes = figure.subplots()
-    rows = _lines(axes, runs, "missing_eos", "share without EOS")
+    rows = _lines(axes, runs, "truncated", "share cut off")
     axes.set_ylim(-0.03, 1.03)
     return rows
 
