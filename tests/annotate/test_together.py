@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from dualign.annotate import build
-from dualign.annotate.base import Item
+from dualign.annotate.base import BatchSession, Item
 from dualign.annotate.combined import CombinedAnnotator, Term
 from dualign.annotate.function import FunctionAnnotator
 from dualign.annotate.remembered import Remembered
 from dualign.annotate.together import Together
 from dualign.common.errors import StopRun, UserError
+from dualign.common.processes import Processes
 from dualign.common.types import Label, Prompt, Rollout
 from dualign.rollout.base import Request, Sampling
 from dualign.run.journal import Journal
@@ -37,9 +38,10 @@ class Group:
             return [future.exception() or future.result() for future in futures]
 
 
-class Member:
+class Member(Processes):
     def __init__(self, group: Group, rank: int) -> None:
-        self.group, self.rank, self.world = group, rank, group.world
+        super().__init__(rank, group.world)
+        object.__setattr__(self, "group", group)
 
     def gather(self, items: list[Any]) -> list[Any]:
         self.group.parts[self.rank] = items
@@ -82,6 +84,22 @@ def test_a_function_sees_the_whole_batch_in_order(world: int) -> None:
     assert whole.calls == [sizes]
     found = {i: label.value for part in parts for i, label in part.items()}
     assert found == {i: size - sum(sizes) / len(sizes) for i, size in enumerate(sizes)}
+
+
+def test_an_annotator_of_ones_own_may_ask_for_the_whole_batch() -> None:
+    class Ranks:
+        name, whole_batch = "ranks", True
+
+        def open(self) -> BatchSession:
+            return BatchSession(lambda items: [Label(float(len(items))) for _ in items])
+
+        def close(self) -> None:
+            pass
+
+    parts = Group(2).run(lambda member: labels(build([], [Ranks()], processes=member), member, ITEMS))
+    assert {label.value for part in parts for label in part.values()} == {12.0} and all(
+        len(part) == 6 for part in parts
+    )
 
 
 def test_a_sum_with_rows_of_its_own_is_that_of_one_process() -> None:
