@@ -25,13 +25,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-from fault_server import FaultServer, key_of
-
 from dualign.annotate.base import Item
 from dualign.annotate.cache import Cache
 from dualign.annotate.judge import JudgeAnnotator, windowed
 from dualign.annotate.settings import JudgeReward
 from dualign.common.types import Prompt
+from fault_server import FaultServer, key_of
 
 CONCURRENCY = 32
 

@@ -14,9 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-from killing import Case, Disturbed, Zygote, at_random
-
 from conftest import _save
+from killing import Case, Disturbed, Zygote, at_random
 
 CASES = [(algo, processes) for algo in ("dar", "grpo", "ppo", "dpo") for processes in (1, 2)]
 

@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+
 from tiny import TEMPLATE, make_model, make_tokenizer
 
 __all__ = ["TEMPLATE", "make_model", "make_tokenizer"]

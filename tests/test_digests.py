@@ -7,7 +7,6 @@ import shutil
 import xmlrpc.client
 
 import pytest
-from runs_common import reward_file, write_prompts
 
 from dualign.annotate.function import load_function
 from dualign.annotate.settings import FunctionReward, HeadReward, JudgeReward
@@ -17,6 +16,7 @@ from dualign.config import build, dump
 from dualign.run import digests
 from dualign.run.folder import Run
 from dualign.trainer import note_fetched
+from runs_common import reward_file, write_prompts
 
 SOURCE = '''
 import re

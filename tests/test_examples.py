@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import dualign as command
-from runs_common import reward_file, tree, write_prompts
 
 import dualign
+from command import dualign as command
 from dualign import Run
 from dualign.eval.report import write_report
+from runs_common import reward_file, tree, write_prompts
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

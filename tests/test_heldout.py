@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from runs_common import tree, vowels, write_prompts
 from transformers import AutoModelForCausalLM
 
 import dualign
@@ -16,6 +15,7 @@ from dualign.run.batch import Row
 from dualign.run.verify import verify
 from dualign.training.heldout import HeldOut, gains, kl_name
 from dualign.training.view import verdict
+from runs_common import tree, vowels, write_prompts
 
 
 def rows(values, finishes, parts=None):

@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from runs_common import metrics, tree, vowels, write_demonstrations, write_pairs, write_prompts
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +19,7 @@ from dualign.run.folder import Run
 from dualign.training.heldout import key_of
 from dualign.training.plan import print_plan
 from dualign.training.view import View, verdict, warnings_of
+from runs_common import metrics, tree, vowels, write_demonstrations, write_pairs, write_prompts
 
 
 def config_of(tiny, folder, algo, prompts=24, **train):

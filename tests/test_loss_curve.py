@@ -12,10 +12,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from runs_common import metrics, tree, vowels, write_prompts
 
 import dualign
 from conftest import save_tiny
+from runs_common import metrics, tree, vowels, write_prompts
 
 STORED = json.loads(Path(__file__).parent.joinpath("support", "loss_curve.json").read_text())
 

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from runs_common import metrics, tree, vowels, weights, write_prompts
 from transformers import AutoModelForCausalLM
 
 import dualign
 from dualign.algos import ALGORITHMS, Batch
 from dualign.training.view import warnings_of
+from runs_common import metrics, tree, vowels, weights, write_prompts
 
 
 def by_prompt(completions, prompts, **columns):

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import dualign as command
-from runs_common import reward_file, tree, write_prompts
 
+from command import dualign as command
 from dualign.annotate.settings import Endpoint
 from dualign.common.paths import at_home
 from dualign.config import build, load
 from dualign.eval.asking import Asking
+from runs_common import reward_file, tree, write_prompts
 
 
 @pytest.fixture(autouse=True)

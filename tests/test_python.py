@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import dualign as command
 from datasets import Dataset
-from runs_common import tree, vowels, weights, write_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dualign
+from command import dualign as command
 from dualign.common.errors import UserError
 from dualign.rollout.hf.sampler import HFSampler
+from runs_common import tree, vowels, weights, write_prompts
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "system.py"
 

@@ -12,7 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import dualign
 from command import dualign as command
+from conftest import save_tiny
+from dualign.algos import ALGORITHMS
+from dualign.common.errors import StopRun, UserError
+from dualign.config import build
+from dualign.models.policy import Policy
+from dualign.run.batch import update_rows
+from dualign.run.folder import Run
+from dualign.training.engine import Engine
+from dualign.training.resume import resumed_config
 from runs_common import (
     launch,
     metrics,
@@ -24,18 +36,6 @@ from runs_common import (
     write_pairs,
     write_prompts,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
-
-import dualign
-from conftest import save_tiny
-from dualign.algos import ALGORITHMS
-from dualign.common.errors import StopRun, UserError
-from dualign.config import build
-from dualign.models.policy import Policy
-from dualign.run.batch import update_rows
-from dualign.run.folder import Run
-from dualign.training.engine import Engine
-from dualign.training.resume import resumed_config
 
 
 def fit(tiny, folder, algo, reward=vowels, **train):

@@ -6,13 +6,13 @@ import copy
 import json
 from pathlib import Path
 
-import golden
 import pytest
 import torch
-from shared import shared
 
+import golden
 from algos import reference
 from dualign.algos import ALGORITHMS
+from shared import shared
 
 
 @pytest.mark.parametrize("name", ["small.json", "medium.json"])

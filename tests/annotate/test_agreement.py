@@ -5,12 +5,12 @@ import random
 
 import numpy as np
 import pytest
-from shared import shared
 
 from dualign.annotate import agreement
 from dualign.annotate.agreement import Pair
 from dualign.annotate.preference import Verdict
 from dualign.common.types import Prompt
+from shared import shared
 
 
 def pair(human: str, votes: dict[str, int] | None = None, a: str = "x", b: str = "yy") -> Pair:

@@ -8,17 +8,17 @@ import sys
 
 import pytest
 import yaml
-from command import dualign as command
 from pydantic import Field
-from runs_common import metrics, reward_file, tree, vowels, write_prompts
 
 import dualign
+from command import dualign as command
 from dualign.annotate import BatchSession, Label, RewardSettings, annotator_of, build
 from dualign.annotate.settings import REWARDS, FunctionReward, HeadReward, JudgeReward, PreferenceReward, ServedReward
 from dualign.common.errors import UserError
 from dualign.config import build as configuration
 from dualign.config import differences, dump
 from dualign.run.folder import Run
+from runs_common import metrics, reward_file, tree, vowels, write_prompts
 
 ASKED = {"base_url": "http://localhost/v1", "model": "m", "price_prompt": 1.0, "price_completion": 2.0}
 

@@ -7,13 +7,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import typer
-from fault_server import FaultServer
 from typer.testing import CliRunner
 
 from dualign.annotate.labelled import write_rows
 from dualign.cli import judge as commands
 from dualign.common.errors import StopRun, UserError
 from dualign.data.rows import load_prompts
+from fault_server import FaultServer
 
 app = typer.Typer()
 commands.register(app)

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs_common import tree
 from typer.testing import CliRunner
 
 import dualign
@@ -17,6 +16,7 @@ from dualign.eval.asking import Asking
 from dualign.eval.evaluate import mean_reward, win_rate
 from dualign.eval.report import write_report
 from dualign.eval.report.data import collect
+from runs_common import tree
 
 HERE = Path(__file__)
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from command import dualign as command
 
+from command import dualign as command
 from dualign.eval import store
 from dualign.eval.evaluation import Column, Estimate, Plot, Result, Table, per_prompt
 from dualign.eval.outputs import Answer, Outputs, grouped

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import dualign as command
-from runs_common import reward_file, tree
 from typer.testing import CliRunner
 
 import dualign
+from command import dualign as command
 from dualign.cli import application
 from dualign.common.errors import UserError
 from dualign.eval.asking import Asking
 from dualign.eval.evaluate import mean_reward, win_rate
+from runs_common import reward_file, tree
 
 PIRATE = "Answer like a pirate."
 SEEN = []

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fault_server import FaultServer
-from runs_common import tree, vowels, write_prompts
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -24,6 +22,8 @@ from dualign.eval.result import Result
 from dualign.eval.show import show
 from dualign.eval.winrate import measure, of_point, tables
 from dualign.models.settings import ModelConfig
+from fault_server import FaultServer
+from runs_common import tree, vowels, write_prompts
 
 LENGTH = f"{Path(__file__)}:by_length"
 VOWELS = f"{Path(__file__).parents[1] / 'support' / 'runs_common.py'}:vowels"

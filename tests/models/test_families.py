@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import families
 import pytest
 import transformers
+
+import families
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 

@@ -20,7 +20,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-from tiny import make_tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -33,6 +32,7 @@ from dualign.models.policy import Policy, load_model
 from dualign.models.settings import LoraConfig, ModelConfig
 from dualign.rollout.base import Request, Sampling
 from dualign.rollout.hf.sampler import HFSampler
+from tiny import make_tokenizer
 
 TINY: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "lru_width"), 32),

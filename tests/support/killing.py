@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import yaml
-from runs_common import metrics, tree, weights, write_prompts
 
 from dualign.run.folder import Run
+from runs_common import metrics, tree, weights, write_prompts
 
 REWARD = '''
 import hashlib, os
