@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dualign.annotate.agreement import Pair
+from dualign.common.durable import durable
 from dualign.common.errors import UserError
 from dualign.data.responses import load_responses
 from dualign.data.settings import DataConfig
@@ -47,18 +47,12 @@ def load_pairs(source: str, limit: int | None = None, prompt_column: str = "prom
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """JSON Lines or Parquet by suffix, beside `path` first, then renamed: a file that is there is whole."""
+    """JSON Lines or Parquet by suffix: a file that is there is whole."""
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{path}: the output ends in .jsonl or .parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        (_write_jsonl if path.suffix == ".jsonl" else _write_parquet)(aside, rows)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write = _write_jsonl if path.suffix == ".jsonl" else _write_parquet
+    durable(path, lambda aside: write(aside, rows))
 
 
 def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

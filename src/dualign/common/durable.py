@@ -24,13 +24,12 @@ def durable(path: Path, write: Callable[[Path], Any], commit: Callable[[Path], N
         commit(aside)
         os.replace(aside, path)
         _sync(path.parent)
-    except UserError:
-        raise
     except Exception as error:
-        if not isinstance(error, OSError) and "os error" not in str(error).lower():  # as Rust libraries report theirs
-            raise
         with contextlib.suppress(OSError):
             remove(aside)
+        # "os error": as Rust libraries report theirs
+        if isinstance(error, UserError) or not (isinstance(error, OSError) or "os error" in str(error).lower()):
+            raise
         raise UserError(
             f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}. What was written before is kept; "
             "make room (or fix the folder's permissions) and resume"
