@@ -279,3 +279,17 @@ def test_a_plan_and_an_evaluation_know_the_pi_0_that_is_named(tiny, tiny_gpt2, t
     assert [texts["π_0"], texts["the start"]] == [next(iter(p)).text for p in named] and texts["π_0"] != texts[
         "the start"
     ]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"], ["v_proj", "embed_tokens"]])
+def test_a_sampler_with_weights_of_its_own_gets_adapters_merged(targets, tmp_path):
+    engine = engine_of(save_base(tmp_path / "m", False), tmp_path, targets, "fp32")
+    trained(engine)
+    before = {name: p.clone() for name, p in engine.policy.model.named_parameters()}
+    given = dict(engine.weights())
+    assert all(torch.equal(p, before[name]) for name, p in engine.policy.model.named_parameters())  # nothing was merged
+    merged = engine.policy.model.merge_and_unload().state_dict()
+    assert given.keys() == merged.keys()
+    assert all(torch.allclose(given[name], merged[name], atol=1e-6) for name in merged)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "m").state_dict()
+    assert any(not torch.equal(given[name], plain[name]) for name in plain)
