@@ -36,7 +36,7 @@ def server() -> Iterator[tuple[str, str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     binary = Path(sys.executable).parent / "transformers"
-    command = [str(binary), "serve", folder, "--host", "127.0.0.1", "--port", str(port)]
+    command = [str(binary), "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     try:
         for _ in range(240):
