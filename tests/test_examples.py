@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 import dualign
 from command import dualign as command
@@ -69,18 +70,29 @@ def test_a_system_of_ones_own(recipe, tmp_path):
     assert command("verify", run.folder).code == 1
 
 
-def test_a_sampler_of_ones_own(recipe, tmp_path):
+def test_a_sampler_of_ones_own(recipe, tiny, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
     texts = {f"p{i}": [f"{vowel * 3} {i}" for vowel in "aeiy"] for i in range(12)}
+    lines = [
+        {"id": id, "completion_ids": [*tokenizer.encode(text), tokenizer.eos_token_id]}
+        for id, said in texts.items()
+        for text in said
+    ]
     file = tmp_path / "completions.jsonl"
-    file.write_text("".join(json.dumps({"id": id, "completions": said}) + "\n" for id, said in texts.items()))
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     own = copied("sampler.py", tmp_path)
     engine = [f"rollout.engine={own}:Replay", f"rollout.options.file={file}"]
-    assert "the completions, by prompt id" in command("keys", f"{own}:Replay").out
+    assert "completions of every prompt" in command("keys", f"{own}:Replay").out
     assert command("train", recipe, "--dry-run", *engine).code == 0
     refuses(
         command("train", recipe, *engine, "rollout.options.flie=x"), "rollout.options.flie", "rollout.options.file?"
     )
-    refuses(command("train", recipe, *engine, "rollout.log_probs=recorded"), "rollout.log_probs")
+    refuses(command("train", recipe, "--dry-run", *engine, "rollout.options.file=nope"), "no such file nope")
+    refuses(command("train", recipe, *engine, "rollout.log_probs=recorded"), "0 log-probs", "log_probs=recomputed")
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(json.dumps(line) + "\n" for line in lines[::2]))
+    said = command("train", recipe, *engine, f"rollout.options.file={short}", f"run.dir={tmp_path / 'short'}")
+    refuses(said, "rollout.engine", "raised IndexError", "own_sampler.py line")
     assert command("train", recipe, *engine).code == 0
     run = Run.open(tmp_path / "run")
     for row in run.batch(1).rows:

@@ -78,7 +78,7 @@ def test_a_sampler_as_an_object_gets_every_weight_after_each_batch(tiny, tmp_pat
     config["data"]["eval"] = None
     counting = Counting(None)
 
-    def build(options, policy, tokenizer):
+    def build(options, policy, tokenizer, given):
         counting.inner = HFSampler(policy, tokenizer, 64)
         return counting
 

@@ -87,7 +87,7 @@ def train(
     processes, online = machine.processes, config.algo.source == "online"
     policy, tokenizer = load_policy(config, machine.device)
     if online or config.reward or rewards:  # fixed sets are sampled on to be evaluated
-        sampler = sampler or rollout.build(config.rollout, policy, tokenizer)
+        sampler = rollout.build(config.rollout, policy, tokenizer, sampler)
     engine = Engine(config, machine, policy, tokenizer)
     if resume:  # what a hub calls by one name may have changed while it was fetched
         check_inputs(Run.open(Path(config.run.dir)), digests.of_models(config.model))

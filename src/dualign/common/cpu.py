@@ -32,6 +32,13 @@ def keep_memory() -> None:
         _glibc("mallopt", parameter, value)
 
 
+def bf16_units() -> bool:
+    """Whether the processor multiplies bf16 matrices itself."""
+    import torch
+
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def give_back_memory() -> None:
     """Returns what the allocator keeps: activations of varying sizes leave its heap full of holes, and a run's memory
     would creep up."""

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dualign.common.errors import UserError
+from dualign.rollout.own import OwnSampler, said_plainly
+from dualign.rollout.settings import ENGINES
+
 if TYPE_CHECKING:
     from dualign.models.policy import Policy
     from dualign.models.tokenizer import Tokenizer
@@ -13,7 +17,16 @@ if TYPE_CHECKING:
 __all__ = ["build"]
 
 
-def build(config: RolloutConfig, policy: Policy, tokenizer: Tokenizer) -> Sampler:
-    """What draws completions from π_t, with `policy` as it was loaded: its weights are exact. Raises UserError for a
+def build(config: RolloutConfig, policy: Policy, tokenizer: Tokenizer, given: Sampler | None = None) -> Sampler:
+    """What draws completions from π_t, with `policy` as it was loaded: its weights are exact. `given`: by Python, in
+    place of the engine. Raises UserError for a
     model that cannot be sampled from, and where log-probs that were to be recorded are not the model's."""
-    return config.options.build(policy, tokenizer, recorded=config.log_probs == "recorded")
+    recorded = config.log_probs == "recorded"
+    if given is not None:
+        return OwnSampler(type(given).__qualname__, given, recorded)
+    if config.engine in ENGINES:
+        return config.options.build(policy, tokenizer, recorded)
+    sampler = said_plainly(config.engine, lambda: config.options.build(policy, tokenizer, recorded))
+    if not (callable(getattr(sampler, "sample", None)) and callable(getattr(sampler, "sync", None))):
+        raise UserError(f"rollout.engine: build of {config.engine} gave no sampler: it has no sample and sync")
+    return OwnSampler(config.engine, sampler, recorded)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 class SamplerSettings(Settings):
     """What an engine is set up with. One of your own is a subclass with fields and `build`."""
 
+    def check(self) -> None:
+        """For --dry-run: raises UserError for what is wrong, without a model."""
+
     def build(self, policy: Policy, tokenizer: Tokenizer, recorded: bool) -> Sampler:
         """A sampler for `policy`, whose weights are still as they were loaded. `recorded`: whether its log-probs are to
         be log π_t (rollout.log_probs)."""

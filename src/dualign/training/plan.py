@@ -93,6 +93,10 @@ def print_plan(config: Config) -> None:
     labels, evaluated = c.labels
     evaluated = evaluated // c.eval.prompts * (held or c.eval.prompts)
     print(f"labels needed: {labels} to train, {evaluated} to evaluate")
+    try:
+        c.rollout.options.check()
+    except UserError as error:
+        faults.append(str(error))
     for i, reward in enumerate(c.reward):
         print(f"reward.{i}: {reward.describe(labels + evaluated)}")
         try:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dualign.algos import Algorithm
+from dualign.common.cpu import bf16_units
 from dualign.common.errors import clean
 from dualign.common.intervals import bracket, known, plus_minus, too_few
 from dualign.config import Config
@@ -160,6 +161,13 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
+def slow_here(config: Config, engine: Engine) -> list[str]:
+    """Where bf16 is not what it promises."""
+    if config.model.precision == "fp32" or engine.device.type != "cpu" or bf16_units():
+        return []
+    return ["note: this processor has no bf16 units: bf16 is computed slowly; model.precision=fp32 is faster here"]
+
+
 def plan_lines(config: Config, engine: Engine, prompts: int, heldout: int) -> list[str]:
     """What the counts come to, in words."""
     t, c = config.train, config
@@ -172,6 +180,7 @@ def plan_lines(config: Config, engine: Engine, prompts: int, heldout: int) -> li
         f"{t.online_batches} online batches of {t.online_batch} completions = {c.prompts_per_batch} prompts × {c.group}; "
         f"{per} update{'s' if per > 1 else ''} each on {c.update_completions} completions; "
         f"{t.online_batches * per} updates and {c.labels[0]} labels in all",
+        *slow_here(config, engine),
         f"{prompts} training prompts ({t.online_batches * c.prompts_per_batch / prompts:.1f} epochs), {heldout} held out",
     ]
 
