@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dualign
+from dualign import rollout
 from dualign.common.errors import StopRun, UserError
 from dualign.models.finite import first_gradient, first_not_finite
 from dualign.models.policy import Policy, load_model
 from dualign.models.settings import ModelConfig
-from dualign.training.engine import Engine
 from runs_common import tree, vowels, write_prompts
 
 
@@ -78,14 +78,15 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(what, tiny, tmp_path):
 
 
 def test_what_first_was_not_finite_is_named_in_a_run(tiny, tmp_path, monkeypatch):
-    real = Engine.sampler
+    real = rollout.build
 
-    def breaking(self):
-        module = dict(self.policy.model.named_modules())["model.layers.1.mlp.act_fn"]
+    def breaking(config, policy, *more):
+        sampler = real(config, policy, *more)
+        module = dict(policy.model.named_modules())["model.layers.1.mlp.act_fn"]
         monkeypatch.setattr(module, "forward", lambda x: x / 0 * 0)
-        return real(self)
+        return sampler
 
-    monkeypatch.setattr(Engine, "sampler", breaking)
+    monkeypatch.setattr(rollout, "build", breaking)
     config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"})
     del config["data"]["eval"]
     with pytest.raises(StopRun, match=r"log π_t of completion .* the first layer .*model\.layers\.1\.mlp\.act_fn"):
