@@ -122,3 +122,13 @@ def test_numbers_of_a_run_of_before_are_read_by_their_new_names(tiny, tmp_path):
     old = dualign.Run.open(run.folder)
     assert [record["truncated"] for record in old.metrics()] == now and "truncated" in old.summary["after"]
     assert command("report", run.folder).code == 0
+
+
+def test_a_sampler_that_runs_out_of_memory_is_not_blamed(tiny, tmp_path):
+    class Full(Counting):
+        def sample(self, *given):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"})
+    with pytest.raises(dualign.StopRun, match="out of memory while sampling"):
+        dualign.train(config, reward=vowels, sampler=Full(None), quiet=True)

@@ -12,7 +12,8 @@ from dualign.annotate.combined import CombinedAnnotator, Term
 from dualign.annotate.remembered import Memory, Remembered
 from dualign.annotate.settings import REWARDS, RewardSettings
 from dualign.annotate.together import Together
-from dualign.common.errors import StopRun, UserError
+from dualign.common.errors import UserError
+from dualign.common.named import run_own
 from dualign.common.processes import Processes
 from dualign.common.types import Label
 
@@ -83,14 +84,7 @@ def annotator_of(reward: Reward, run_dir: Path | None = None) -> Annotator:
 def _built(settings: RewardSettings, run_dir: Path | None, what: str) -> Any:
     if type(settings) in REWARDS.values():
         return settings.build(run_dir)
-    from dualign.annotate.function import place_of
-
-    try:
-        return settings.build(run_dir)
-    except (UserError, StopRun):
-        raise
-    except Exception as error:  # code of one's own may raise anything
-        raise UserError(f"{what}(run_dir) raised {type(error).__name__}: {error}{place_of(error)}") from error
+    return run_own(f"{what}(run_dir)", lambda: settings.build(run_dir))
 
 
 def _unique(names: Sequence[str]) -> list[str]:

@@ -14,14 +14,13 @@ import inspect
 import queue
 import sys
 import threading
-import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from dualign.annotate.base import BatchSession, Item, Session
 from dualign.annotate.settings import RewardSettings
 from dualign.common.errors import RewardError, UserError
-from dualign.common.named import load_named
+from dualign.common.named import load_named, place_of
 from dualign.common.types import Label
 
 RewardFunction = Callable[..., Any]
@@ -68,7 +67,7 @@ class FunctionAnnotator:
         except _RaisedError as raised:
             error = raised.error
             raise UserError(
-                f"reward function {self.name} raised {type(error).__name__}: {error}{place_of(error)} "
+                f"reward function {self.name} raised {type(error).__name__}: {error}{place_of(error, but=__file__)} "
                 f"(in a batch of {len(items)}; its first row is prompt {items[0].prompt.id!r})"
             ) from error
         values = result.tolist() if hasattr(result, "tolist") else result
@@ -137,12 +136,6 @@ def load_function(path: str) -> RewardFunction:
     if isinstance(function, type) and issubclass(function, RewardSettings):
         raise UserError(f"reward function {path}: it is a reward's settings: write {{type: {path}}}")
     return function
-
-
-def place_of(error: BaseException) -> str:
-    """Where it was raised, as far as that is not in here."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
-    return f", {frames[-1].filename} line {frames[-1].lineno}" if frames else ""
 
 
 class _LateError(Exception):

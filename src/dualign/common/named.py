@@ -7,12 +7,13 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from dualign.common.errors import UserError
+from dualign.common.errors import StopRun, UserError
 
 X = TypeVar("X")
 
@@ -74,10 +75,28 @@ def importable(folder: Path) -> None:
         sys.path.append(str(folder))
 
 
+def run_own(what: str, work: Callable[[], X], passes: Callable[[Exception], bool] = lambda error: False) -> X:
+    """What `work`, code of the user's own, returns. What it raises becomes a UserError that says of `what`, and where;
+    but our own errors, and those that `passes` lets through."""
+    try:
+        return work()
+    except (UserError, StopRun):
+        raise
+    except Exception as error:
+        if passes(error):
+            raise
+        raise UserError(f"{what} raised {type(error).__name__}: {error}{place_of(error)}") from error
+
+
+def place_of(error: BaseException, but: str = "") -> str:
+    """Where it was raised, as far as that is not in the file `but`."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != but]
+    return f", {frames[-1].filename} line {frames[-1].lineno}" if frames else ""
+
+
 def class_of(name: str, known: Mapping[str, type[X]], kind: type[X], hint: str = "") -> type[X]:
-    """One of ours by its name, or the user's own at FILE.py:NAME, which must be a `kind`
-    (`hint`: what to do with what is none). Raises ValueError, for whoever
-    checks a configuration."""
+    """One of ours by its name, or the user's own at FILE.py:NAME, which must be a `kind` (`hint`: what to do with what
+    is none). Raises ValueError, for whoever checks a configuration."""
     if name in known:
         return known[name]
     if not is_place(name):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Container, Sequence
-from typing import TypeVar
 
-from dualign.common.errors import StopRun, UserError
-from dualign.common.interrupt import StopAsked
+from dualign.common.errors import UserError, out_of_memory
+from dualign.common.named import run_own
 from dualign.common.types import Rollout
 from dualign.rollout.base import Request, Sampler, Sampling, Weights
-
-X = TypeVar("X")
 
 
 class OwnSampler:
@@ -37,20 +33,10 @@ class OwnSampler:
                 )
             done(rollout)
 
-        said_plainly(self.engine, lambda: self.sampler.sample(requests, sampling, seed, checked, held))
+        self._run(lambda: self.sampler.sample(requests, sampling, seed, checked, held))
 
     def sync(self, weights: Weights) -> None:
-        said_plainly(self.engine, lambda: self.sampler.sync(weights))
+        self._run(lambda: self.sampler.sync(weights))
 
-
-def said_plainly(engine: str, work: Callable[[], X]) -> X:
-    """What `work` returns. What the user's code raises becomes a UserError that says where."""
-    try:
-        return work()
-    except (UserError, StopRun, StopAsked, MemoryError):
-        raise
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"rollout.engine {engine} raised {type(error).__name__}: {error}, {frame.filename} line {frame.lineno}"
-        ) from error
+    def _run(self, work: Callable[[], None]) -> None:
+        run_own(f"rollout.engine {self.engine}", work, passes=out_of_memory)  # which the loop has an answer to
