@@ -19,12 +19,11 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import InitErrorDetails
 
 from dualign.common.digests import Digests, of_code, of_file
 from dualign.common.errors import UserError
 from dualign.common.named import class_of, is_place
-from dualign.common.settings import Settings
+from dualign.common.settings import Settings, fault_at
 
 if TYPE_CHECKING:
     from dualign.annotate.base import Annotator
@@ -343,8 +342,7 @@ def _of_its_type(tree: Any, info: ValidationInfo) -> RewardSettings:
             return StaleReward.model_validate(tree)
         if isinstance(error, ValidationError):
             raise
-        fault = InitErrorDetails(type="value_error", loc=("type",), input=kind, ctx={"error": error})
-        raise ValidationError.from_exception_data("reward", [fault]) from None
+        raise fault_at("type", kind, error) from None
 
 
 RewardConfig = Annotated[SerializeAsAny[RewardSettings], BeforeValidator(_of_its_type)]

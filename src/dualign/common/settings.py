@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from dualign.common.paths import at_home
+
+
+def fault_at(key: str, given: Any, error: ValueError) -> ValidationError:
+    """What is wrong with one key of a section, for a validator of the whole section to raise."""
+    fault = InitErrorDetails(type="value_error", loc=(key,), input=given, ctx={"error": error})
+    return ValidationError.from_exception_data("settings", [fault])
 
 
 class Settings(BaseModel):

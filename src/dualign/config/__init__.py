@@ -12,14 +12,13 @@ from typing import Any, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
-from pydantic_core import InitErrorDetails
 
 from dualign.algos import ALGORITHMS, Algorithm
 from dualign.annotate.settings import RewardConfig, RewardSettings, settings_class
 from dualign.common.errors import UserError
 from dualign.common.named import class_of, is_place, same_name
 from dualign.common.paths import at_home
-from dualign.common.settings import Settings
+from dualign.common.settings import Settings, fault_at
 from dualign.common.yaml_text import parse_yaml
 from dualign.config.renamed import renamed, with_new_names
 from dualign.config.sections import EvalConfig, RunConfig, TrainConfig
@@ -106,8 +105,7 @@ def system_of(algo: dict[str, Any]) -> type[Algorithm]:
             raise ValueError("missing" if name is None else f"expected a system's name, not {name!r}")
         return class_of(name, ALGORITHMS, Algorithm)
     except ValueError as error:
-        fault = InitErrorDetails(type="value_error", loc=("name",), input=name, ctx={"error": error})
-        raise ValidationError.from_exception_data("algo", [fault]) from None
+        raise fault_at("name", name, error) from None
 
 
 def recipes() -> dict[str, Path]:
