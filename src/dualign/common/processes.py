@@ -17,7 +17,7 @@ class Processes:
 
     rank: int = 0
     world: int = 1
-    wait: Callable[[], None] = lambda: None  # until all processes are here
+    barrier: Callable[[], None] = lambda: None  # waits until all processes are here
 
     @property
     def main(self) -> bool:
@@ -37,9 +37,6 @@ class Processes:
         parts: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(parts, items)
         return [item for part in parts for item in part]
-
-    def barrier(self) -> None:
-        self.wait()
 
     def everyones(self, make: Callable[[], Sequence[X]]) -> list[X]:
         """What `make` returns in this process and in the others. An error in one process is raised in all: each of them

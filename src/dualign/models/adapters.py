@@ -82,8 +82,7 @@ def _has_adapter(module: Any) -> bool:
 
 def own_base(m: ModelConfig, run: str) -> Path | None:
     """Where the run in folder `run` keeps the model that its adapters are of, as no other folder has it: that of
-    another adapter, merged.
-    None for adapters of a model that is somewhere, and for whole weights."""
+    another adapter, merged. None for adapters of a model that is somewhere, and for whole weights."""
     merged = m.lora is not None and assets.adapter_of(assets.resolve(m.name), m.revision) is not None
     return Path(run).resolve() / "base" if merged else None
 

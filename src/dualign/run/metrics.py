@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,11 @@ class MetricsFile:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
-        self._sha = hashlib.sha256(path.read_bytes() if path.exists() else b"")
+
+    @cached_property
+    def _sha(self) -> Any:
+        """Of what is there, before the first line is added; who only reads needs none."""
+        return hashlib.sha256(self.path.read_bytes() if self.path.exists() else b"")
 
     def add(self, record: dict[str, Any]) -> None:
         line = (json.dumps(record) + "\n").encode()

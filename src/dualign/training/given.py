@@ -33,6 +33,8 @@ def with_given(
 ) -> Config:
     """`config` with these in place of what it names, and `rewards` beside its own. Rows and models are written into the
     cache, by their content. Raises UserError for what cannot be written down."""
+    if not rewards and all(given is None for given in (algo, model, data, eval_data)):
+        return config
     tree = config.model_dump()
     named = algo and algo.model_copy(update={"name": _name("algo", algo, algo.name, ALGORITHMS)})
     tree["algo"] = named or config.algo
