@@ -267,23 +267,23 @@ def sweep(names: list[str], precision: str) -> dict[str, dict[str, str]]:
 
 INTRODUCTION = """# Models
 
-What dualign makes of the causal families of transformers {version}: tiny models with random weights, one of each family
-that builds from a configuration, in fp32. `python tests/support/families.py --markdown` makes this page. The slow tests hold it,
-and try the families in bf16, too.
+What dualign makes of the causal families of transformers {version}: tiny models with random weights, one of each
+family that builds from a configuration, in fp32. `python tests/support/families.py --markdown` makes this page. The
+slow tests hold it, and try the families in bf16, too.
 
-- **decode**: how completions are sampled, found out on loading by comparing a few short texts with plain forward passes,
-  past every window. *Our loop* keeps keys and values and says by masks what each kind of layer sees. *Its own cache*:
-  transformers' `generate` with the model's own cache and masks, prompts of one length at a time. It is right and slower
-  (a warning says so). *Refused*: the run does not begin, and the error says why.
-- **score**: how log-probs of given completions are computed. *Shared prompts*: a prompt once for its completions. *Plain
-  rows*: every completion with its own prompt.
+- **decode**: how completions are sampled, found out on loading by comparing a few short texts with plain forward
+  passes, past every window. *Our loop* keeps keys and values and says by masks what each kind of layer sees. *Its
+  own cache*: transformers' `generate` with the model's own cache and masks, prompts of one length at a time. It is
+  right and slower (a warning says so). *Refused*: the run does not begin, and the error says why.
+- **score**: how log-probs of given completions are computed. *Shared prompts*: a prompt once for its completions.
+  *Plain rows*: every completion with its own prompt.
 - **gradient**: of a weighted sum of log-probs, against transformers' own model in fp32.
-- **LoRA**: adapters on all linear layers are sampled with and scored as the merged model says. *Refused*: a layer of the
-  family does not work with adapters; `model.lora.target_modules` names those that are to have them.
+- **LoRA**: adapters on all linear layers are sampled with and scored as the merged model says. *Refused*: a layer
+  of the family does not work with adapters; `model.lora.target_modules` names those that are to have them.
 - **PPO**: the value model's width and gradient.
 
-A family that is not in the table is tried on loading all the same. `rollout.log_probs: recorded` is allowed only where
-decoding agreed in the run's own precision, and `sampler_gap` is watched in every run (docs/runs.md).
+A family that is not in the table is tried on loading all the same. `rollout.log_probs: recorded` is allowed only
+where decoding agreed in the run's own precision, and `sampler_gap` is watched in every run (docs/runs.md).
 
 {counts}
 
