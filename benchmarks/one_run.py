@@ -69,6 +69,7 @@ def run_dualign(overrides: list[str], work: Work, model: str, prompts: Path, fol
             "rollout.log_probs=recomputed",  # as TRL does: equal work, unless the overrides say otherwise
             *overrides,
             f"model.name={model}",
+            "model.precision=bf16",
             f"data.train={prompts}",
             "data.eval=null",
             "data.shuffle=false",

@@ -172,7 +172,7 @@ def test_the_first_updates_forward_pass_gives_log_probs(tiny, tmp_path, monkeypa
     """As a pass of its own does, and the update is the same, up to the rounding of bf16."""
     batches = []
     for name, random in (("once", False), ("twice", True)):
-        monkeypatch.setattr("dualign.training.engine._has_dropout", lambda model, random=random: random)
+        monkeypatch.setattr("dualign.training.engine.has_dropout", lambda model, random=random: random)
         (tmp_path / name).mkdir()
         run = dualign.train(recipe(tiny, tmp_path / name, online_batches=1), reward=vowels, quiet=True)
         batches.append((run.read_batch(0).batch, run.metrics()[0]))

@@ -180,7 +180,7 @@ def test_the_first_updates_forward_pass_gives_its_rows_log_probs(algo, size, tin
 
     # one batch: in a later one, weights that differ in their last bits may choose another token
     config, short, one, rows = trained("short", batches=1)
-    monkeypatch.setattr("dualign.training.engine._has_dropout", lambda model: True)
+    monkeypatch.setattr("dualign.training.engine.has_dropout", lambda model: True)
     _, plain, two, more = trained("twice", batches=1)
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
     a, b = (run.read_batch(0) for run in (short, plain))

@@ -289,11 +289,14 @@ class Trainer:
     def _checkpoint(self, step: int, update: int, losses: list[dict[str, float]]) -> None:
         self.view.phase(step, "saving a checkpoint")
         progress = {"step": step, "update": update, "labels": self.labels, "losses": losses}
-        if self.processes.main:
-            if own_base(self.config.model, self.config.run.dir) is not None:
-                self.run.keep_base(self.engine.save_base)
+        main = self.processes.main
+        if own_base(self.config.model, self.config.run.dir) is not None and not self.run.base.exists():
+            self.run.keep_base(self.engine.save_base) if main else self.engine.save_base(None)
+        if main:
             keep = self.config.run.keep_last
             self.run.save_checkpoint(step, update, lambda folder: self.engine.save(folder, progress), keep)
+        else:
+            self.engine.save(None, progress)
         self.processes.barrier()
 
     def _restore(self) -> tuple[int, int, list[dict[str, float]]]:

@@ -8,6 +8,7 @@ import torch
 from conftest import make_tokenizer
 from dualign.annotate import build
 from dualign.annotate.base import Item, label_all
+from dualign.annotate.reward_model import ClassifierAnnotator
 from dualign.annotate.settings import ClassifierReward
 from dualign.common.errors import UserError
 from dualign.common.types import Prompt
@@ -57,6 +58,14 @@ def test_batched_equals_alone(tmp_path, pad, template):
     got = [label.value for label in label_all(annotator, ITEMS)]
     assert got == pytest.approx([alone(folder, item) for item in ITEMS], abs=1e-4)
     assert len({round(x, 4) for x in got}) == 4
+
+
+def test_offloaded_it_scores_the_same_and_holds_nothing(tmp_path):
+    settings = ClassifierReward(model=save(tmp_path), dtype="float32", offload=True)
+    annotator = ClassifierAnnotator(settings)
+    got = [label.value for label in label_all(annotator, ITEMS)]
+    assert got == pytest.approx([alone(settings.model, item) for item in ITEMS], abs=1e-4)
+    assert {p.device.type for p in annotator._model.parameters()} == {"meta"}
 
 
 def test_what_is_too_long_is_absent_and_the_rest_is_not(tmp_path):

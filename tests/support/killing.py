@@ -67,7 +67,13 @@ class Zygote:
 
 
 def prepare(
-    folder: Path, model: Path, algo: str, name: str, lora: dict[str, Any] | None = None, twice: bool = False
+    folder: Path,
+    model: Path,
+    algo: str,
+    name: str,
+    lora: dict[str, Any] | None = None,
+    twice: bool = False,
+    shard: str = "none",
 ) -> tuple[Path, Path, Path]:
     """A recipe of a few batches, held-out evaluations and checkpoints; (recipe, run, label log)."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +82,7 @@ def prepare(
     reward.write_text(REWARD.replace("LOG", repr(str(log))))
     config = tree(model, write_prompts(folder), folder / name, {"name": algo}, online_batches=4)
     config["model"]["lora"] = lora
+    config["train"]["shard"] = shard
     config["eval"] = {"prompts": 4, "every": 2}
     config["run"] |= {"checkpoints": 3, "keep_last": 2}
     config["reward"] = [{"type": "function", "path": f"{reward}:score"}]

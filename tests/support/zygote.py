@@ -1,6 +1,6 @@
 """Runs `dualign` command lines in fresh processes that need not import anything, and kills them when told to.
 
-One line of JSON in: {"argv": [...], "processes": 1, "kill_after": seconds, "kill_at": n, "log": file}; one line out:
+One line of JSON in: {"argv": [...], "processes": 1, "nodes": 1, "kill_after": seconds, "kill_at": n, "log": file}; one line out:
 {"status": exit code or -signal, "seconds": ..., "writes": ...}. `kill_after` is SIGKILL to the whole group at an
 instant; `kill_at` the same at the n-th call (of any process) that changes a file, before (even n) or after (odd n) it.
 """
@@ -22,6 +22,7 @@ def preload() -> None:
     import accelerate  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import torch
+    import torch.distributed.fsdp
     import transformers  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
@@ -61,11 +62,12 @@ def _lead(order: dict[str, Any], counter: mmap.mmap) -> None:
     world = order.get("processes", 1)
     if world == 1:
         _work(order, counter)
-    ranks = []
+    ranks, local = [], -(-world // order.get("nodes", 1))
     for rank in range(world):
         pid = os.fork()
         if pid == 0:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % local))
+            os.environ.update(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(local))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(order["port"]))
             _work(order, counter)
         ranks.append(pid)

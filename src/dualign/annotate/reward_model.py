@@ -36,11 +36,11 @@ class ClassifierAnnotator:
         import torch
 
         self.name = settings.name or Path(settings.model).name
-        self._tokenizer, self._model = _load(settings)
+        self._tokenizer, self._model, self._device = _load(settings)
         self._limit = min(settings.max_tokens, _positions(self._model), self._tokenizer.model_max_length)
         self._pad = _padding(self._model)
         # on a CPU a batch gains little, and in bf16 its shape decides how sums are rounded
-        exact = self._model.device.type != "cpu" or self._model.dtype == torch.float32
+        exact = self._device.type != "cpu" or self._model.dtype == torch.float32
         self._batch_size = settings.batch_size if exact else 1
         if (why := self._why_alone()) and self._batch_size > 1:
             self._batch_size = 1
@@ -104,7 +104,7 @@ class ClassifierAnnotator:
         for key in tokens[0]:
             fill = self._pad if key == "input_ids" else 0
             batch[key] = torch.tensor([row[key] + [fill] * (width - len(row[key])) for row in tokens])
-        batch = {key: value.to(self._model.device) for key, value in batch.items()}
+        batch = {key: value.to(self._device) for key, value in batch.items()}
         with torch.inference_mode():
             return [float(x) for x in self._model(**batch).logits[:, 0].float().tolist()]
 
@@ -144,9 +144,9 @@ def _plain(item: Item) -> str:
     return "\n\n".join(text_of(message) for message in item.prompt.content)
 
 
-def _load(settings: ClassifierReward) -> tuple[Any, Any]:
-    """Tokenizer and model, in evaluation mode, on the GPU where there is one. Raises UserError where the model cannot
-    be loaded, is no classifier or has more than one output."""
+def _load(settings: ClassifierReward) -> tuple[Any, Any, Any]:
+    """Tokenizer, model, in evaluation mode, and the device that it computes on: the GPU where there is one. Raises
+    UserError where the model cannot be loaded, is no classifier or has more than one output."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -164,7 +164,12 @@ def _load(settings: ClassifierReward) -> tuple[Any, Any]:
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise UserError(f"reward model {settings.model}: not a trained classifier; its files lack {missing}")
-    return tokenizer, model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if settings.offload:
+        from accelerate import cpu_offload
+
+        return tokenizer, cpu_offload(model.eval(), device), device
+    return tokenizer, model.eval().to(device), device
 
 
 def _padding(model: Any) -> int | None:

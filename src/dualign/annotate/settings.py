@@ -152,6 +152,7 @@ class ClassifierReward(RewardSettings):
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; only if you trust it")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of its weights")
+    offload: bool = Field(False, description="weights rest in the host's memory; layers visit the GPU one by one")
     batch_size: int = Field(16, ge=1, description="completions of one forward pass")
     max_tokens: int = Field(4096, ge=8, description="longer inputs are absent, never cut silently")
 
@@ -179,9 +180,7 @@ class Endpoint(RewardSettings):
     )
     base_url: str = Field(description="http://HOST:PORT/v1")
     model: str = Field(description="its name on the server")
-    api_key_env: str = Field(
-        "OPENAI_API_KEY", description="environment variable that holds the key; may be unset for local servers"
-    )
+    api_key_env: str = Field("OPENAI_API_KEY", description="environment variable with the key; may be unset")
     concurrency: int = Field(64, ge=1, description="requests at once")
     requests_per_minute: int | None = Field(None, ge=1, description="a limit, evenly spread")
     tokens_per_minute: int | None = Field(None, ge=1, description="likewise")

@@ -1,4 +1,4 @@
-"""How torch's threads, kernels and memory behave on a CPU."""
+"""How torch's threads, kernels and memory behave on a CPU, and what a GPU has left."""
 
 from __future__ import annotations
 
@@ -33,10 +33,20 @@ def keep_memory() -> None:
 
 
 def bf16_units() -> bool:
-    """Whether the processor multiplies bf16 matrices itself."""
+    """Whether a GPU that is here, or else the processor, multiplies bf16 matrices itself."""
     import torch
 
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def free_on_gpu(device: Any) -> int:
+    """Bytes of a GPU that no tensor holds."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def give_back_memory() -> None:

@@ -59,6 +59,8 @@ class Config(Settings):
         if t.update_size > t.online_batch:
             raise ValueError(f"train.update_size: {t.update_size} is more than train.online_batch ({t.online_batch})")
         algo.check(k)
+        if t.shard != "none" and self.model.lora is not None and self.model.lora.quantize is not None:
+            raise ValueError("train.shard: weights of 4 bits (model.lora.quantize) cannot be divided; set it to none")
         if self.data.eval is not None and any(reward.compares for reward in self.reward):
             raise ValueError(
                 "data.eval: an AI preference compares the completions of one prompt with each other, so its mean on held-out "

@@ -22,6 +22,11 @@ class TrainConfig(Settings):
         "speed depend on it",
     )
     prefix_sharing: bool = Field(True, description="compute a prompt once for its K completions")
+    shard: Literal["none", "full", "hybrid"] = Field(
+        "none",
+        description="over several processes, what each holds of weights, gradients and optimizer state: all (none), its "
+        "share (full), or its share among those of its node (hybrid)",
+    )
     compile: bool = Field(True, description="on a GPU, compile the layers of models that share prompts")
     optimizer: Literal["adafactor", "adamw"] = Field(
         "adafactor", description="Adafactor without momentum or relative steps (papers), or AdamW"

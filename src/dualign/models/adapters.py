@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from dualign import assets
 from dualign.common.errors import FOREIGN, UserError
 from dualign.models.settings import ModelConfig
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -123,11 +120,24 @@ def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         yield from model.state_dict().items()
         return
     inner, weights = without_adapters(model)
-    layers = dict(inner.named_modules())
+    layers: dict[str, Any] = dict(inner.named_modules())
     for name, value in weights.items():
         layer = layers.get(name.rpartition(".")[0])
-        added = name.endswith(".weight") and hasattr(layer, "get_delta_weight")
-        yield name, value + layer.get_delta_weight("default").to(value.dtype) if added else value  # type: ignore
+        if ".weight." in name:  # what 4-bit weights are read by
+            continue
+        if layer is not None and name.endswith(".weight") and hasattr(layer, "get_delta_weight"):
+            value = _whole(layer.get_base_layer().weight, value)
+            value = value + layer.get_delta_weight("default").to(value.dtype)
+        yield name, value
+
+
+def _whole(parameter: Any, value: Tensor) -> Tensor:
+    """A layer's weight, of 4 bits as the numbers that these stand for."""
+    if not hasattr(parameter, "quant_state"):
+        return value
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.data, parameter.quant_state)
 
 
 def _peft(what: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ def load_model(config: ModelConfig, key: str = "model.name") -> tuple[Any, Token
         log.warning("trust_remote_code is on: code that comes with %s will run", config.name)
     adapter = assets.adapter_of(name, config.revision)
     common |= {"dtype": torch.float32, "use_safetensors": True}
+    if config.lora is not None and config.lora.quantize is not None:
+        if adapter is not None:
+            raise UserError(f"model.lora.quantize: {config.name} is an adapter, which cannot be merged into 4 bits")
+        common |= quantized()
     where, what = name, config.name
     if adapter is not None:
         log.warning("%s: %s is an adapter of %s and is merged into it", key, config.name, adapter.base)
@@ -56,6 +61,23 @@ def load_model(config: ModelConfig, key: str = "model.name") -> tuple[Any, Token
     return model, load_tokenizer(config, model)
 
 
+def quantized() -> dict[str, Any]:
+    """What has transformers round linear layers to 4 bits as it loads them (QLoRA, arXiv 2305.14314: NF4, with its
+    scales rounded, too). They compute in their input's type: what autocast, or a trial in fp32, says."""
+    if find_spec("bitsandbytes") is None:
+        raise UserError("model.lora.quantize needs the package bitsandbytes: pip install 'dualign[qlora]'")
+    from transformers import BitsAndBytesConfig
+
+    way = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": way, "device_map": {"": device}}
+
+
 def load_reference(config: ModelConfig, tokenizer: Tokenizer) -> Any:
     """π_0 where `model.reference` names it. Raises UserError where its tokens are not those of `tokenizer`: log-probs of
     other tokens cannot be compared."""
@@ -69,6 +91,14 @@ def load_reference(config: ModelConfig, tokenizer: Tokenizer) -> Any:
             f"{theirs.get(other, 'none')} there and {mine.get(other, 'none')} here); π_0 must read the policy's tokens"
         )
     return model
+
+
+def has_dropout(model: Any) -> bool:
+    """Whether a forward pass in training is random."""
+    rates = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    settings = model.config.get_text_config().to_dict()
+    rates += [v for name, v in settings.items() if ("drop" in name or "jitter" in name) and isinstance(v, float | int)]
+    return any(rate > 0 for rate in rates)
 
 
 def context_of(config: Any) -> int:

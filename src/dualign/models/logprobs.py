@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from dualign.common import cpu
 from dualign.models.compile import Fused, can_compile
 from dualign.models.master import gradient_of
 
@@ -105,9 +106,8 @@ def _room_for_logits(hidden_MH: Tensor, weight_VH: Tensor) -> bool:
     """Whether a GPU has room to keep all logits until backward and twice as much: nothing else shall lack memory."""
     if hidden_MH.device.type != "cuda":
         return False
-    free, _ = torch.cuda.mem_get_info(hidden_MH.device)
-    free += torch.cuda.memory_reserved(hidden_MH.device) - torch.cuda.memory_allocated(hidden_MH.device)
-    return 3 * len(hidden_MH) * len(weight_VH) * weight_VH.element_size() < free
+    needed = 3 * len(hidden_MH) * len(weight_VH) * weight_VH.element_size()
+    return needed < cpu.free_on_gpu(hidden_MH.device)
 
 
 def _blocks(logits: Tensor) -> list[slice]:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from dualign.models.share import Share, divided
+
 
 def round_linears(module: nn.Module, keep: Tensor | None = None) -> dict[nn.Parameter, Tensor]:
     """Rounds the parameters of linear layers (but `keep`, a head tied to the embedding) to bf16, in place. Returns the
@@ -53,14 +55,19 @@ class Masters:
         self.lower: dict[nn.Parameter, Tensor] = {}  # where masters are halved, by master: what rounding took off
         self.groups: list[list[nn.Parameter]] = []  # one list per module
         self.named: dict[str, nn.Parameter] = {}
+        self.shares: dict[nn.Parameter, Share] = {}  # by master, where that is this process's share of a weight
         for i, module in enumerate(modules):
             self.groups.append([])
             for name, p in module.named_parameters():
                 if not p.requires_grad:
                     continue
                 master = p
+                if divided(p):
+                    share = Share(p)
+                    master = nn.Parameter(share.rows)
+                    self.shares[master] = share
                 if p in exact:
-                    master = nn.Parameter(exact[p])
+                    master = nn.Parameter(exact.pop(p))
                     self.rounded[master] = p
                     p.register_post_accumulate_grad_hook(_handing_on_to(master))
                     if halved:
@@ -89,6 +96,31 @@ class Masters:
     def whole(self) -> AbstractContextManager[None]:
         """The same for all masters at once."""
         return self.opened(list(self.rounded))
+
+    def make_gradients(self) -> None:
+        """All gradients, as zeros where there is none yet."""
+        for master in self.named.values():
+            gradient_of(master)
+
+    def exchange_gradients(self, world: int) -> None:
+        """The sum over `world` processes, in fp32: of whole parameters here, a process that had no rows contributing
+        zeros; that of divided ones was made in the backward pass, and is handed on to their masters."""
+        for master in self.named.values():
+            if master in self.shares:
+                grad = self.shares[master].parameter.grad
+                master.grad = None if grad is None else grad.to_local()
+            elif world > 1:
+                torch.distributed.all_reduce(gradient_of(master))
+
+    def clear_gradients(self, keep: bool) -> None:
+        """`keep`: the buffers, as zeros."""
+        for master in self.named.values():
+            if master.grad is not None and keep and master not in self.shares:
+                master.grad.zero_()
+            else:
+                master.grad = None
+        for share in self.shares.values():
+            share.parameter.grad = None
 
 
 def remainder(master: Tensor, rounded: Tensor) -> Tensor:

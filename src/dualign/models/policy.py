@@ -17,7 +17,7 @@ from dualign.models.finite import first_not_finite
 from dualign.models.load import load_model
 from dualign.models.logprobs import token_logp
 from dualign.models.master import LightEmbedding, round_linears, widened
-from dualign.models.mmap import move_to_file
+from dualign.models.mmap import move_to_file, move_to_host
 from dualign.models.packing import MicroBatch, Tokens, pack
 from dualign.models.tokenizer import Tokenizer
 from dualign.models.windows import small_windows
@@ -48,7 +48,7 @@ class Policy(nn.Module):
         self.plain_head = False  # whether logits are hidden @ weight.T and nothing else
         self._rounded: Any = None
         self._rounded_of: Any = None  # the weight that it is the rounding of
-        self.rest: Callable[[], None] = lambda: None  # lets go of memory that is not needed until the next use
+        self.whole: Callable[[], AbstractContextManager[None]] = nullcontext  # within it, its weights are here
         self.decoding: Any = None  # how completions are sampled, once that was tried (rollout/trial.py)
         LightEmbedding.take(model.get_input_embeddings())
         with self.on_trial():
@@ -300,11 +300,17 @@ class Policy(nn.Module):
             ) from None
 
     def move_to_file(self, folder: Path) -> None:
-        """Keeps a frozen policy's weights in a file of `folder`: they are in memory from their use to the next `rest`."""
+        """Keeps a frozen policy's weights in a file of `folder`: they are in memory from their use to the end of
+        `whole`."""
         rounds_head = self.plain_head and self.head.weight.dtype != self.dtype
-        self.rest = move_to_file([*self.parameters(), *([self.rounded_head()] if rounds_head else [])], folder)
+        self.whole = move_to_file([*self.parameters(), *([self.rounded_head()] if rounds_head else [])], folder)
         if rounds_head:
             self._rounded_of = self._head_version()  # the weight is the same one, elsewhere
+
+    def move_to_host(self) -> None:
+        """Keeps a frozen policy's weights in the host's memory: they are on the device within `whole`."""
+        self._rounded = self._rounded_of = None
+        self.whole = move_to_host(list(self.parameters()))
 
     def round(self) -> dict[nn.Parameter, Tensor]:
         """In bf16, rounds the linear layers' weights once instead of in every pass; returns the exact ones."""

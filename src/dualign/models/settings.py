@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from dualign.common import cpu
 from dualign.common.settings import Settings
 
 
@@ -14,6 +15,9 @@ class LoraConfig(Settings):
     alpha: int = Field(32, ge=1, description="scale, divided by r")
     dropout: float = Field(0.0, ge=0, lt=1, description="of the adapters' input")
     target_modules: list[str] | Literal["all-linear"] = Field("all-linear", description="the layers that get adapters")
+    quantize: Literal["nf4"] | None = Field(
+        None, description="the linear layers under the adapters in 4 bits (QLoRA); π_0 is that model"
+    )
 
 
 class ModelConfig(Settings):
@@ -27,8 +31,10 @@ class ModelConfig(Settings):
     )
     reference_revision: str | None = Field(None, description="its branch, tag or commit on the hub")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; only if you trust it")
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="bf16: autocast with fp32 master weights and reductions; fp32: everything"
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "bf16",
+        description="bf16: autocast with fp32 master weights and reductions; fp32: everything; auto: bf16 where the "
+        "machine has units for it, else fp32 (a run keeps what it began with)",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="prompts are computed once for their K completions with sdpa alone"
@@ -40,3 +46,8 @@ class ModelConfig(Settings):
     gradient_checkpointing: bool = Field(
         False, description="activations are made again in the backward pass: slower, smaller"
     )
+
+    @field_validator("precision")
+    @classmethod
+    def _of_machine(cls, precision: str) -> str:
+        return precision if precision != "auto" else "bf16" if cpu.bf16_units() else "fp32"

@@ -25,10 +25,10 @@ from dualign.config import Config
 from dualign.models.adapters import merged_weights, own_base, with_lora, without_adapters
 from dualign.models.critic import Critic
 from dualign.models.finite import first_gradient, first_not_finite
-from dualign.models.load import context_of
-from dualign.models.master import gradient_of
+from dualign.models.load import context_of, has_dropout
 from dualign.models.packing import Tokens, deal, plan, size_of
 from dualign.models.policy import Policy
+from dualign.models.share import clip_gradients, gathered
 from dualign.models.tokenizer import Tokenizer
 from dualign.training.adafactor import Adafactor
 from dualign.training.checkpoint import load_state, save_model, save_state
@@ -57,10 +57,11 @@ class Engine:
         if config.model.lora is not None:
             policy.take_adapters(with_lora(policy.model, config.model, own_base(config.model, config.run.dir)))
         policy.train()
-        self.policy, self.has_dropout = policy, _has_dropout(policy.model)
+        self.has_dropout = has_dropout(policy.model)
         self.critic = Critic(policy).to(self.device) if algo.critic else None
-        self.modules: list[Policy] = [m for m in (policy, self.critic) if m is not None]
-        self.masters = parallelize(self.modules, self.reference, config)
+        self.policy, self.masters = parallelize(policy, self.critic, self.reference, config, self.processes)
+        self.modules: list[Policy] = [m for m in (self.policy, self.critic) if m is not None]
+        self.divided = config.train.shard != "none"
         self.optimizer = make_optimizer(config, self.masters, self.device)
         self.schedule = Schedule(config, self.optimizer)
         self.micro_batch_tokens = self.train.micro_batch_tokens
@@ -73,11 +74,14 @@ class Engine:
 
     def _my_parts(self, tokens: Tokens, rows: Sequence[int], times: int = 1) -> list[list[int]]:
         """The micro-batches of `rows` that this process works on: of `times` the tokens of an update's, but no more than
-        an even share, so that there is work for everyone."""
+        an even share, so that there is work for everyone. Processes with shares of one policy make equally many passes;
+        an empty one is for the others' sake."""
         shared = self.policy.share
         even = math.ceil(size_of(tokens, rows, shared) / self.processes.world)
         budget = max(1, min(times * self.micro_batch_tokens, even))
-        return deal(tokens, plan(tokens, rows, budget, shared), self.processes.world, shared)[self.processes.rank]
+        hands = deal(tokens, plan(tokens, rows, budget, shared), self.processes.world, shared)
+        mine = hands[self.processes.rank]
+        return mine + [[]] * (max(map(len, hands)) - len(mine)) if self.divided else mine
 
     # --- scoring and training ---
 
@@ -89,14 +93,16 @@ class Engine:
             rows, scored = [row for row in range(len(tokens)) if row not in but], []
             # a GPU packs the next micro-batch while it works on one
             for part in self._my_parts(tokens, rows, SCORED if self.device.type == "cpu" else 1):
-                micro = model.pack(tokens, part, self.tokenizer.pad_id)
-                scored.append((micro.rows, model(micro).float()))
+                micro = model.pack(tokens, part or rows[:1], self.tokenizer.pad_id)
+                value_nT = model(micro).float()
+                if part:
+                    scored.append((micro.rows, value_nT))
             for chosen, value_nT in scored:  # once all is under way: this waits for a GPU
                 out_NT[chosen.to(self.device)] = value_nT
 
         training = model.training
         model.eval()  # no dropout: log π_t is what was sampled from
-        with torch.inference_mode():
+        with torch.no_grad() if self.divided else torch.inference_mode():
             self._retry_on_oom(work)
         model.train(training)
         if self.processes.world > 1:
@@ -106,9 +112,8 @@ class Engine:
     def score_reference(self, tokens: Tokens) -> Tensor:
         """(N, T) log π_0."""
         if self.reference is not None:
-            logp_NT = self.score(self.reference, tokens)
-            self.reference.rest()
-            return logp_NT
+            with self.reference.whole():
+                return self.score(self.reference, tokens)
         with self.policy.model.disable_adapter():
             return self.score(self.policy, tokens)
 
@@ -144,7 +149,7 @@ class Engine:
         if denominator == 0 or not rows:
             return self.left_out()
         sums = begun or self._gradients(algo, tokens, rows, batch, denominator)
-        self._exchange_gradients()
+        self.masters.exchange_gradients(self.processes.world)
         sums = self._sum(sums)
         loss = sums.pop("loss") / denominator
         masses = {name: sums.pop(name) for name in MASSES}
@@ -163,13 +168,15 @@ class Engine:
 
     def _gradients(self, algo: Algorithm, tokens: Tokens, rows: Sequence[int], batch: Rows, denominator: float) -> Sums:
         """Adds up the gradient of the loss of `rows`, a micro-batch at a time; returns sums over this process's rows."""
-        if self.device.type == "cpu":
-            for p in self.masters.named.values():  # what stays is allocated before what comes and goes
-                gradient_of(p)
+        if self.device.type == "cpu" and not self.divided:
+            self.masters.make_gradients()  # what stays is allocated before what comes and goes
 
         def work() -> Sums:
             sums: dict[str, Tensor] = {"loss": torch.zeros((), dtype=torch.float64, device=self.device)}
             for part in self._my_parts(tokens, rows):
+                if not part:
+                    self._idle(tokens, rows[:1])
+                    continue
                 for name, value in self._backward(algo, tokens, batch, part, 1 / denominator).items():
                     sums[name] = sums[name] + value if name in sums else value
             return {name: float(value) for name, value in sums.items()}  # read once: a GPU is not waited for before
@@ -194,12 +201,10 @@ class Engine:
         sums = {k: v.detach().double().sum() for k, v in stats.items()}
         return sums | {"loss": loss.detach().double()} | _masses(logp_NT)
 
-    def _exchange_gradients(self) -> None:
-        """The sum over processes, in fp32. A process that had no rows contributes zeros."""
-        if self.processes.world == 1:
-            return
-        for p in self.masters.named.values():
-            torch.distributed.all_reduce(gradient_of(p))
+    def _idle(self, tokens: Tokens, rows: Sequence[int]) -> None:
+        """Forward and backward of no weight, for processes that still have rows."""
+        made = [module(module.pack(tokens, rows, self.tokenizer.pad_id)).sum() for module in self.modules]
+        (torch.stack(made).sum() * 0).backward()
 
     def not_finite(self, model: Policy | None, tokens: Tokens) -> str:
         """In words, where in a forward pass over `tokens` a number first is NaN or infinite; empty where all are finite,
@@ -210,10 +215,11 @@ class Engine:
             for row in range(len(tokens)):
                 model(model.pack(tokens, [row], self.tokenizer.pad_id))
 
-        return first_not_finite(model, forward)
+        with model.whole():
+            return first_not_finite(model, forward)
 
     def _step(self, loss: float) -> float:
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self.masters.named.values()), self.train.max_grad_norm))
+        norm = clip_gradients(list(self.masters.named.values()), self.masters.shares, self.train.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             where = first_gradient(self.masters.named.items())
             self._clear_gradients()
@@ -232,13 +238,15 @@ class Engine:
 
     def _clear_gradients(self) -> None:
         # On a CPU the buffers stay for the next update: first touches of new memory cost more than the arithmetic on it.
-        self.optimizer.zero_grad(set_to_none=self.device.type != "cpu")
+        self.masters.clear_gradients(keep=self.device.type == "cpu")
 
     def free_memory(self) -> None:
         """Gives back what only updates need, and what the allocator keeps of it, before completions are sampled."""
+        self.masters.clear_gradients(keep=False)
         if self.device.type == "cpu":
-            self.optimizer.zero_grad(set_to_none=True)
             cpu.give_back_memory()
+        else:
+            torch.cuda.empty_cache()
 
     def _retry_on_oom(self, work: Callable[[], X]) -> X:
         """What `work` returns. Where the memory of any process does not suffice, all begin it anew, without the
@@ -250,12 +258,17 @@ class Engine:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
+                if self.divided:  # the others wait in the middle of a pass
+                    raise StopRun(
+                        f"out of memory with {self.micro_batch_tokens} tokens in a micro-batch; resume with a smaller "
+                        "train.micro_batch_tokens"
+                    ) from None
             if all(self.processes.gather([bool(result)])):
                 return result[0]
             del result
             for module in self.modules:
                 module.zero_grad(set_to_none=True)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.masters.clear_gradients(keep=False)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if self.micro_batch_tokens < 32:
@@ -271,24 +284,27 @@ class Engine:
 
     # --- state ---
 
-    def save(self, folder: Path, progress: dict[str, Any]) -> None:
-        """The policy as Hugging Face opens it (in bf16 where it computes in bf16), and all that training needs to go
-        on, in safetensors and JSON."""
+    def save(self, folder: Path | None, progress: dict[str, Any]) -> None:
+        """The policy as Hugging Face opens it (in bf16 where it computes in bf16), and all that training needs to
+        resume, in safetensors and JSON. Processes with shares come here together; those without a folder only help."""
         self.free_memory()
         model = self.policy.model
-        save_model(folder, model, model.state_dict(), self.policy.dtype)
-        self.tokenizer.hf.save_pretrained(folder)
-        with self.masters.whole():
-            save_state(folder, self.masters.named, self.optimizer, progress)
+        if folder is not None or self.divided:
+            save_model(folder, model, model.state_dict(keep_vars=True), self.policy.dtype)
+            with self.masters.whole():
+                save_state(folder, self.masters.named, self.optimizer, progress, self.masters.shares)
+        if folder is not None:
+            self.tokenizer.hf.save_pretrained(folder)
 
-    def save_base(self, folder: Path) -> None:
+    def save_base(self, folder: Path | None) -> None:
         """The model under the adapters, as `save` writes whole ones."""
         save_model(folder, *without_adapters(self.policy.model), self.policy.dtype)
-        self.tokenizer.hf.save_pretrained(folder)
+        if folder is not None:
+            self.tokenizer.hf.save_pretrained(folder)
 
     def restore(self, folder: Path) -> dict[str, Any]:
         with self.masters.whole():
-            progress = load_state(folder, self.masters.named, self.optimizer)
+            progress = load_state(folder, self.masters.named, self.optimizer, self.masters.shares)
         self._weights_changed()
         return progress
 
@@ -296,7 +312,7 @@ class Engine:
         """π_θ for a sampler that has weights of its own: every tensor under the name that Hugging Face gives it, in the
         dtype that the policy computes in, adapters merged; one at a time."""
         for name, value in merged_weights(self.policy.model):
-            yield name, value.to(self.policy.dtype) if value.is_floating_point() else value
+            yield name, gathered(value.to(self.policy.dtype) if value.is_floating_point() else value)
 
     @property
     def context(self) -> int:
@@ -311,14 +327,6 @@ class Engine:
             for name, value in part.items():
                 total[name] = total.get(name, 0.0) + value
         return total
-
-
-def _has_dropout(model: Any) -> bool:
-    """Whether a forward pass in training is random."""
-    rates = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
-    settings = model.config.get_text_config().to_dict()
-    rates += [v for name, v in settings.items() if ("drop" in name or "jitter" in name) and isinstance(v, float | int)]
-    return any(rate > 0 for rate in rates)
 
 
 def _masses(logp_NT: Tensor) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ class Machine:
         )
         self.processes = Processes(int(a.process_index), int(a.num_processes), a.wait_for_everyone)
         self.device = torch.device(a.device)
+        if self.device.type == "cuda":
+            check_alike(self.processes.gather([torch.cuda.get_device_name(self.device)]))
+        if self.processes.main and self.processes.world > config.prompts_per_batch:
+            log.warning(
+                "note: %d processes for %d prompts of an online batch: the others sample nothing",
+                self.processes.world,
+                config.prompts_per_batch,
+            )
         set_seed(config.run.seed)
         if self.device.type == "cpu":
             cpu.keep_memory()
@@ -62,6 +71,14 @@ class Machine:
         if self.config.run.trackers:
             for tracker in self._accelerator.trackers:  # end_training would take the process group with it
                 tracker.finish()
+
+
+def check_alike(gpus: Sequence[str]) -> None:
+    """Raises UserError where the processes' GPUs are of several kinds: sums are rounded differently there, and the
+    smallest memory and the slowest one would hold for all."""
+    if len(kinds := sorted(set(gpus))) > 1:
+        found = ", ".join(f"{gpus.count(kind)} x {kind}" for kind in kinds)
+        raise UserError(f"the processes have different GPUs ({found}): choose those of one kind (CUDA_VISIBLE_DEVICES)")
 
 
 def _flat(tree: dict[str, Any], between: str) -> dict[str, Any]:

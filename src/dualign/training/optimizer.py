@@ -20,7 +20,9 @@ def make_optimizer(config: Config, masters: Masters, device: torch.device) -> An
     groups = [{"params": parameters, "lr": lr} for parameters, lr in zip(masters.groups, rates, strict=False)]
     if t.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=t.lr, weight_decay=t.weight_decay, fused=True)
-    return Adafactor(groups, t.lr, t.weight_decay, masters.opened, 1 if device.type == "cpu" else TOGETHER)
+    return Adafactor(
+        groups, t.lr, t.weight_decay, masters.opened, 1 if device.type == "cpu" else TOGETHER, masters.shares
+    )
 
 
 class Schedule:

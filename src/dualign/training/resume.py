@@ -23,6 +23,7 @@ ALLOWED = (  # none of these changes a number that is already in the folder
     "train.online_batches",
     "train.micro_batch_tokens",
     "train.compile",
+    "train.shard",
     "train.max_absent",
     "rollout.options.decode_batch_size",
     "rollout.options.cuda_graphs",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from dualign.common import cpu
 from dualign.common.errors import out_of_memory
 from dualign.common.types import Prompt, Rollout
 from dualign.models.attention import PACKED
@@ -32,6 +33,7 @@ PREFILL = 8192  # tokens of prompts computed at a time
 ROUNDING = 0.03  # how far a hand-written step may be from the model, relatively: bf16 puts it at some 0.01
 COMPACT = 0.875  # drop finished rows from the cache once fewer than this share is alive
 HALF = 0.5  # the same on a GPU, where another number of rows needs another graph
+ROOM = 0.8  # of what is free on a GPU that keys and values may take: a step needs some, too
 LOOK = 8  # steps between two looks at a GPU's tokens, which wait for it
 
 
@@ -72,29 +74,37 @@ class HFSampler:
     ) -> None:
         """Calls `done` once per completion, as it finishes. Prompts of similar length are decoded together; rows are
         decoded in the company that they always have, to the last bit: what is left out is a whole such batch."""
-        if not requests:
-            return
         was_training = self.policy.training
         self.policy.eval()
-        if self.decoding.own:
-            self._sample(requests, sampling, seed, done)
-        else:
-            shortest = self.decoding.shortest
-            generate(self.policy, self.tokenizer, self.rows, requests, sampling, seed, done, shortest)
+        with self.policy.whole():  # before the first question: other processes have some
+            if self.decoding.own and requests:
+                self._sample(requests, sampling, seed, done)
+            elif requests:
+                shortest = self.decoding.shortest
+                generate(self.policy, self.tokenizer, self.rows, requests, sampling, seed, done, shortest)
         self.policy.train(was_training)
 
     def _sample(
         self, requests: Sequence[Request], sampling: Sampling, seed: tuple[int, int], done: Callable[[Rollout], None]
     ) -> None:
         by_length = sorted(requests, key=lambda r: -len(r.prompt_ids))
-        step = max(1, self.rows // sampling.k)
-        rows = min(self.rows, len(requests) * sampling.k)
+        most = min(self.rows, self._room(len(by_length[0].prompt_ids) + sampling.max_new_tokens))
+        step = max(1, most // sampling.k)
+        rows = min(most, len(requests) * sampling.k)
         if self.policy.plain_head:
             self.head = product(self.policy.rounded_head(), None, rows)
         with self._prepared(rows):
             for at in range(0, len(by_length), step):
                 self._decode(by_length[at : at + step], sampling, seed, done)
         self.head = None
+
+    def _room(self, length: int) -> int:
+        """How many rows of `length` tokens a GPU has room for the keys and values of. A power of two: what is free
+        differs a little after a resume, which is to decode the same rows together."""
+        if not self.cuda:
+            return self.rows
+        each = length * bytes_per_token(self.policy.model.config.get_text_config(), self.policy.dtype)
+        return 2 ** max(0, int(ROOM * cpu.free_on_gpu(self.policy.device) / each).bit_length() - 1)
 
     def sync(self, weights: Weights) -> None:
         """Nothing to do: it samples from the policy's own weights."""
@@ -272,6 +282,14 @@ def decoding_of(policy: Policy) -> Decoding:
     if policy.decoding is None:
         policy.decoding = try_out(policy, lambda way: HFSampler(policy, NoTokenizer(), len(LENGTHS) * 2, False, way))
     return policy.decoding
+
+
+def bytes_per_token(text: Any, dtype: torch.dtype) -> int:
+    """Of a token's keys and values, in all layers of the model of configuration `text`."""
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads = max(heads) if isinstance(heads, (list, tuple)) else heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * size * dtype.itemsize)
 
 
 def _slices(requests: Sequence[Request]) -> Iterator[tuple[int, Sequence[Request]]]:
