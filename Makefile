@@ -53,8 +53,11 @@ bench: $(STAMP)  ## dualign against TRL on this machine (installs trl)
 	$(BIN)/python -m dualign.assets
 	$(BIN)/python benchmarks/against_trl.py
 
-bench-gpu: $(STAMP)  ## the update phase and decoding on one CUDA device
+bench-gpu: $(STAMP)  ## the update phase and decoding on one CUDA device, and TRL on it (some ten minutes)
+	$(BIN)/pip install --quiet -e '.[bench]'
 	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/gpu.py --shapes 0.5b --shard full
+	$(BIN)/python benchmarks/against_trl.py --only dualign-grpo trl-grpo --prompts 64 --tokens 128 --repeats 3
 
 profile: $(STAMP)  ## where the time of one online batch goes
 	$(BIN)/python -m dualign.assets

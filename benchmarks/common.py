@@ -140,6 +140,7 @@ def online_batch(
 
     r, seed = config.rollout, config.run.seed
     rollouts: list[Rollout] = []
+    engine.free_memory()
     with phase("sample"):
         sampler.sample(requests, Sampling(r.k, r.max_new_tokens, r.temperature, r.top_p), (seed, step), rollouts.append)
     b = labelled(step, [Row(rollout, Label(reward(rollout))) for rollout in rollouts])

@@ -1,10 +1,11 @@
 """One CUDA device: model FLOPs utilisation of the update phase, seconds per online batch by phase, memory.
 
-    python benchmarks/gpu.py [--shapes 0.5b 1.5b] [--batches 2] [--no-compile] [--no-cuda-graphs] [--kernels]
+    python benchmarks/gpu.py [--shapes 0.5b 1.5b 7b] [--batches 2] [--shard full] [--no-compile] [--no-cuda-graphs]
+        [--kernels]
 
-Models with the shapes of Qwen2.5-0.5B and 1.5B and random weights (what they say does not matter to time: no answer ends
-early), bf16 autocast over fp32 masters; DAR on 512 completions (128 prompts of 128 tokens, K = 4, 256 new tokens),
-updates of 128. Nothing is downloaded.
+Models with the shapes of Qwen2.5-0.5B and 1.5B and of Qwen2-7B (with gradient checkpointing) and random weights (what
+they say does not matter to time: no answer ends early), bf16 autocast over fp32 masters; DAR on 512 completions (128
+prompts of 128 tokens, K = 4, 256 new tokens), updates of 128. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -28,14 +29,21 @@ from dualign.common.types import Prompt, Rollout
 from dualign.config import Config, build
 from dualign.rollout.base import Request
 from dualign.training.engine import Engine
+from dualign.training.machine import Machine
+from dualign.training.parallelize import load_policy
 
 COMMON = {"vocab_size": 151936, "num_key_value_heads": 2, "max_position_embeddings": 32768, "tie_word_embeddings": True}
+LARGE = {"vocab_size": 152064, "num_key_value_heads": 4, "tie_word_embeddings": False}
 SHAPES: dict[str, dict[str, Any]] = {
     "0.5b": COMMON
     | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
     "1.5b": COMMON
     | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+    "7b": COMMON
+    | LARGE
+    | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
 }
+CHECKPOINTED = {"7b": 8192}  # shapes whose activations are made again, and the tokens of their micro-batches
 # dense bf16, from the vendor's data sheets; the first name that the device's holds
 PEAK_TFLOPS = {"H100 PCIe": 756, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
 PHASES = ("sample", "score π_t", "score π_0", "update")
@@ -55,10 +63,10 @@ def make_model(shape: dict[str, Any], folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>").save_pretrained(folder)
 
 
-def configure(folder: Path, o: argparse.Namespace) -> Config:
+def configure(folder: Path, name: str, o: argparse.Namespace) -> Config:
     return build(
         {
-            "model": {"name": str(folder)},
+            "model": {"name": str(folder), "gradient_checkpointing": name in CHECKPOINTED},
             "data": {"train": "random ids"},
             "rollout": {
                 "k": 4,
@@ -71,7 +79,8 @@ def configure(folder: Path, o: argparse.Namespace) -> Config:
                 "online_batches": o.batches,
                 "online_batch": o.online_batch,
                 "update_size": o.online_batch // 4,
-                "micro_batch_tokens": o.micro_batch_tokens,
+                "micro_batch_tokens": CHECKPOINTED.get(name, o.micro_batch_tokens),
+                "shard": o.shard,
                 "compile": not o.no_compile,
             },
         }
@@ -113,17 +122,19 @@ class Meter:
         return sorted(((name, sum(ms), len(ms)) for name, ms in self.kernels[phase].items()), key=lambda x: -x[1])
 
 
-def measure(shape: dict[str, Any], o: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(name: str, o: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds, memory and FLOPs of each counted online batch; the first, which is not counted, warms up."""
-    with tempfile.TemporaryDirectory() as name:
-        make_model(shape, Path(name))
-        config = configure(Path(name), o)
-        engine = Engine.load(config)
-    sampler, numbers, found = (
-        rollout.build(config.rollout, engine.policy, engine.tokenizer),
-        np.random.default_rng(0),
-        [],
-    )
+    shape = SHAPES[name]
+    gc.collect()
+    torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(shape, Path(folder))
+        config = configure(Path(folder), name, o)
+        machine = Machine(config)
+        policy, tokenizer = load_policy(config, machine.device)
+        sampler = rollout.build(config.rollout, policy, tokenizer)
+        engine = Engine(config, machine, policy, tokenizer)
+    numbers, found = np.random.default_rng(0), []
     for step in range(o.batches + 1 + o.kernels):
         ids = numbers.integers(3, shape["vocab_size"], (config.prompts_per_batch, o.prompt_tokens)).tolist()
         requests = [Request(g, Prompt(str(g), "random ids"), tuple(row)) for g, row in enumerate(ids)]
@@ -177,6 +188,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--micro-batch-tokens", type=int, default=16384)
+    parser.add_argument("--shard", choices=["none", "full"], default="none", help="full: by FSDP2, with one process")
     parser.add_argument("--no-compile", action="store_true", help="layers as they are")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="every step of decoding launched by hand")
     parser.add_argument("--kernels", action="store_true", help="one more batch, with a table of the kernels' times")
@@ -198,11 +210,9 @@ def main() -> None:
     head += ["decoded tokens/s", "peak GiB"]
     rows = []
     for shape in o.shapes:
-        record["shapes"][shape] = measure(SHAPES[shape], o)
+        record["shapes"][shape] = measure(shape, o)
         rows.append(row(shape, record["shapes"][shape], rates))
-        page = save("gpu", record, table(head, rows), o.out)
-        gc.collect()
-        torch.cuda.empty_cache()
+        page = save("gpu" if o.shard == "none" else "gpu-divided", record, table(head, rows), o.out)
     print(f"{table(head, rows)}\n{page}")
 
 

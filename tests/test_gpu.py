@@ -168,6 +168,22 @@ def test_a_whole_run(tiny, tmp_path):
     assert again.device.type == "cuda"
 
 
+def test_divided_with_one_process_is_whole_and_pi_0_rests_on_the_host(tiny, tmp_path):
+    runs = []
+    for shard in ("none", "full"):
+        (tmp_path / shard).mkdir()
+        config = recipe(tiny, tmp_path / shard, online_batches=1)
+        config["train"]["shard"] = shard
+        runs.append(dualign.train(config, reward=vowels, quiet=True))
+    (one, record), (two, other) = [(run.batch(0).batch, run.metrics()[0]) for run in runs]
+    assert torch.allclose(one.logp_old_NT, two.logp_old_NT, atol=1e-4)
+    assert record["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    engine = Engine.load(build(recipe(tiny, tmp_path, online_batches=1)))
+    assert sum(p.numel() for p in engine.reference.parameters()) == 0
+    with engine.reference.whole():
+        assert all(p.device.type == "cuda" and p.numel() for p in engine.reference.parameters())
+
+
 def test_the_first_updates_forward_pass_gives_log_probs(tiny, tmp_path, monkeypatch):
     """As a pass of its own does, and the update is the same, up to the rounding of bf16."""
     batches = []

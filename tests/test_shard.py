@@ -127,6 +127,14 @@ def test_layers_that_share_weights_are_refused(tiny):
         divide(Policy(model, "fp32"), None)
 
 
+def test_weights_that_are_not_finite_stop_all_processes_with_the_place(zygote, tiny, tmp_path):
+    recipe, _, _ = prepare(tmp_path, tiny, "dar", "wild", shard="full")
+    log = tmp_path / "log"
+    done = zygote.run("train", str(recipe), "train.lr=1e38", "train.warmup=0", log=log, processes=2)
+    assert done["status"] != 0
+    assert "not finite" in log.read_text() and "the weight" in log.read_text()
+
+
 def test_nodes_of_unlike_sizes_are_refused_before_anything_is_lost(zygote, tiny, tmp_path):
     recipe, run, _ = prepare(tmp_path, tiny, "dar", "odd", shard="hybrid")
     done = zygote.run("train", str(recipe), log=tmp_path / "log", processes=3, nodes=2)

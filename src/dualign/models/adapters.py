@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dualign import assets
 from dualign.common.errors import FOREIGN, UserError
 from dualign.models.settings import ModelConfig
+from dualign.models.share import gathered
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +127,8 @@ def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         if ".weight." in name:  # what 4-bit weights are read by
             continue
         if layer is not None and name.endswith(".weight") and hasattr(layer, "get_delta_weight"):
-            value = _whole(layer.get_base_layer().weight, value)
-            value = value + layer.get_delta_weight("default").to(value.dtype)
+            value = gathered(_whole(layer.get_base_layer().weight, value))
+            value = value + gathered(layer.get_delta_weight("default").to(value.dtype))
         yield name, value
 
 

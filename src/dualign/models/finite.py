@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualign.models.share import gathered
+
 
 def first_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str:
     """The weight of `model` that is not finite, or else the first layer of which `forward` made a number that is not; in
     words, empty where all is finite."""
     for name, p in model.named_parameters():
-        if not p.isfinite().all():
+        if not gathered(p.isfinite().all()):  # all processes hear of it, and look no further
             return f"the weight {name} is not finite"
     found: list[str] = []
 

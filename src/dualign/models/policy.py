@@ -124,9 +124,9 @@ class Policy(nn.Module):
     def _head_version(self) -> tuple[int, int]:
         return self.head.weight.data_ptr(), self.head.weight._version
 
-    def weights_changed(self) -> None:
-        """The weights have changed."""
-        self._rounded_of = None
+    def weights_changed(self, gone: bool = False) -> None:
+        """The weights have changed, or are `gone`."""
+        self._rounded, self._rounded_of = None if gone else self._rounded, None
 
     def _head_is_linear(self) -> bool:
         """Whether the head multiplies what the decoder says, and the model gives its product as it is: other families
@@ -309,7 +309,7 @@ class Policy(nn.Module):
 
     def move_to_host(self) -> None:
         """Keeps a frozen policy's weights in the host's memory: they are on the device within `whole`."""
-        self._rounded = self._rounded_of = None
+        self.weights_changed(gone=True)
         self.whole = move_to_host(list(self.parameters()))
 
     def round(self) -> dict[nn.Parameter, Tensor]:

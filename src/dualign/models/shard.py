@@ -119,7 +119,7 @@ def gathers(policy: Policy, trained: Policy) -> None:
     def let_go() -> None:
         for p, _, dtype in targets:
             p.data = torch.empty(0, dtype=dtype, device=p.device)
-        policy.weights_changed()
+        policy.weights_changed(gone=True)
 
     @contextmanager
     def whole() -> Iterator[None]:
