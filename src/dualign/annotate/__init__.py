@@ -9,8 +9,9 @@ from typing import Any
 
 from dualign.annotate.base import Annotator, BatchSession, Item
 from dualign.annotate.combined import CombinedAnnotator, Term
+from dualign.annotate.registry import REWARDS
 from dualign.annotate.remembered import Memory, Remembered
-from dualign.annotate.settings import REWARDS, RewardSettings
+from dualign.annotate.settings import RewardSettings
 from dualign.annotate.together import Together
 from dualign.common.errors import UserError
 from dualign.common.named import run_own

@@ -93,6 +93,8 @@ def chat(
     more: Mapping[str, Any] | None = None,
 ) -> Request:
     sampling = {"temperature": settings.temperature, "max_tokens": settings.max_tokens, **(more or {})}
+    if settings.chat_template_kwargs:
+        sampling["chat_template_kwargs"] = settings.chat_template_kwargs
     return Request("chat/completions", {"messages": messages, **sampling}, rubric, sample)
 
 

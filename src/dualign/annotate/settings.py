@@ -5,25 +5,16 @@ here: what a method needs is imported when it is called, so that an API judge do
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from dualign.common.digests import Digests, of_code, of_file
 from dualign.common.errors import UserError
-from dualign.common.named import class_of, is_place
-from dualign.common.settings import Settings, fault_at
+from dualign.common.named import is_place
+from dualign.common.settings import Settings
 
 if TYPE_CHECKING:
     from dualign.annotate.base import Annotator
@@ -43,19 +34,14 @@ class RewardSettings(Settings):
     name: str | None = Field(None, description="its name in logs and Parquet; default: from the function or model")
     weight: float = Field(1.0, description="its factor in the sum of rewards")
     clip: list[float] | None = Field(
-        None,
-        min_length=2,
-        max_length=2,
-        description="[low, high]: its value is held within these before it is weighted",
+        None, min_length=2, max_length=2, description="[low, high]: its value is held within these, then weighted"
     )
     where: dict[str, str | int | bool] = Field(
         default_factory=dict,
         description="only rows whose data columns have these values; the other rewards decide the rest",
     )
     optional: bool = Field(
-        False,
-        description="None means 'does not apply to this row': the other rewards decide. Otherwise a row that one "
-        "reward could not label is absent",
+        False, description="where it gives None, the other rewards decide. Otherwise a row without its label is absent"
     )
 
     @field_validator("clip")
@@ -79,6 +65,10 @@ class RewardSettings(Settings):
 
     def dollars(self, labels: int) -> float:
         """What so many labels cost at most, about."""
+        return 0.0
+
+    def weights_held(self) -> float:
+        """Bytes of weights that it holds in this process, about. Raises UserError where that is not known."""
         return 0.0
 
     def describe(self, labels: int) -> str:
@@ -134,6 +124,9 @@ class HeadReward(RewardSettings):
 
         load_head(self.path)
 
+    def weights_held(self) -> float:
+        return 0.1e9  # the encoder's, in fp32
+
     def made_of(self) -> dict[str, Digests]:
         from dualign.annotate.head import file_of
 
@@ -163,6 +156,14 @@ class ClassifierReward(RewardSettings):
 
     def check(self) -> None:
         """Its weights are looked for when it is built."""
+
+    def weights_held(self) -> float:
+        from transformers import AutoModelForSequenceClassification
+
+        from dualign.models.architectures import on_meta
+
+        model, _ = on_meta(AutoModelForSequenceClassification, self.model, self.revision, self.trust_remote_code)
+        return sum(p.numel() for p in model.parameters()) * (2.0 if self.dtype == "bfloat16" else 4.0)
 
     def made_of(self) -> dict[str, Digests]:
         from dualign.models.digests import of_model
@@ -241,12 +242,19 @@ class JudgeSampling(Endpoint):
     temperature: float = Field(0.0, ge=0, description="of the judge's replies")
     max_tokens: int = Field(256, ge=1, description="of one reply")
     samples: int = Field(1, ge=1, description="replies per completion, averaged (needs temperature > 0 to differ)")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="for the judge's chat template: {enable_thinking: false} with Qwen3"
+    )
 
     @model_validator(mode="after")
     def _samples_differ(self) -> JudgeSampling:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("samples > 1 at temperature 0 would buy the same reply again: set temperature above 0")
         return self
+
+    def decides(self) -> dict[str, Any]:
+        empty = set() if self.chat_template_kwargs else {"chat_template_kwargs"}  # as runs of before had it
+        return {key: value for key, value in super().decides().items() if key not in empty}
 
     def _asked(self, labels: int) -> tuple[int, int]:
         return labels * self.samples, self.max_tokens
@@ -292,56 +300,3 @@ class PreferenceReward(RubricReward):
         from dualign.annotate.preference import PreferenceAnnotator
 
         return PreferenceAnnotator(self, ledger=run_dir and run_dir / SPENT)
-
-
-REWARDS: dict[str, type[RewardSettings]] = {
-    "function": FunctionReward,
-    "head": HeadReward,
-    "classifier": ClassifierReward,
-    "served": ServedReward,
-    "judge": JudgeReward,
-    "preference": PreferenceReward,
-}
-
-
-class StaleReward(RewardSettings):
-    """Of a run's folder: a reward of one's own whose code is gone, or takes these settings no more. The folder can be
-    read all the same; nothing can be labelled."""
-
-    model_config = ConfigDict(extra="allow")
-
-    def build(self, run_dir: Path | None = None) -> Annotator:
-        raise UserError(
-            f"reward {self.type}: its code is not there, or does not take the settings that the run has: put it back as it "
-            "was, or name its new place: dualign resume RUN reward.N.type=FILE.py:NAME"
-        )
-
-
-def settings_class(kind: Any) -> type[RewardSettings]:
-    """The settings of a `type`. Raises ValueError for what is none."""
-    if kind is None:
-        raise ValueError("missing")
-    function = f"; a function is written {{type: function, path: {kind}}}"
-    return class_of(str(kind), REWARDS, RewardSettings, hint=function)
-
-
-def _of_its_type(tree: Any, info: ValidationInfo) -> RewardSettings:
-    """Settings by the class of their `type`. With {"stored": True} as context, what cannot be had is a StaleReward."""
-    if isinstance(tree, RewardSettings):
-        if REWARDS.get(tree.type) is not type(tree) and not is_place(tree.type):
-            raise ValueError(f"{type(tree).__name__} has no place to be found again: give it to train(..., reward=...)")
-        return tree
-    if not isinstance(tree, Mapping):
-        raise ValueError(f"expected a mapping with a type ({', '.join(REWARDS)}, or FILE.py:NAME), not {tree!r}")
-    kind = tree.get("type")
-    try:
-        return settings_class(kind).model_validate(tree)
-    except ValueError as error:  # a ValidationError is one, too
-        if is_place(str(kind)) and (info.context or {}).get("stored"):
-            return StaleReward.model_validate(tree)
-        if isinstance(error, ValidationError):
-            raise
-        raise fault_at("type", kind, error) from None
-
-
-RewardConfig = Annotated[SerializeAsAny[RewardSettings], BeforeValidator(_of_its_type)]

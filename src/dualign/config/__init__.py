@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from dualign.algos import ALGORITHMS, Algorithm
-from dualign.annotate.settings import RewardConfig, RewardSettings, settings_class
+from dualign.annotate.registry import RewardConfig, settings_class
+from dualign.annotate.settings import RewardSettings
 from dualign.common.errors import UserError
 from dualign.common.named import class_of, is_place, same_name
 from dualign.common.paths import at_home

@@ -16,7 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from dualign.annotate.base import Annotator, Item, label_all
 from dualign.annotate.function import RewardFunction, name_of
-from dualign.annotate.settings import JudgeSampling, RewardConfig
+from dualign.annotate.registry import RewardConfig
+from dualign.annotate.settings import JudgeSampling
 from dualign.common.errors import UserError
 from dualign.common.types import Label, Prompt
 from dualign.common.yaml_text import parse_yaml

@@ -13,7 +13,8 @@ from typing import Any
 
 from dualign import assets
 from dualign.algos import ALGORITHMS, Algorithm
-from dualign.annotate.settings import REWARDS, RewardSettings
+from dualign.annotate.registry import REWARDS
+from dualign.annotate.settings import RewardSettings
 from dualign.common.durable import write_text
 from dualign.common.errors import UserError
 from dualign.config import Config, build
