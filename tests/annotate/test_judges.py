@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dualign import config as configs
 from dualign.annotate.base import Item, label_all
 from dualign.annotate.faults import MalformedError
 from dualign.annotate.judge import JudgeAnnotator, expected_score
@@ -40,6 +41,27 @@ def test_a_reward_has_its_part_and_the_judges_words(tmp_path: Path) -> None:
     with FaultServer() as server:
         (label,) = run(JudgeAnnotator, JudgeReward(**base(server, tmp_path), rubric="helpfulness"), items([7]))
     assert label.value == 7 and label.parts == {"helpfulness": 7} and label.note and "7" in label.note
+
+
+@pytest.mark.parametrize("model", ["qwen2-7b", "qwen2.5-7b"])
+@pytest.mark.parametrize("task", ["tldr", "helpful", "harmless"])
+def test_the_papers_judge_that_would_think_is_told_not_to(
+    task: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen3-32B's thinking would not end within 256 tokens; Qwen2-72B's requests are as they were."""
+    reward = configs.load(f"paper/{task}-{model}").reward[0]
+    asked: list[dict[str, Any]] = []
+    with FaultServer() as server:
+        answer = server._succeed
+        monkeypatch.setattr(server, "_succeed", lambda *given: (asked.append(given[1]), answer(*given)))
+        (label,) = run(
+            JudgeAnnotator, reward.model_copy(update={**base(server, tmp_path), "model": reward.model}), items([7])
+        )
+    assert label.value is not None and asked[0]["max_tokens"] == 256
+    if reward.model == "Qwen/Qwen3-32B":
+        assert asked[0]["chat_template_kwargs"] == {"enable_thinking": False}
+    else:
+        assert "chat_template_kwargs" not in asked[0] and "chat_template_kwargs" not in reward.decides()
 
 
 def test_harm_is_the_negative_of_its_score(tmp_path: Path) -> None:

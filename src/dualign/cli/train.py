@@ -27,16 +27,26 @@ def train(
     recipe: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped recipe")],
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="plan for so many GPUs, of all nodes together; default: this machine")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="plan for so many nodes")] = 1,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=1, help="GB of each GPU; exit code 2 where the run does not fit")
+    ] = None,
 ) -> None:
     """Align a model by a recipe."""
     from dualign import config as configs
+    from dualign.common.errors import UserError
 
     config = configs.load(recipe, overrides or ())
     if dry_run:
         from dualign.training.plan import print_plan
 
-        print_plan(config)
+        print_plan(config, gpus, nodes, gpu_memory)
         return
+    if gpus or nodes > 1 or gpu_memory:
+        raise UserError("--gpus, --nodes and --gpu-memory are for --dry-run; a launcher starts a run on several GPUs")
     _fit(config)
 
 

@@ -7,73 +7,32 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 from dualign import assets, data
 from dualign.common.errors import UserError
 from dualign.config import Config
 from dualign.models.load import context_of
 from dualign.models.tokenizer import Tokenizer, load_tokenizer, source_of
+from dualign.training.fits import Asked, NotAtHand, memory_lines
 from dualign.training.source import load_heldout, load_stream
 
 
-def parameters_of(config: Config, key: Literal["name", "reference"] = "name") -> tuple[int, Any]:
-    """Parameter count and configuration of model.name or model.reference, from its config alone (on the meta device); of
-    an adapter, its base's."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    m = config.model
-    given, revision = (m.name, m.revision) if key == "name" else (m.reference or "", m.reference_revision)
-    name = assets.resolve(given)
-    if (adapter := assets.adapter_of(name, revision)) is not None:
-        name, revision = adapter.base, adapter.base_revision
-    try:
-        hf = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.{key}: {given} cannot be found: {str(error).splitlines()[0]}") from None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf)
-    return sum(p.numel() for p in model.parameters()), hf
-
-
-def memory_estimate(config: Config, count: int, hf: Any) -> dict[str, float]:
-    """GB by part, for one process with full fine-tuning; activations are an upper estimate."""
-    text = hf.get_text_config()
-    half = 2 if config.model.precision == "bf16" else 4
-    copies = {"policy (fp32) and gradients": 8 * count, "rounded copy that samples": half * count if half == 2 else 0}
-    if (config.algo.needs_ref or config.data.eval) and (config.model.reference or config.model.lora is None):
-        copies["π_0"] = half * (parameters_of(config, "reference")[0] if config.model.reference else count)
-    if config.train.optimizer == "adamw":
-        copies["AdamW moments"] = 8 * count
-    if config.algo.critic:
-        copies["value model, gradients"] = 8 * count
-    per_token = text.num_hidden_layers * (18 * text.hidden_size + 4 * text.intermediate_size) * half
-    copies["activations of a micro-batch"] = config.train.micro_batch_tokens * per_token
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    rows = min(getattr(config.rollout.options, "decode_batch_size", 0), config.train.online_batch)
-    cache = rows * (config.rollout.max_new_tokens + 256) * heads * size * 2 * half * text.num_hidden_layers
-    copies["key-value cache"] = cache if config.algo.source == "online" else 0
-    return {name: size / 1e9 for name, size in copies.items() if size}
-
-
-def print_plan(config: Config) -> None:
+def print_plan(config: Config, gpus: int | None = None, nodes: int = 1, gpu_memory: float | None = None) -> None:
+    """Tells what a run would do. `gpus`: in all, on so many nodes, each with `gpu_memory` GB; None: this machine. Raises
+    UserError for what would not run; what does not fit is such where its memory was given."""
     t, c = config.train, config
     per = c.updates_per_batch
+    asked = Asked(gpus, nodes, gpu_memory)
     print(f"{c.algo.name}: {c.algo.model_dump(exclude={'name'})}")
+    faults: list[str] = []
     try:
-        count, hf = parameters_of(config)
-    except UserError as error:
+        lines, fault = memory_lines(config, asked)
+    except NotAtHand as error:
         print(f"model: {c.model.name} (not at hand here, sizes unknown: {error})")
     else:
-        print(f"model: {c.model.name}, {count / 1e6:.0f}M parameters, {c.model.precision}")
-        estimate = memory_estimate(config, count, hf)
-        print(
-            f"memory, about: {sum(estimate.values()):.1f} GB = "
-            + " + ".join(f"{v:.2f} {k}" for k, v in estimate.items())
-        )
-    faults: list[str] = []
+        print("\n".join(lines))
+        faults += [fault] if fault else []
     reader = _reader(c)
     train = _count(lambda say: load_stream(c, reader, say) if reader else _rows(c), c.data.train, faults)
     if train:

@@ -1,0 +1,347 @@
+"""What a run needs of memory, phase by phase and part by part, from the shapes of its models alone.
+
+P are a model's parameters: L those of linear layers but a head's, E the rest (embedding, head, norms). In bf16, linear
+layers compute in 2 bytes an entry beside fp32 masters; all else is fp32. Numbers are bytes of one process, on its GPU
+or, where there is none, in the machine's memory. docs/scale.md has the layout in words, and what was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dualign.config import Config
+from dualign.models.logprobs import CHUNK, GPU_CHUNK
+from dualign.rollout.hf.cache import WINDOW
+from dualign.rollout.hf.sampler import PREFILL
+from dualign.training.engine import SCORED
+from dualign.training.optimizer import TOGETHER
+
+PROMPT = 256  # tokens of a prompt, assumed where none were read
+LIBRARIES = {"cpu": 0.6e9, "cuda": 1.5e9}  # Python and torch; CUDA's context, kernels and NCCL's buffers
+ENCODER = 0.1e9  # MiniLM under a reward head
+Parts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A causal language model in numbers of entries."""
+
+    parameters: int
+    linear: int  # of linear layers, biases too, but not of the head
+    head: int  # of the head's weight
+    tied: bool
+    largest: int  # of the largest linear layer
+    rows: int  # what Adafactor keeps: rows and columns of its matrices, all of its vectors
+    reach: int  # inputs and outputs of the layers that LoRA adapts: entries for each rank
+    layers: int
+    hidden: int
+    inner: int
+    queries: int  # heads × head size
+    keys: int  # key heads × head size
+    heads: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: Any, targets: list[str] | str = "all-linear") -> Sizes:
+        """Of a model on the meta device, or any other."""
+        text, head = model.config.get_text_config(), model.get_output_embeddings()
+        weight, embedding = getattr(head, "weight", None), model.get_input_embeddings().weight
+        linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight is not weight}
+        adapted = [m for n, m in linear.items() if targets == "all-linear" or n.rpartition(".")[2] in targets]
+        heads = text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        return cls(
+            parameters=sum(p.numel() for p in model.parameters()),
+            linear=sum(p.numel() for m in linear.values() for p in m.parameters(recurse=False)),
+            head=0 if weight is None else weight.numel(),
+            tied=weight is embedding,
+            largest=max((m.weight.numel() for m in linear.values()), default=0),
+            rows=sum(sum(p.shape[-2:]) if p.dim() > 1 else p.numel() for p in model.parameters()),
+            reach=sum(m.in_features + m.out_features for m in adapted),
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            queries=heads * size,
+            keys=(getattr(text, "num_key_value_heads", None) or heads) * size,
+            heads=heads,
+            vocabulary=text.vocab_size,
+        )
+
+    @property
+    def rest(self) -> int:
+        return self.parameters - self.linear
+
+    @property
+    def without_head(self) -> Sizes:
+        """The decoder alone, of which a value model is made."""
+        own = 0 if self.tied else self.head
+        return Sizes(**{**vars(self), "parameters": self.parameters - own, "head": 0})
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a run is started on: processes, each with its GPU, or with its share of a machine without one."""
+
+    processes: int = 1
+    nodes: int = 1
+    device: str = "cuda"  # or "cpu"
+    laid_out: bool = False  # whether a CPU lays weights out for its matrix units while it decodes
+
+    def shards(self, config: Config) -> int:
+        """Among how many processes weights are divided."""
+        return {"none": 1, "hybrid": self.processes // self.nodes}.get(
+            getattr(config.train, "shard", "none"), self.processes
+        )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one run. `reference`: π_0 where model.reference names another; `reward`: weights of a reward model in process;
+    `prompt`: tokens of a long prompt."""
+
+    config: Config
+    sizes: Sizes
+    place: Place
+    reference: Sizes | None = None
+    reward: float = 0.0
+    prompt: int = PROMPT
+
+    def phases(self) -> dict[str, Parts]:
+        """Bytes by phase and part; only what is there. Labels are made while nothing else is at work."""
+        common = {"libraries": LIBRARIES[self.place.device]} | self._weights()
+        if self.sharded:  # where it is whole, it is out of the way
+            common["π_0"] = self._reference_size() / self.shards
+        if not self.on_gpu:
+            common["reward model"] = self.reward
+        found = {
+            "load": {"libraries": LIBRARIES[self.place.device], **self._loading()},
+            "sample": {**common, **self._sampling()},
+            "label": {**common, "reward model": self.reward},
+            "score": {**common, **self._scoring()},
+            "update": {**common, **self._updating()},
+            "checkpoint": {**common, **self._saving()},
+        }
+        if self.config.algo.source != "online" and not (self.config.data.eval and self.config.reward):
+            del found["sample"], found["label"]
+        return {phase: {part: size for part, size in parts.items() if size} for phase, parts in found.items()}
+
+    def host(self) -> float:
+        """Bytes of the host's memory that the GPUs' processes of one node need: models on their way to the GPU, or π_0
+        between its uses, whichever is more."""
+        local = self.place.processes // self.place.nodes
+        resting = 0.0 if self.sharded else self._reference_size()
+        return local * (3e9 + max(4.0 * self.sizes.parameters, resting))
+
+    # --- what stays ---
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.place.device == "cuda"
+
+    @property
+    def rounds(self) -> bool:
+        return self.config.model.precision == "bf16"
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in products."""
+        return 2 if self.rounds else 4
+
+    @property
+    def shards(self) -> int:
+        return self.place.shards(self.config)
+
+    @property
+    def sharded(self) -> bool:
+        return self.shards > 1
+
+    @property
+    def adapters(self) -> int:
+        lora = self.config.model.lora
+        return self.sizes.reach * lora.r if lora else 0
+
+    @property
+    def trained(self) -> list[Sizes]:
+        """The models that are trained, whole ones."""
+        policy = [] if self.config.model.lora else [self.sizes]
+        return policy + ([self.sizes.without_head] if self.config.algo.critic else [])
+
+    def _weights(self) -> Parts:
+        """Weights and optimizer state. Sharded, fp32 parameters are the masters and there is nothing else at rest."""
+        adafactor = self.config.train.optimizer == "adafactor"
+        lower = 2 if adafactor else 4  # bytes of a master beside its rounded weight
+        weights = masters = critic = 0.0
+        if self.config.model.lora:
+            weights = self._frozen(self.sizes) / self.shards + (2 + lower if self.rounds else 4) * self.adapters
+        for i, model in enumerate(self.trained):
+            if self.sharded or not self.rounds:
+                own, beside = 4 * model.parameters / self.shards, 0.0
+            else:
+                own, beside = self._frozen(model), lower * model.linear
+            if self.config.algo.critic and i == len(self.trained) - 1:
+                critic = own + beside
+            else:
+                weights, masters = own, beside
+        state = sum(4 * m.rows if adafactor else 8 * m.parameters for m in self.trained) + 8 * self.adapters
+        return {
+            "weights": weights,
+            "masters": masters,
+            "value model": critic,
+            "optimizer": state / self.shards,
+        }
+
+    def _frozen(self, model: Sizes) -> float:
+        """A model without masters, rounded where it computes in bf16, its head in both precisions."""
+        if not self.rounds:
+            return 4.0 * model.parameters
+        return 2 * model.linear + 4 * model.rest + 2 * model.head
+
+    def _reference_size(self) -> float:
+        c = self.config
+        needed = c.algo.needs_ref or c.data.eval is not None
+        return self._frozen(self.reference or self.sizes) if needed and (self.reference or not c.model.lora) else 0.0
+
+    def _whole(self) -> float:
+        """What passes over sharded weights hold of them: two layers rounded, and all that is in no layer."""
+        if not self.sharded:
+            return 0.0
+        m = self.sizes
+        return 2 * self.width * m.linear / m.layers + 4 * m.rest + 2 * m.head * self.rounds
+
+    # --- phases ---
+
+    def _loading(self) -> Parts:
+        """fp32 weights as they are read; π_0 is copied from them before they are rounded, a value model after."""
+        policy = 4 * self.sizes.parameters
+        copied = 4.0 * (self.reference or self.sizes).parameters if self._reference_size() else 0.0
+        critic = 4.0 * self.sizes.without_head.parameters * self.config.algo.critic
+        beside = (2.0 if self.on_gpu else 4.0) * sum(m.linear for m in self.trained) if self.rounds else 0.0
+        if self.sharded:
+            beside = policy / self.shards
+        resting = self._reference_size() if self.on_gpu else 0.0
+        if copied > critic + beside + resting:
+            return {"weights": policy, "π_0": copied}
+        return {"weights": policy, "π_0": resting, "value model": critic, "masters": beside}
+
+    def _sampling(self) -> Parts:
+        m, c = self.sizes, self.config
+        whole = (self._frozen(m) if self.sharded else 0) + self.place.laid_out * self.rounds * 2 * (m.linear + m.head)
+        rows = self.rows
+        columns = self.prompt + c.rollout.max_new_tokens
+        columns += -columns % WINDOW if self.on_gpu else 0
+        prefill = max(self.prompt, min(PREFILL, math.ceil(rows / c.rollout.k) * self.prompt))
+        cache = 2.0 * self.width * m.keys * m.layers * (rows * columns + prefill)
+        return {
+            "whole copy": whole,
+            "key-value cache": cache if rows else 0.0,
+            "activations": self._passing(prefill),
+            "logits": 2.0 * self.width * rows * m.vocabulary,
+        }
+
+    @property
+    def rows(self) -> int:
+        """Completions decoded side by side by the sampler of our own; 0 where another samples."""
+        c = self.config
+        most = getattr(c.rollout.options, "decode_batch_size", 0)
+        of_prompts = max(c.prompts_per_batch if c.algo.source == "online" else 0, c.eval.prompts if c.data.eval else 0)
+        return (
+            min(most // c.rollout.k * c.rollout.k or c.rollout.k, self._share(of_prompts) * c.rollout.k) if most else 0
+        )
+
+    def _share(self, prompts: int) -> int:
+        return math.ceil(prompts / self.place.processes)
+
+    def _scoring(self) -> Parts:
+        tokens, scored = self._micro_batch(self.config.train.online_batch, 1 if self.on_gpu else SCORED)
+        visits = {} if self.sharded else {"π_0": self._reference_size()}
+        return {
+            **visits,
+            "whole layers": self._whole(),
+            "activations": self._passing(tokens),
+            "logits": self._logits(scored),
+        }
+
+    def _updating(self) -> Parts:
+        """Activations are at their height; or, later, gradients of what is in no layer are divided, or masters are opened
+        a few at a time."""
+        tokens, scored = self._micro_batch(self.config.train.update_size)
+        models = 1 + self.config.algo.critic
+        whole = self._whole() + self._whole_gradients()
+        passes = {"whole layers": whole, "activations": models * self._kept(tokens), "logits": self._logits(scored)}
+        stepping = max(self._stepping(), whole + 4.0 * self.sizes.rest if self.sharded else 0.0)
+        return {
+            "gradients": 4.0 * (sum(m.parameters for m in self.trained) + self.adapters) / self.shards,
+            **(passes if sum(passes.values()) > stepping else {"stepping": stepping}),
+        }
+
+    def _whole_gradients(self) -> float:
+        """What is made for one process of weights that are sharded: two layers' in fp32, and that of the rest."""
+        return 8.0 * self.sizes.linear / self.sizes.layers + 4.0 * self.sizes.rest if self.sharded else 0.0
+
+    def _stepping(self) -> float:
+        """Masters in fp32 as they are opened, with what joining and parting them takes."""
+        if self.config.train.optimizer == "adamw":
+            return 0.0
+        together = min(max(TOGETHER, self.sizes.largest), self.sizes.linear) if self.on_gpu else self.sizes.largest
+        return (18.0 if self.on_gpu else 14.0) * together / self.shards
+
+    def _saving(self) -> Parts:
+        """Weights in the dtype to be saved, then masters as a whole."""
+        if self.sharded:  # gathered one by one
+            return {"whole layers": 4.0 * max(self.sizes.largest, self.sizes.head)}
+        rounded = (2.0 * self.sizes.rest + (2 * self.sizes.head if self.sizes.tied else 0)) * self.rounds
+        halved = self.rounds and self.config.train.optimizer == "adafactor"
+        return {"whole masters": max(rounded, sum(4.0 * m.linear for m in self.trained) if halved else 0)}
+
+    # --- passes ---
+
+    def _micro_batch(self, completions: int, times: int = 1) -> tuple[float, float]:
+        """Tokens of one forward pass, and those of them that are scored: whole prompts, parts of even sizes."""
+        c = self.config
+        new = c.rollout.max_new_tokens if c.algo.source == "online" else self.prompt
+        prompts = 1 if c.train.prefix_sharing else c.group
+        group = prompts * self.prompt + c.group * new
+        mine = completions / c.group * group / self.place.processes
+        parts = math.ceil(mine / (times * c.train.micro_batch_tokens))
+        tokens = max(group, mine / parts)
+        return tokens, tokens * c.group * new / group
+
+    def _logits(self, scored: float) -> float:
+        m = self.sizes
+        one = self.width * m.vocabulary
+        return min(max(GPU_CHUNK, CHUNK * one) if self.on_gpu else CHUNK * one, scored * one) + 12.0 * scored * m.hidden
+
+    def _passing(self, tokens: float) -> float:
+        """A layer's activations where nothing is kept: the residual stream, and the widest part."""
+        m = self.sizes
+        return tokens * (8 * m.hidden + self.width * (4 * m.inner + m.hidden))
+
+    def _kept(self, tokens: float) -> float:
+        """Activations that wait for the backward pass, and what a layer's own backward pass takes."""
+        m = self.sizes
+        layer = tokens * self._of_a_token() + self._scores(tokens)
+        backward = tokens * (12 * m.hidden + 4 * self.width * m.inner) + self.width * 3 * m.largest
+        if self.config.model.gradient_checkpointing:
+            return m.layers * tokens * 4 * m.hidden + layer + backward
+        return m.layers * layer + backward
+
+    def _of_a_token(self) -> float:
+        """Bytes that a layer keeps of each token: the residual stream twice in fp32, and what products need. A CPU makes
+        the feed-forward's product again (models/recompute.py); compiled layers keep it."""
+        m, b = self.sizes, self.width
+        attention = b * (2 * m.hidden + 2 * m.queries + 2 * m.keys)
+        return 8 * m.hidden + attention + b * m.inner * (3 if self.on_gpu else 2)
+
+    def _scores(self, tokens: float) -> float:
+        """Attention's weights, which a CPU keeps; and keys and values of a prompt once for each of its completions."""
+        c, m = self.config, self.sizes
+        if self.on_gpu:
+            return 0.0
+        new = c.rollout.max_new_tokens if c.algo.source == "online" else self.prompt
+        prompts = tokens / (self.prompt + c.group * new)
+        seen = prompts * (self.prompt**2 + c.group * new * (self.prompt + new))
+        return self.width * (m.heads * seen + 2 * m.keys * prompts * c.group * self.prompt)

@@ -1,0 +1,152 @@
+"""The memory that a dry run predicts: for GPUs that are not here, with a verdict, and as docs/scale.md says."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from pathlib import Path
+
+import pytest
+
+from command import dualign
+from dualign import config as configs
+from dualign.common.errors import UserError
+from dualign.models.architectures import on_meta
+from dualign.training.fits import Asked, memory_lines, memory_of, peak, remedy
+from dualign.training.memory import Place
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPER = sorted(name for name in configs.recipes() if name.startswith("paper/"))
+HELPFUL = "paper/helpful-qwen2-7b"
+
+
+def table() -> dict[str, dict[int, str]]:
+    """docs/scale.md's set-ups: what to add, by recipe (and system) and number of GPUs."""
+    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    (block,) = (part for part in text.split("\n\n") if part.startswith("| recipes | 1 × 80 GB"))
+    head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines())
+    counts = [int(cell.split()[0]) for cell in head[1:]]
+    found = {}
+    for pattern, *cells in lines:
+        recipes, *system = pattern.strip("`").split()
+        for name in fnmatch.filter(PAPER, recipes):
+            found[" ".join([name, *system])] = dict(zip(counts, cells, strict=True))
+    return found
+
+
+SETUPS = [(name, gpus, cell) for name, row in table().items() for gpus, cell in row.items()]
+
+
+def test_every_paper_recipe_has_a_set_up_for_one_two_and_eight():
+    assert {name.split()[0] for name in table()} >= set(PAPER)
+    assert all(set(row) == {1, 2, 8} for row in table().values())
+
+
+@pytest.mark.parametrize(("name", "gpus", "cell"), SETUPS, ids=lambda x: str(x))
+def test_the_set_ups_of_the_page_fit(name, gpus, cell):
+    """`as it is`, overrides, or `no`: then it does not fit, whatever is set."""
+    recipe, *system = name.split()
+    overrides = re.findall(r"`([^`]+)`", cell)
+    said = dualign(
+        "train", recipe, *system, *" ".join(overrides).split(), "--dry-run", "--gpus", gpus, "--gpu-memory", 80
+    )
+    if cell == "no":
+        assert said.code == 2 and "does not fit on 80 GB" in said.text and " set " not in said.text
+        return
+    assert said.code == 0, said.text
+    assert "fits on 80 GB: peak" in said.out and "not at hand; its shape is that of qwen2" in said.out
+
+
+def test_a_run_that_does_not_fit_is_told_what_makes_it_fit():
+    """What is proposed was tried, and the command with it fits."""
+    wrong = [HELPFUL, "train.optimizer=adamw", "--dry-run", "--gpus", "2", "--gpu-memory", "80"]
+    said = dualign("train", *wrong)
+    assert said.code == 2 and "does not fit on 80 GB: needs " in said.err
+    (proposed,) = re.findall(r"set ((?:\S+=\S+ ?)+)\(", said.err)
+    assert dualign("train", wrong[0], *wrong[1:2], *proposed.split(), *wrong[2:]).code == 0
+
+
+def test_without_a_memory_that_was_asked_for_it_is_only_told(capsys):
+    said = dualign("train", HELPFUL, "--dry-run")
+    assert said.code == 0 and re.search(r"(fits|does not fit) on \d+ GB", said.out)
+    said = dualign("train", HELPFUL, "--dry-run", "--gpus", "8")
+    assert said.code == 0 and "--gpu-memory 80 says whether that fits" in said.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--gpus", "8", "--nodes", "3"], ["--gpus 8 --nodes 3", "no whole number", "--gpus 6"]),
+        (["--gpus", "0"], []),
+    ],
+)
+def test_gpus_that_cannot_be_are_refused(flags, words):
+    said = dualign("train", HELPFUL, "--dry-run", "--gpu-memory", "80", *flags)
+    assert said.code == 2 and all(word in said.err for word in words)
+
+
+def test_the_flags_belong_to_a_dry_run():
+    said = dualign("train", HELPFUL, "--gpus", "8")
+    assert said.code == 2 and "are for --dry-run" in said.err
+
+
+def test_odd_numbers_of_processes_are_told():
+    config = configs.load(HELPFUL)
+    assert "128 prompts on 3 processes: some sample one more" in "\n".join(memory_lines(config, Asked(3, 1, 80))[0])
+    assert "72 sample nothing" in "\n".join(memory_lines(config, Asked(200, 25, 80))[0])
+
+
+def test_what_is_sharded_falls_with_the_processes():
+    config = configs.load(HELPFUL)
+    shard = config.model_copy(update={"train": config.train.model_copy(update={"shard": "full"})})
+    one, two, four = (memory_of(shard, Place(n))[0].phases()["update"] for n in (1, 2, 4))
+    for part in ("weights", "gradients", "optimizer"):
+        assert four[part] == pytest.approx(two[part] / 2), part
+    assert two["gradients"] == pytest.approx(one["gradients"] / 2) and "masters" not in two
+    hybrid = shard.model_copy(update={"train": shard.train.model_copy(update={"shard": "hybrid"})})
+    assert memory_of(hybrid, Place(8, 4))[0].phases()["update"]["gradients"] == two["gradients"]
+
+
+def test_sizes_are_those_of_the_model(tiny):
+    """Every parameter is counted once, where it belongs."""
+    from transformers import AutoModelForCausalLM
+
+    from dualign.training.memory import Sizes
+
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    m = Sizes.of(model)
+    embedding = model.get_input_embeddings().weight.numel()
+    norms = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
+    assert m.tied and m.rest == embedding + norms and m.parameters == m.linear + m.rest
+    assert (m.layers, m.hidden, m.inner, m.queries, m.keys) == (2, 32, 48, 32, 16)
+    assert m.without_head.parameters == m.parameters
+
+
+def test_the_shapes_that_ship_have_the_parameters_that_their_names_say():
+    from transformers import AutoModelForCausalLM
+
+    for name, billions in {
+        "Qwen/Qwen2-7B": 7.6,
+        "runs/sft/x-qwen2.5-1.5b/model": 1.5,
+        "org/llama-3.1-70b-RM": 70.6,
+    }.items():
+        model, note = on_meta(AutoModelForCausalLM, name)
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.06)
+        assert "as its name says" in note
+    with pytest.raises(UserError, match="cannot be found"):
+        on_meta(AutoModelForCausalLM, "nobody/knows-this")
+
+
+def test_a_reward_model_in_process_is_counted():
+    reward = "reward=[{type: classifier, model: org/llama-3.1-8b-reward}]"
+    memory, _ = memory_of(configs.load(HELPFUL, [reward]), Place())
+    assert memory.phases()["label"]["reward model"] == pytest.approx(15e9, rel=0.02)
+    unknown, notes = memory_of(configs.load(HELPFUL, ["reward=[{type: classifier, model: nobody/rm}]"]), Place())
+    assert not unknown.reward and "its memory is not counted" in notes[-1]
+
+
+def test_a_proposal_is_found_among_more_gpus():
+    memory, _ = memory_of(configs.load(HELPFUL, ["algo.name=ppo"]), Place())
+    proposed = remedy(memory, 80e9)
+    assert proposed and "GPUs and train.shard=full" in proposed
+    assert peak(memory.phases())[0] > 80e9
