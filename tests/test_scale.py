@@ -140,9 +140,9 @@ def test_the_shapes_that_ship_have_the_parameters_that_their_names_say():
 def test_a_reward_model_in_process_is_counted():
     reward = "reward=[{type: classifier, model: org/llama-3.1-8b-reward}]"
     memory, _ = memory_of(configs.load(HELPFUL, [reward]), Place())
-    assert memory.phases()["label"]["reward model"] == pytest.approx(15e9, rel=0.02)
+    assert memory.phases()["update"]["reward model"] == pytest.approx(15e9, rel=0.02)
     unknown, notes = memory_of(configs.load(HELPFUL, ["reward=[{type: classifier, model: nobody/rm}]"]), Place())
-    assert not unknown.reward and "its memory is not counted" in notes[-1]
+    assert unknown.reward == (0, 0) and "its memory is not counted" in notes[-1]
 
 
 def test_a_proposal_is_found_among_more_gpus():

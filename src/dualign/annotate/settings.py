@@ -67,9 +67,10 @@ class RewardSettings(Settings):
         """What so many labels cost at most, about."""
         return 0.0
 
-    def weights_held(self) -> float:
-        """Bytes of weights that it holds in this process, about. Raises UserError where that is not known."""
-        return 0.0
+    def weights_held(self) -> tuple[float, float]:
+        """Bytes of weights that it holds, about: on the device that trains, and in the host's memory. Raises UserError
+        where that is not known."""
+        return 0.0, 0.0
 
     def describe(self, labels: int) -> str:
         """A line of the plan of a run that needs so many labels."""
@@ -124,8 +125,8 @@ class HeadReward(RewardSettings):
 
         load_head(self.path)
 
-    def weights_held(self) -> float:
-        return 0.1e9  # the encoder's, in fp32
+    def weights_held(self) -> tuple[float, float]:
+        return 0.0, 0.1e9  # the encoder's, in fp32
 
     def made_of(self) -> dict[str, Digests]:
         from dualign.annotate.head import file_of
@@ -157,13 +158,14 @@ class ClassifierReward(RewardSettings):
     def check(self) -> None:
         """Its weights are looked for when it is built."""
 
-    def weights_held(self) -> float:
+    def weights_held(self) -> tuple[float, float]:
         from transformers import AutoModelForSequenceClassification
 
         from dualign.models.architectures import on_meta
 
         model, _ = on_meta(AutoModelForSequenceClassification, self.model, self.revision, self.trust_remote_code)
-        return sum(p.numel() for p in model.parameters()) * (2.0 if self.dtype == "bfloat16" else 4.0)
+        size = sum(p.numel() for p in model.parameters()) * (2.0 if self.dtype == "bfloat16" else 4.0)
+        return (0.0, size) if getattr(self, "offload", False) else (size, 0.0)
 
     def made_of(self) -> dict[str, Digests]:
         from dualign.models.digests import of_model

@@ -67,8 +67,9 @@ def memory_lines(config: Config, asked: Asked) -> tuple[list[str], str | None]:
     """What to print of a run's model and memory; and, where the GPUs' memory was given, the fault of not fitting it.
     Raises UserError for GPUs that cannot be, NotAtHand for a model whose sizes are not known."""
     place = asked.place()
-    memory, notes = memory_of(config, place)
-    phases, limit = memory.phases(), asked.limit(place)
+    limit = asked.limit(place)
+    memory, notes = memory_of(config, place, limit=limit)
+    phases = memory.phases()
     count, m = memory.sizes.parameters, config.model
     lines = [f"model: {m.name}, {count / 1e6:.0f}M parameters, {m.precision}", *notes, *_of_processes(config, place)]
     where = f"on each of {place.processes} GPUs" if place.processes > 1 else "on the GPU"
@@ -82,7 +83,9 @@ def memory_lines(config: Config, asked: Asked) -> tuple[list[str], str | None]:
     return lines, None if fits or not asked.memory else verdict
 
 
-def memory_of(config: Config, place: Place, prompt: int | None = None) -> tuple[Memory, list[str]]:
+def memory_of(
+    config: Config, place: Place, prompt: int | None = None, limit: float | None = None
+) -> tuple[Memory, list[str]]:
     """The memory of a run there, and what a person should know of where its sizes are from. Raises NotAtHand."""
     from transformers import AutoModelForCausalLM
 
@@ -100,14 +103,15 @@ def memory_of(config: Config, place: Place, prompt: int | None = None) -> tuple[
 
     policy = sizes("model.name", m.name, m.revision)
     reference = sizes("model.reference", m.reference, m.reference_revision) if m.reference else None
-    reward = 0.0
+    reward = (0.0, 0.0)
     for i, each in enumerate(config.reward):
         try:
-            reward += each.weights_held()
+            here, host = each.weights_held()
+            reward = reward[0] + here, reward[1] + host
         except UserError as error:
             notes.append(f"note: reward.{i}: its memory is not counted: {error}")
     prompt = prompt or config.data.max_prompt_tokens or PROMPT
-    return Memory(config, policy, place, reference, reward, prompt), notes
+    return Memory(config, policy, place, reference, reward, prompt, limit), notes
 
 
 def table(phases: dict[str, Parts]) -> list[str]:

@@ -22,7 +22,7 @@ from dualign.training.optimizer import TOGETHER
 
 PROMPT = 256  # tokens of a prompt, assumed where none were read
 LIBRARIES = {"cpu": 0.6e9, "cuda": 1.5e9}  # Python and torch; CUDA's context, kernels and NCCL's buffers
-ENCODER = 0.1e9  # MiniLM under a reward head
+ROOM = 0.8  # of what is free on a GPU that keys and values may take
 Parts = dict[str, float]
 
 
@@ -100,27 +100,25 @@ class Place:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one run. `reference`: π_0 where model.reference names another; `reward`: weights of a reward model in process;
-    `prompt`: tokens of a long prompt."""
+    """Of one run. `reference`: π_0 where model.reference names another; `reward`: bytes of reward models' weights, on the
+    device and in the host's memory; `prompt`: tokens of a long prompt; `limit`: bytes of a GPU, by which rows are decoded
+    together."""
 
     config: Config
     sizes: Sizes
     place: Place
     reference: Sizes | None = None
-    reward: float = 0.0
+    reward: tuple[float, float] = (0.0, 0.0)
     prompt: int = PROMPT
+    limit: float | None = None
 
     def phases(self) -> dict[str, Parts]:
-        """Bytes by phase and part; only what is there. Labels are made while nothing else is at work."""
-        common = {"libraries": LIBRARIES[self.place.device]} | self._weights()
-        if self.sharded:  # where it is whole, it is out of the way
-            common["π_0"] = self._reference_size() / self.shards
-        if not self.on_gpu:
-            common["reward model"] = self.reward
+        """Bytes by phase and part; only what is there."""
+        common = self._at_rest()
         found = {
             "load": {"libraries": LIBRARIES[self.place.device], **self._loading()},
             "sample": {**common, **self._sampling()},
-            "label": {**common, "reward model": self.reward},
+            "label": common,
             "score": {**common, **self._scoring()},
             "update": {**common, **self._updating()},
             "checkpoint": {**common, **self._saving()},
@@ -134,7 +132,7 @@ class Memory:
         between its uses, whichever is more."""
         local = self.place.processes // self.place.nodes
         resting = 0.0 if self.sharded else self._reference_size()
-        return local * (3e9 + max(4.0 * self.sizes.parameters, resting))
+        return local * (3e9 + self.reward[1] + max(4.0 * self.sizes.parameters, resting))
 
     # --- what stays ---
 
@@ -169,6 +167,12 @@ class Memory:
         """The models that are trained, whole ones."""
         policy = [] if self.config.model.lora else [self.sizes]
         return policy + ([self.sizes.without_head] if self.config.algo.critic else [])
+
+    def _at_rest(self) -> Parts:
+        """What is there in all phases but the first. A whole π_0 is out of the way."""
+        resting = self._reference_size() / self.shards if self.sharded else 0.0
+        reward = self.reward[0] if self.on_gpu else sum(self.reward)
+        return {"libraries": LIBRARIES[self.place.device], **self._weights(), "π_0": resting, "reward model": reward}
 
     def _weights(self) -> Parts:
         """Weights and optimizer state. Sharded, fp32 parameters are the masters and there is nothing else at rest."""
@@ -229,28 +233,26 @@ class Memory:
 
     def _sampling(self) -> Parts:
         m, c = self.sizes, self.config
-        whole = (self._frozen(m) if self.sharded else 0) + self.place.laid_out * self.rounds * 2 * (m.linear + m.head)
-        rows = self.rows
+        most = getattr(c.rollout.options, "decode_batch_size", 0)
+        if not most:  # another sampler, with weights of its own
+            return {}
+        prompts = max(c.prompts_per_batch if c.algo.source == "online" else 0, c.eval.prompts if c.data.eval else 0)
+        rows = min(max(most, c.rollout.k), self._share(prompts) * c.rollout.k)
         columns = self.prompt + c.rollout.max_new_tokens
         columns += -columns % WINDOW if self.on_gpu else 0
         prefill = max(self.prompt, min(PREFILL, math.ceil(rows / c.rollout.k) * self.prompt))
-        cache = 2.0 * self.width * m.keys * m.layers * (rows * columns + prefill)
-        return {
-            "whole copy": whole,
-            "key-value cache": cache if rows else 0.0,
-            "activations": self._passing(prefill),
+        token = 2.0 * self.width * m.keys * m.layers
+        parts = {
+            "whole copy": self._frozen(m) if self.sharded else 0.0,
+            "laid out": 2.0 * (m.linear + m.head) if self.place.laid_out and self.rounds else 0.0,
+            "activations": self._passing(prefill) + token * prefill,
             "logits": 2.0 * self.width * rows * m.vocabulary,
         }
-
-    @property
-    def rows(self) -> int:
-        """Completions decoded side by side by the sampler of our own; 0 where another samples."""
-        c = self.config
-        most = getattr(c.rollout.options, "decode_batch_size", 0)
-        of_prompts = max(c.prompts_per_batch if c.algo.source == "online" else 0, c.eval.prompts if c.data.eval else 0)
-        return (
-            min(most // c.rollout.k * c.rollout.k or c.rollout.k, self._share(of_prompts) * c.rollout.k) if most else 0
-        )
+        if self.on_gpu and self.limit:  # as the sampler does
+            free = self.limit - sum(self._at_rest().values()) - sum(parts.values())
+            room = ROOM * free / (token * columns)
+            rows = max(c.rollout.k, min(rows, 2 ** int(math.log2(max(1.0, room)))))
+        return {**parts, "key-value cache": token * rows * columns}
 
     def _share(self, prompts: int) -> int:
         return math.ceil(prompts / self.place.processes)
