@@ -101,6 +101,7 @@ def one(case: str, folder: Path) -> None:
             super().fit()
 
         def _checkpoint(self, *args: Any) -> None:
+            self.engine.free_memory()  # as saving does, so that the last update's gradients are not in its peak
             with meter("checkpoint"):
                 super()._checkpoint(*args)
 

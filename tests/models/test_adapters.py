@@ -22,7 +22,8 @@ from dualign.rollout.base import Request, Sampling
 from dualign.rollout.hf.sampler import HFSampler
 from dualign.run import digests
 from dualign.training.engine import Engine
-from dualign.training.plan import memory_estimate, parameters_of
+from dualign.training.fits import memory_of
+from dualign.training.memory import Place
 from runs_common import metrics, reward_file, tree, vowels, write_demonstrations, write_prompts
 
 peft = pytest.importorskip("peft")
@@ -263,10 +264,11 @@ def test_a_plan_and_an_evaluation_know_the_pi_0_that_is_named(tiny, tiny_gpt2, t
     (tmp_path / "recipe.json").write_text(json.dumps(config | {"reward": [reward_file()]}))
     said = command("train", tmp_path / "recipe.json", "--dry-run")
     assert said.code == 0 and "π_0" in said.out
-    plain = memory_estimate(build(config), *parameters_of(build(config)))
-    assert parameters_of(build(config), "reference")[0] * 4 / 1e9 == plain["π_0"]
+    plain = memory_of(build(config), Place(device="cpu"))[0]
+    reference = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    assert plain.phases()["score"]["π_0"] == 4 * reference.num_parameters()
     config["model"] |= {"reference": None, "lora": {}}
-    assert "π_0" not in memory_estimate(build(config), *parameters_of(build(config)))
+    assert "π_0" not in memory_of(build(config), Place(device="cpu"))[0].phases()["score"]
 
     save_adapter(tiny, tmp_path / "sft", ["q_proj", "lm_head"])
     config["model"] |= {"reference": str(tmp_path / "sft"), "lora": None}

@@ -63,18 +63,20 @@ def _gpus() -> list[int]:
     return [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
 
 
-def memory_lines(config: Config, asked: Asked) -> tuple[list[str], str | None]:
+def memory_lines(config: Config, asked: Asked, prompt: int | None = None) -> tuple[list[str], str | None]:
     """What to print of a run's model and memory; and, where the GPUs' memory was given, the fault of not fitting it.
-    Raises UserError for GPUs that cannot be, NotAtHand for a model whose sizes are not known."""
+    `prompt`: tokens of a long one, where some were read. Raises UserError for GPUs that cannot be, NotAtHand for a model
+    whose sizes are not known."""
     place = asked.place()
     limit = asked.limit(place)
-    memory, notes = memory_of(config, place, limit=limit)
+    memory, notes = memory_of(config, place, prompt, limit)
     phases = memory.phases()
     count, m = memory.sizes.parameters, config.model
     lines = [f"model: {m.name}, {count / 1e6:.0f}M parameters, {m.precision}", *notes, *_of_processes(config, place)]
     where = f"on each of {place.processes} GPUs" if place.processes > 1 else "on the GPU"
     where = where if place.device == "cuda" else "in memory"
-    lines.append(f"GB {where}, predicted for prompts of {memory.prompt} tokens (docs/scale.md):")
+    long = f"prompts of {memory.prompt} tokens" + ("" if prompt else ", assumed")
+    lines.append(f"GB {where}, predicted for {long} (docs/scale.md):")
     lines += [f"  {line}" for line in table(phases)]
     if place.device == "cuda":
         lines.append(f"the host's memory: about {memory.host() / GB:.0f} GB on each node")
@@ -116,7 +118,7 @@ def memory_of(
 
 def table(phases: dict[str, Parts]) -> list[str]:
     """Phases by parts, in GB."""
-    parts = list(dict.fromkeys(part for each in phases.values() for part in each))
+    parts = list(dict.fromkeys(part for each in reversed(phases.values()) for part in each))  # what stays comes first
     rows = [["", *parts, "all"]]
     for phase, each in phases.items():
         cells = [f"{each[part] / GB:.2f}" if part in each else "" for part in parts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import Any
 
 from dualign import assets, data
 from dualign.common.errors import UserError
+from dualign.common.types import Prompt
 from dualign.config import Config
 from dualign.models.load import context_of
 from dualign.models.tokenizer import Tokenizer, load_tokenizer, source_of
+from dualign.rollout.base import Request
 from dualign.training.fits import Asked, NotAtHand, memory_lines
 from dualign.training.source import load_heldout, load_stream
+
+LOOKED_AT = 500  # prompts whose tokens are counted
 
 
 def print_plan(config: Config, gpus: int | None = None, nodes: int = 1, gpu_memory: float | None = None) -> None:
@@ -26,25 +31,26 @@ def print_plan(config: Config, gpus: int | None = None, nodes: int = 1, gpu_memo
     asked = Asked(gpus, nodes, gpu_memory)
     print(f"{c.algo.name}: {c.algo.model_dump(exclude={'name'})}")
     faults: list[str] = []
+    reader = _reader(c)
+    leaver = reader if _leaves_out(c) else None
+    rows = _load(lambda say: load_stream(c, leaver, say) if leaver else _rows(c), c.data.train, faults)
     try:
-        lines, fault = memory_lines(config, asked)
+        lines, fault = memory_lines(config, asked, _longest(rows, reader))
     except NotAtHand as error:
         print(f"model: {c.model.name} (not at hand here, sizes unknown: {error})")
     else:
         print("\n".join(lines))
         faults += [fault] if fault else []
-    reader = _reader(c)
-    train = _count(lambda say: load_stream(c, reader, say) if reader else _rows(c), c.data.train, faults)
-    if train:
+    if train := len(rows):
         epochs = t.online_batches * c.prompts_per_batch / train
-        print(f"data: {_most(c, reader)}{train} rows of {c.data.train}; {epochs:.2f} epochs")
+        print(f"data: {_most(c, leaver)}{train} rows of {c.data.train}; {epochs:.2f} epochs")
     held = 0
     if c.data.eval:
-        held = _count(
-            lambda say: load_heldout(c, reader, say, bool(c.reward)) if reader else _held(c), c.data.eval, faults
+        held = len(
+            _load(lambda say: load_heldout(c, leaver, say, bool(c.reward)) if leaver else _held(c), c.data.eval, faults)
         )
         if held:
-            print(f"held out: {_most(c, reader)}{held} rows of {c.data.eval}, drawn")
+            print(f"held out: {_most(c, leaver)}{held} rows of {c.data.eval}, drawn")
     print(
         f"{t.online_batches} online batches of {t.online_batch} completions = {c.prompts_per_batch} prompts × {c.group}; "
         f"{per} updates each, on {c.update_completions} completions; {t.online_batches * per} updates in all"
@@ -78,9 +84,7 @@ class _Reader:
 
 
 def _reader(config: Config) -> _Reader | None:
-    """What tells which rows a run will leave out; None where none can be, or the model is not at hand."""
-    if not _leaves_out(config):
-        return None
+    """What reads rows as the run will; None where the model is not at hand."""
     from transformers import AutoConfig, GenerationConfig
 
     try:
@@ -118,14 +122,26 @@ def _held(c: Config) -> Sequence[Any]:
     return data.draw(prompts, c.eval.prompts)
 
 
-def _count(load: Callable[[Callable[[str], None]], Sequence[Any]], source: str, faults: list[str]) -> int:
-    """How many rows of `source` a run uses; 0 where it cannot be read. What is there and wrong is a fault; what is not
+def _load(load: Callable[[Callable[[str], None]], Sequence[Any]], source: str, faults: list[str]) -> Sequence[Any]:
+    """The rows of `source` that a run uses; none where it cannot be read. What is there and wrong is a fault; what is not
     there (a file that is still to come, a data set on a hub) is only told."""
     try:
-        return len(load(print))
+        return load(print)
     except UserError as error:
         if Path(source).exists() or source.startswith("builtin:"):
             faults.append(f"data: {error}")
         else:
             print(f"data: NOT HERE, the run needs it: {error}")
-    return 0
+    return ()
+
+
+def _longest(rows: Sequence[Any], reader: _Reader | None) -> int | None:
+    """Tokens of the longest of some prompts; None where there are none to be read."""
+    lengths: list[int] = []
+    for row in rows[:: max(1, len(rows) // LOOKED_AT)] if reader else ():
+        if isinstance(row, Request):
+            lengths.append(len(row.prompt_ids))
+        elif isinstance(row, Prompt) and reader:
+            with suppress(UserError):  # a row that a run refuses, which is not asked here
+                lengths.append(len(reader.tokenizer.prompt(row)))
+    return max(lengths, default=None)
