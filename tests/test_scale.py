@@ -111,7 +111,7 @@ def test_sizes_are_those_of_the_model(tiny):
     """Every parameter is counted once, where it belongs."""
     from transformers import AutoModelForCausalLM
 
-    from dualign.training.memory import Sizes
+    from dualign.models.architectures import Sizes
 
     model = AutoModelForCausalLM.from_pretrained(tiny)
     m = Sizes.of(model)

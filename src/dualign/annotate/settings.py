@@ -165,7 +165,7 @@ class ClassifierReward(RewardSettings):
 
         model, _ = on_meta(AutoModelForSequenceClassification, self.model, self.revision, self.trust_remote_code)
         size = sum(p.numel() for p in model.parameters()) * (2.0 if self.dtype == "bfloat16" else 4.0)
-        return (0.0, size) if getattr(self, "offload", False) else (size, 0.0)
+        return (0.0, size) if self.offload else (size, 0.0)
 
     def made_of(self) -> dict[str, Digests]:
         from dualign.models.digests import of_model

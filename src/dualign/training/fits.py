@@ -14,9 +14,9 @@ import torch
 from dualign.common.cpu import bf16_units
 from dualign.common.errors import UserError
 from dualign.config import Config
-from dualign.models.architectures import on_meta
+from dualign.models.architectures import Sizes, on_meta
 from dualign.models.settings import LoraConfig
-from dualign.training.memory import PROMPT, Memory, Parts, Place, Sizes
+from dualign.training.memory import PROMPT, Memory, Parts, Place
 
 GB = 1e9
 MOST = 64  # GPUs that are proposed
@@ -139,11 +139,13 @@ def _of_processes(config: Config, place: Place) -> list[str]:
         notes.append(f"note: {n} processes share {prompts} prompts of an online batch: {n - prompts} sample nothing")
     elif config.algo.source == "online" and prompts % n:
         notes.append(f"note: {prompts} prompts on {n} processes: some sample one more than others, which wait")
-    shard = getattr(config.train, "shard", "none")
+    shard = config.train.shard
     if shard == "hybrid" and place.nodes == 1 and n > 1:
         notes.append("note: train.shard=hybrid on one node is train.shard=full")
     if shard != "none" and n == 1:
-        notes.append(f"note: train.shard={shard}: one process holds all")
+        notes.append(
+            f"note: train.shard={shard} on one process saves nothing, and samples from a copy: none takes less"
+        )
     if place.device == "cuda" and len(set(_gpus())) > 1:
         sizes = ", ".join(f"{size / GB:.0f}" for size in _gpus())
         notes.append(f"note: this machine's GPUs differ ({sizes} GB): the least decides, and the fastest waits")
@@ -182,7 +184,7 @@ def _changes(config: Config, place: Place) -> list[Change]:
     t, changes = config.train, list[Change]()
     if not config.model.gradient_checkpointing:
         changes.append(("model.gradient_checkpointing", True))
-    if place.processes > 1 and getattr(t, "shard", "none") != "full":
+    if place.processes > 1 and t.shard != "full":
         changes += [("train.shard", "hybrid")] * (place.nodes > 1) + [("train.shard", "full")]
     changes += [("train.micro_batch_tokens", n) for n in (2048, 1024) if n < t.micro_batch_tokens]
     rows = getattr(config.rollout.options, "decode_batch_size", 0)

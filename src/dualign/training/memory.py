@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
 
 from dualign.config import Config
+from dualign.models.architectures import Sizes
 from dualign.models.logprobs import CHUNK, GPU_CHUNK
 from dualign.rollout.hf.cache import WINDOW
 from dualign.rollout.hf.sampler import PREFILL
@@ -22,64 +20,9 @@ from dualign.training.optimizer import TOGETHER
 
 PROMPT = 256  # tokens of a prompt, assumed where none were read
 LIBRARIES = {"cpu": 0.6e9, "cuda": 1.5e9}  # Python and torch; CUDA's context, kernels and NCCL's buffers
+FOUR_BITS = 0.52  # bytes of a weight in nf4, with its scales rounded, too
 ROOM = 0.8  # of what is free on a GPU that keys and values may take
 Parts = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """A causal language model in numbers of entries."""
-
-    parameters: int
-    linear: int  # of linear layers, biases too, but not of the head
-    head: int  # of the head's weight
-    tied: bool
-    largest: int  # of the largest linear layer
-    rows: int  # what Adafactor keeps: rows and columns of its matrices, all of its vectors
-    reach: int  # inputs and outputs of the layers that LoRA adapts: entries for each rank
-    layers: int
-    hidden: int
-    inner: int
-    queries: int  # heads × head size
-    keys: int  # key heads × head size
-    heads: int
-    vocabulary: int
-
-    @classmethod
-    def of(cls, model: Any, targets: list[str] | str = "all-linear") -> Sizes:
-        """Of a model on the meta device, or any other."""
-        text, head = model.config.get_text_config(), model.get_output_embeddings()
-        weight, embedding = getattr(head, "weight", None), model.get_input_embeddings().weight
-        linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight is not weight}
-        adapted = [m for n, m in linear.items() if targets == "all-linear" or n.rpartition(".")[2] in targets]
-        heads = text.num_attention_heads
-        size = getattr(text, "head_dim", None) or text.hidden_size // heads
-        return cls(
-            parameters=sum(p.numel() for p in model.parameters()),
-            linear=sum(p.numel() for m in linear.values() for p in m.parameters(recurse=False)),
-            head=0 if weight is None else weight.numel(),
-            tied=weight is embedding,
-            largest=max((m.weight.numel() for m in linear.values()), default=0),
-            rows=sum(sum(p.shape[-2:]) if p.dim() > 1 else p.numel() for p in model.parameters()),
-            reach=sum(m.in_features + m.out_features for m in adapted),
-            layers=text.num_hidden_layers,
-            hidden=text.hidden_size,
-            inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-            queries=heads * size,
-            keys=(getattr(text, "num_key_value_heads", None) or heads) * size,
-            heads=heads,
-            vocabulary=text.vocab_size,
-        )
-
-    @property
-    def rest(self) -> int:
-        return self.parameters - self.linear
-
-    @property
-    def without_head(self) -> Sizes:
-        """The decoder alone, of which a value model is made."""
-        own = 0 if self.tied else self.head
-        return Sizes(**{**vars(self), "parameters": self.parameters - own, "head": 0})
 
 
 @dataclass(frozen=True)
@@ -93,9 +36,7 @@ class Place:
 
     def shards(self, config: Config) -> int:
         """Among how many processes weights are divided."""
-        return {"none": 1, "hybrid": self.processes // self.nodes}.get(
-            getattr(config.train, "shard", "none"), self.processes
-        )
+        return {"none": 1, "hybrid": self.processes // self.nodes, "full": self.processes}[config.train.shard]
 
 
 @dataclass(frozen=True)
@@ -155,7 +96,7 @@ class Memory:
 
     @property
     def sharded(self) -> bool:
-        return self.shards > 1
+        return self.config.train.shard != "none"
 
     @property
     def adapters(self) -> int:
@@ -170,17 +111,18 @@ class Memory:
 
     def _at_rest(self) -> Parts:
         """What is there in all phases but the first. A whole π_0 is out of the way."""
-        resting = self._reference_size() / self.shards if self.sharded else 0.0
+        resting = self._share_of(self._reference_size()) if self.sharded else 0.0
         reward = self.reward[0] if self.on_gpu else sum(self.reward)
         return {"libraries": LIBRARIES[self.place.device], **self._weights(), "π_0": resting, "reward model": reward}
 
     def _weights(self) -> Parts:
-        """Weights and optimizer state. Sharded, fp32 parameters are the masters and there is nothing else at rest."""
+        """Weights and optimizer state. Divided, fp32 shares are the masters and there is nothing else at rest but rounded
+        heads, of the policy and of its whole copy."""
         adafactor = self.config.train.optimizer == "adafactor"
         lower = 2 if adafactor else 4  # bytes of a master beside its rounded weight
         weights = masters = critic = 0.0
         if self.config.model.lora:
-            weights = self._frozen(self.sizes) / self.shards + (2 + lower if self.rounds else 4) * self.adapters
+            weights = self._share_of(self._frozen(self.sizes)) + (2 + lower if self.rounds else 4) * self.adapters
         for i, model in enumerate(self.trained):
             if self.sharded or not self.rounds:
                 own, beside = 4 * model.parameters / self.shards, 0.0
@@ -190,6 +132,7 @@ class Memory:
                 critic = own + beside
             else:
                 weights, masters = own, beside
+        weights += 4.0 * self.sizes.head * self.rounds * self.sharded
         state = sum(4 * m.rows if adafactor else 8 * m.parameters for m in self.trained) + 8 * self.adapters
         return {
             "weights": weights,
@@ -202,7 +145,14 @@ class Memory:
         """A model without masters, rounded where it computes in bf16, its head in both precisions."""
         if not self.rounds:
             return 4.0 * model.parameters
-        return 2 * model.linear + 4 * model.rest + 2 * model.head
+        lora = self.config.model.lora
+        linear = FOUR_BITS if lora and lora.quantize and model is self.sizes else 2.0
+        return linear * model.linear + 4 * model.rest + 2 * model.head
+
+    def _share_of(self, frozen: float) -> float:
+        """Of a model without masters: the rounded head is in every process."""
+        head = 2.0 * self.sizes.head * self.rounds * self.sharded
+        return (frozen - head) / self.shards + head
 
     def _reference_size(self) -> float:
         c = self.config
@@ -214,13 +164,14 @@ class Memory:
         if not self.sharded:
             return 0.0
         m = self.sizes
-        return 2 * self.width * m.linear / m.layers + 4 * m.rest + 2 * m.head * self.rounds
+        return 2 * self.width * m.linear / m.layers + 4.0 * m.rest
 
     # --- phases ---
 
     def _loading(self) -> Parts:
         """fp32 weights as they are read; π_0 is copied from them before they are rounded, a value model after."""
-        policy = 4 * self.sizes.parameters
+        lora = self.config.model.lora
+        policy = self._frozen(self.sizes) if lora and lora.quantize else 4.0 * self.sizes.parameters
         copied = 4.0 * (self.reference or self.sizes).parameters if self._reference_size() else 0.0
         critic = 4.0 * self.sizes.without_head.parameters * self.config.algo.critic
         beside = (2.0 if self.on_gpu else 4.0) * sum(m.linear for m in self.trained) if self.rounds else 0.0
@@ -243,7 +194,7 @@ class Memory:
         prefill = max(self.prompt, min(PREFILL, math.ceil(rows / c.rollout.k) * self.prompt))
         token = 2.0 * self.width * m.keys * m.layers
         parts = {
-            "whole copy": self._frozen(m) if self.sharded else 0.0,
+            "whole copy": self._frozen(m) - 2 * m.head * self.rounds if self.sharded else 0.0,
             "laid out": 2.0 * (m.linear + m.head) if self.place.laid_out and self.rounds else 0.0,
             "activations": self._passing(prefill) + token * prefill,
             "logits": 2.0 * self.width * rows * m.vocabulary,
