@@ -132,11 +132,11 @@ class Memory:
                 critic = own + beside
             else:
                 weights, masters = own, beside
-        weights += 4.0 * self.sizes.head * self.rounds * self.sharded
         state = sum(4 * m.rows if adafactor else 8 * m.parameters for m in self.trained) + 8 * self.adapters
         return {
             "weights": weights,
             "masters": masters,
+            "rounded heads": 4.0 * self.sizes.head * self.rounds * self.sharded,
             "value model": critic,
             "optimizer": state / self.shards,
         }
