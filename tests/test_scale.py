@@ -35,19 +35,30 @@ def table() -> dict[str, dict[int, str]]:
     return found
 
 
+def smaller() -> list[tuple[int, int, str]]:
+    """The page's set-ups for other GPUs: how many, GB of each, what to add."""
+    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) × (\d+) GB \| `([^`]+)` \|$", text, re.MULTILINE)
+    return [(int(gpus), int(size), more) for gpus, size, more in rows]
+
+
+def overrides(cell: str) -> list[str]:
+    return re.split(r" (?=\w+\.)", cell.strip("`")) if "=" in cell else []
+
+
 SETUPS = [(name, gpus, cell) for name, row in table().items() for gpus, cell in row.items()]
 
 
 def test_every_paper_recipe_has_a_set_up_for_one_two_and_eight():
     assert {name.split()[0] for name in table()} >= set(PAPER)
-    assert all(set(row) == {1, 2, 8} for row in table().values())
+    assert all(set(row) == {1, 2, 8} for row in table().values()) and len(smaller()) == 2
 
 
 @pytest.mark.parametrize(("name", "gpus", "cell"), SETUPS, ids=str)
 def test_the_set_ups_of_the_page_fit(name, gpus, cell, capsys):
     """`as it is`, what is to be added, or `no`: then it does not fit, whatever is set."""
     recipe, *system = name.split()
-    config = configs.load(recipe, [*system, *" ".join(re.findall(r"`([^`]+)`", cell)).split()])
+    config = configs.load(recipe, [*system, *overrides(cell)])
     if cell == "no":
         with pytest.raises(UserError, match=r"does not fit on 80 GB: needs [0-9.]+ GB in \w+; (?!set)"):
             print_plan(config, gpus, 1, 80)
@@ -55,6 +66,14 @@ def test_the_set_ups_of_the_page_fit(name, gpus, cell, capsys):
     print_plan(config, gpus, 1, 80)
     out = capsys.readouterr().out
     assert "fits on 80 GB: peak" in out and "not at hand; its shape is that of qwen2" in out
+
+
+@pytest.mark.parametrize(("gpus", "size", "more"), smaller())
+def test_the_set_ups_for_smaller_gpus_fit(gpus, size, more, capsys):
+    print_plan(configs.load(HELPFUL, overrides(more)), gpus, 1, size)
+    assert f"fits on {size} GB" in capsys.readouterr().out
+    with pytest.raises(UserError, match="does not fit"):
+        print_plan(configs.load(HELPFUL), gpus, 1, size)
 
 
 def test_a_run_that_does_not_fit_is_told_what_makes_it_fit():

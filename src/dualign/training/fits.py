@@ -148,7 +148,9 @@ def _of_processes(config: Config, place: Place) -> list[str]:
         )
     if place.device == "cuda" and len(set(_gpus())) > 1:
         sizes = ", ".join(f"{size / GB:.0f}" for size in _gpus())
-        notes.append(f"note: this machine's GPUs differ ({sizes} GB): the least decides, and the fastest waits")
+        notes.append(
+            f"note: this machine's GPUs differ ({sizes} GB): a run takes those of one kind (CUDA_VISIBLE_DEVICES)"
+        )
     return notes
 
 
