@@ -116,8 +116,8 @@ class Memory:
         return {"libraries": LIBRARIES[self.place.device], **self._weights(), "π_0": resting, "reward model": reward}
 
     def _weights(self) -> Parts:
-        """Weights and optimizer state. Divided, fp32 shares are the masters and there is nothing else at rest but rounded
-        heads, of the policy and of its whole copy."""
+        """Weights and optimizer state. Divided, fp32 shares are the masters, and nothing else is there at rest but the
+        head's rounding."""
         adafactor = self.config.train.optimizer == "adafactor"
         lower = 2 if adafactor else 4  # bytes of a master beside its rounded weight
         weights = masters = critic = 0.0
@@ -136,7 +136,7 @@ class Memory:
         return {
             "weights": weights,
             "masters": masters,
-            "rounded heads": 4.0 * self.sizes.head * self.rounds * self.sharded,
+            "rounded head": 2.0 * self.sizes.head * self.rounds * self.sharded,
             "value model": critic,
             "optimizer": state / self.shards,
         }
@@ -194,7 +194,7 @@ class Memory:
         prefill = max(self.prompt, min(PREFILL, math.ceil(rows / c.rollout.k) * self.prompt))
         token = 2.0 * self.width * m.keys * m.layers
         parts = {
-            "whole copy": self._frozen(m) - 2 * m.head * self.rounds if self.sharded else 0.0,
+            "whole copy": self._frozen(m) if self.sharded else 0.0,
             "laid out": 2.0 * (m.linear + m.head) if self.place.laid_out and self.rounds else 0.0,
             "activations": self._passing(prefill) + token * prefill,
             "logits": 2.0 * self.width * rows * m.vocabulary,
