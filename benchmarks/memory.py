@@ -34,7 +34,7 @@ CASES = {
     "0.4b-adamw": ["model.precision=fp32", "train.optimizer=adamw", *LARGE],
     "0.4b-lora": ["model.precision=fp32", "model.lora={r: 16}", *LARGE],
 }
-SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 28, "num_attention_heads": 16}
+HEAD = ["case", "phase", "measured, GB", "predicted, GB", "ratio", "predicted of"]
 
 
 def share_of_e(completions: list[Any], **columns: Any) -> list[float]:
@@ -57,21 +57,6 @@ class Meter:
             status = Path("/proc/self/status").read_text()
             high = next(int(x.split()[1]) * 1024.0 for x in status.splitlines() if x.startswith("VmHWM"))
             self.peaks[phase] = max(self.peaks.get(phase, 0.0), high)
-
-
-def random_model(folder: Path) -> str:
-    """0.4B of random weights, untied, with SmolLM2's tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from dualign import assets
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(assets.resolve("smollm2-135m-instruct"))
-    torch.manual_seed(0)
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=4, vocab_size=49152, **ids)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def one(case: str, folder: Path) -> None:
@@ -122,19 +107,14 @@ def one(case: str, folder: Path) -> None:
 
 
 def rows(case: str, found: dict[str, Any]) -> list[list[str]]:
-    lines = []
-    for phase, parts in found["predicted"].items():
-        predicted, measured = sum(parts.values()), found["measured"][phase]
-        told = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items())
-        lines.append(
-            [case, phase, f"{measured / 1e9:.2f}", f"{predicted / 1e9:.2f}", f"{predicted / measured:.2f}", told]
-        )
-    predicted = max(sum(parts.values()) for parts in found["predicted"].values())
-    measured = max(found["measured"][phase] for phase in found["predicted"])
-    lines.append(
-        [case, "**peak**", f"{measured / 1e9:.2f}", f"{predicted / 1e9:.2f}", f"{predicted / measured:.2f}", ""]
-    )
-    return lines
+    predicted = {phase: sum(parts.values()) for phase, parts in found["predicted"].items()}
+    told = {
+        phase: ", ".join(f"{p} {s / 1e9:.2f}" for p, s in parts.items()) for phase, parts in found["predicted"].items()
+    }
+    measured = {phase: found["measured"][phase] for phase in predicted}
+    lines = [(phase, measured[phase], predicted[phase], told[phase]) for phase in predicted]
+    lines.append(("**peak**", max(measured.values()), max(predicted.values()), ""))
+    return [[case, phase, f"{m / 1e9:.2f}", f"{p / 1e9:.2f}", f"{p / m:.2f}", said] for phase, m, p, said in lines]
 
 
 def main() -> None:
@@ -150,22 +130,13 @@ def main() -> None:
     for case in o.cases:
         with tempfile.TemporaryDirectory() as name:
             if "model.name=RANDOM" in CASES[case]:  # in a process of its own, whose memory is not this one's
-                make = f"import memory, pathlib; memory.random_model(pathlib.Path({name + '/model'!r}))"
+                make = f"import pathlib, shard_memory; shard_memory.random_model(pathlib.Path({name + '/model'!r}))"
                 subprocess.run([sys.executable, "-c", make], check=True, cwd=Path(__file__).parent)
             subprocess.run([sys.executable, __file__, "--one", case, name], check=True)
             record["cases"][case] = found = json.loads((Path(name) / "result.json").read_text())
         lines += rows(case, found)
-        print(
-            table(["case", "phase", "measured, GB", "predicted, GB", "ratio", "predicted of"], rows(case, found)),
-            flush=True,
-        )
-    page = save(
-        "memory",
-        record,
-        table(["case", "phase", "measured, GB", "predicted, GB", "ratio", "predicted of"], lines),
-        o.out,
-    )
-    print(page)
+        page = save("memory", record, table(HEAD, lines), o.out)
+        print(table(HEAD, rows(case, found)), page, sep="\n", flush=True)
 
 
 if __name__ == "__main__":
