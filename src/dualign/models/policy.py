@@ -37,6 +37,10 @@ class Policy(nn.Module):
     in fp32. π_0, π_t and π_θ all go through this one path, so equal weights give equal log-probs.
     """
 
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext  # within it, its weights are here
+    _rounded: Any = None
+    _rounded_of: Any = None  # the weight that it is the rounding of
+
     def __init__(self, model: Any, precision: str, share: bool = True, key: str = "model.name") -> None:
         super().__init__()
         self.key = key  # what a configuration calls it
@@ -46,9 +50,6 @@ class Policy(nn.Module):
         self.base = _decoder_of(model)
         self.head = model.get_output_embeddings()
         self.plain_head = False  # whether logits are hidden @ weight.T and nothing else
-        self._rounded: Any = None
-        self._rounded_of: Any = None  # the weight that it is the rounding of
-        self.whole: Callable[[], AbstractContextManager[None]] = nullcontext  # within it, its weights are here
         self.decoding: Any = None  # how completions are sampled, once that was tried (rollout/trial.py)
         LightEmbedding.take(model.get_input_embeddings())
         with self.on_trial():

@@ -23,7 +23,6 @@ from dualign.common import cpu
 from dualign.common.errors import StopRun, out_of_memory
 from dualign.config import Config
 from dualign.models.adapters import merged_weights, own_base, with_lora, without_adapters
-from dualign.models.critic import Critic
 from dualign.models.finite import first_gradient, first_not_finite
 from dualign.models.load import context_of, has_dropout
 from dualign.models.packing import Tokens, deal, plan, size_of
@@ -34,7 +33,7 @@ from dualign.training.adafactor import Adafactor
 from dualign.training.checkpoint import load_state, save_model, save_state
 from dualign.training.machine import Machine
 from dualign.training.optimizer import Schedule, make_optimizer
-from dualign.training.parallelize import frozen_reference, load_policy, parallelize
+from dualign.training.parallelize import Layout, load_policy
 
 log = logging.getLogger(__name__)
 X = TypeVar("X")
@@ -53,13 +52,14 @@ class Engine:
         algo: Algorithm = config.algo
         # for held-out KL, too
         needs_ref = algo.needs_ref or config.data.eval is not None
-        self.reference = frozen_reference(config, policy, tokenizer) if needs_ref else None
+        layout = Layout(config, self.processes, self.device)
+        self.reference = layout.reference(policy, tokenizer) if needs_ref else None
         if config.model.lora is not None:
             policy.take_adapters(with_lora(policy.model, config.model, own_base(config.model, config.run.dir)))
         policy.train()
         self.has_dropout = has_dropout(policy.model)
-        self.critic = Critic(policy).to(self.device) if algo.critic else None
-        self.policy, self.masters = parallelize(policy, self.critic, self.reference, config, self.processes)
+        self.critic = layout.value_model(policy) if algo.critic else None
+        self.policy, self.masters = layout.ready(policy, self.critic)
         self.modules: list[Policy] = [m for m in (self.policy, self.critic) if m is not None]
         self.divided = config.train.shard != "none"
         self.optimizer = make_optimizer(config, self.masters, self.device)

@@ -169,18 +169,21 @@ class Memory:
     # --- phases ---
 
     def _loading(self) -> Parts:
-        """fp32 weights as they are read; π_0 is copied from them before they are rounded, a value model after."""
+        """fp32 weights as they are read; π_0 is copied from them before they are rounded, a value model after. Divided,
+        one model after the other is."""
         lora = self.config.model.lora
         policy = self._frozen(self.sizes) if lora and lora.quantize else 4.0 * self.sizes.parameters
         copied = 4.0 * (self.reference or self.sizes).parameters if self._reference_size() else 0.0
         critic = 4.0 * self.sizes.without_head.parameters * self.config.algo.critic
         beside = (2.0 if self.on_gpu else 4.0) * sum(m.linear for m in self.trained) if self.rounds else 0.0
-        if self.sharded:
-            beside = policy / self.shards
         resting = self._reference_size() if self.on_gpu else 0.0
-        if copied > critic + beside + resting:
-            return {"weights": policy, "π_0": copied}
-        return {"weights": policy, "π_0": resting, "value model": critic, "masters": beside}
+        steps = [{"weights": policy, "π_0": copied}]
+        if self.sharded:
+            resting = self._share_of(self._reference_size())
+            steps.append({"weights": policy, "π_0": resting, "value model": critic})
+            critic, beside = critic / self.shards, policy / self.shards
+        steps.append({"weights": policy, "π_0": resting, "value model": critic, "masters": beside})
+        return max(steps, key=lambda parts: sum(parts.values()))
 
     def _sampling(self) -> Parts:
         m, c = self.sizes, self.config

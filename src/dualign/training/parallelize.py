@@ -1,4 +1,4 @@
-"""How models are laid out on a machine. Every trick that only a CPU or a GPU needs is behind this door."""
+"""How models are laid out on a machine. Every trick that only a CPU, a GPU or several need is behind this door."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dualign import assets
 from dualign.common.processes import Processes
 from dualign.config import Config
 from dualign.models.compile import compile_layers
+from dualign.models.critic import Critic
 from dualign.models.load import load_reference
 from dualign.models.master import Masters
 from dualign.models.policy import Policy, load_model
@@ -28,44 +29,64 @@ def load_policy(config: Config, device: torch.device) -> tuple[Policy, Tokenizer
     return Policy(model, config.model.precision, config.train.prefix_sharing), tokenizer
 
 
-def frozen_reference(config: Config, policy: Policy, tokenizer: Tokenizer) -> Policy | None:
-    """π_0: the model that model.reference names, or `policy` as it is loaded. None where that is the policy without its
-    adapters."""
-    m = config.model
-    if m.reference is not None:
-        model = load_reference(m, tokenizer).to(policy.device)
-        return Policy(model, m.precision, config.train.prefix_sharing, "model.reference").freeze()
-    return policy.frozen_copy() if m.lora is None else None
-
-
-def parallelize(
-    policy: Policy, critic: Policy | None, reference: Policy | None, config: Config, processes: Processes
-) -> tuple[Policy, Masters]:
-    """Readies models for training. Returns the policy to train, and its and the critic's masters.
+class Layout:
+    """Where the models of a run are.
 
     Whole: bf16 weights beside fp32 masters, in halves where the optimizer opens those that it steps on; π_0 rests in a
-    file (CPU) or in the host's memory (GPU). Divided (train.shard): `policy` itself is whole again only while one
-    samples from it. On a CPU less is kept for backward; on a GPU layers are compiled."""
-    on_cpu, divided = policy.device.type == "cpu", config.train.shard != "none"
-    modules = [m for m in (policy, critic) if m is not None]
-    exact: dict[Any, Tensor] = {}
-    if not divided:
-        for module in modules:
-            exact |= module.round()
-    for module in modules:
-        if on_cpu:
+    file (CPU) or in the host's memory (GPU). Divided (train.shard): each is, before the next one is made, and the policy
+    is whole again only while one samples from it. On a CPU less is kept for backward; on a GPU layers are compiled."""
+
+    def __init__(self, config: Config, processes: Processes, device: torch.device) -> None:
+        self.config, self.on_cpu, self.mesh = config, device.type == "cpu", None
+        if config.train.shard != "none":
+            self.mesh = mesh_of(config.train.shard, processes, device)
+
+    def reference(self, policy: Policy, tokenizer: Tokenizer) -> Policy | None:
+        """π_0: the model that model.reference names, or `policy` as it is loaded. None where that is the policy without
+        its adapters."""
+        m, share = self.config.model, self.config.train.prefix_sharing
+        if m.reference is not None:
+            model = load_reference(m, tokenizer).to(policy.device)
+            reference = Policy(model, m.precision, share, "model.reference").freeze()
+        elif m.lora is None:
+            reference = policy.frozen_copy()
+        else:
+            return None
+        if not self.on_cpu:
+            self._lighten(reference)
+        if self.mesh is not None:
+            divide(reference, self.mesh)
+        elif self.on_cpu:
+            reference.move_to_file(assets.cache_dir())
+        else:
+            reference.move_to_host()
+        return reference
+
+    def value_model(self, policy: Policy) -> Critic:
+        """PPO's, which begins as the policy."""
+        critic = Critic(policy).to(policy.device)
+        if self.mesh is not None:
+            self._lighten(critic)
+            divide(critic, self.mesh)
+        return critic
+
+    def ready(self, policy: Policy, critic: Critic | None) -> tuple[Policy, Masters]:
+        """The policy to train, and its and the value model's masters."""
+        exact: dict[Any, Tensor] = {}
+        if self.mesh is not None:
+            self._lighten(policy)
+            whole, policy = policy, apart(policy)
+            divide(policy, self.mesh)
+            gathers(whole, policy)
+        else:
+            for module in filter(None, (policy, critic)):
+                exact |= module.round()
+                self._lighten(module)
+        modules: list[torch.nn.Module] = [policy, *([critic] if critic else [])]
+        return policy, Masters(modules, exact, halved=self.config.train.optimizer == "adafactor")
+
+    def _lighten(self, module: Policy) -> None:
+        if self.on_cpu:
             keep_less(module.base)
-    if config.train.compile and not on_cpu:
-        for module in [*modules, *([reference] if reference else [])]:
+        elif self.config.train.compile:
             compile_layers(module.base)
-    if divided:
-        mesh, trained = mesh_of(config.train.shard, processes, policy.device), apart(policy)
-        for module in filter(None, (trained, critic, reference)):
-            divide(module, mesh)
-        gathers(policy, trained)
-        policy, modules[0] = trained, trained
-    elif reference is not None and on_cpu:
-        reference.move_to_file(assets.cache_dir())
-    elif reference is not None:
-        reference.move_to_host()
-    return policy, Masters(list(modules), exact, halved=config.train.optimizer == "adafactor")
