@@ -54,7 +54,7 @@ def resume(
     run: Annotated[Path, typer.Argument(help="the run's folder")],
     overrides: Overrides = None,
 ) -> None:
-    """Go on with a run that was stopped or killed, to the same weights that it would have reached."""
+    """Resume a run that was stopped or killed. It reaches the weights that it would have reached."""
     from dualign.training.resume import resumed_config
 
     _fit(resumed_config(run, overrides or ()), resume=True)

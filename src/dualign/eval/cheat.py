@@ -1,4 +1,4 @@
-"""Did it cheat? What each online batch's completions look like as training goes on, and since when they look bad.
+"""Did it cheat? What each online batch's completions look like, and from which batch on they look bad.
 
 Everything is measured on the completions that the run itself sampled, so it costs no sampling; only the second,
 independent reward is asked. Changes are in standard deviations of the first batch, which came from π_0.
