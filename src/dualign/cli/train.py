@@ -112,9 +112,7 @@ def keys(
         print(reference.markdown(), end="")
         return
     for heading, every in reference.matching(sections or []):
-        print(f"\n{heading}")
-        for key in every:
-            print(f"  {key.name:28} {key.default:16} {key.meaning or key.kind}")
+        print(f"\n{heading}\n{reference.plain(every)}")
 
 
 def _fit(config: Config, resume: bool = False) -> None:
