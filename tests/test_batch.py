@@ -49,6 +49,7 @@ def test_the_distance_to_pi_0_has_an_interval_over_prompts():
     assert record["kl_ci"] == pytest.approx(4.302653 * torch.tensor([0.6, -0.2, 0.2]).std().item() / math.sqrt(3))
     view = View(build(tree("m", "p", "r", {"name": "dar"})), quiet=True)
     assert view._cells({"kl": -0.02, "kl_ci": 0.1}) == {"log(π/π_0) (T=0.9)": "-0.02 ± 0.10"}
+    assert list(view._cells({"kl": -1e-8}).values()) == ["0.00"], "rounding has no sign"
     at_pi_0 = replace(b, batch=replace(b.batch, logp_old_NT=torch.zeros(6, 1)))
     assert batch_record(at_pi_0, [], online=True)["kl"] == 0 and "kl_ci" not in batch_record(at_pi_0, [], online=True)
 

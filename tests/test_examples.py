@@ -85,7 +85,7 @@ def test_a_sampler_of_ones_own(recipe, tiny, tmp_path):
     engine = [f"rollout.engine={own}:Replay", f"rollout.options.file={file}"]
     assert "completions of every prompt" in command("keys", f"{own}:Replay").out
     said = command("train", recipe, "--dry-run", *engine)
-    assert said.code == 0 and "12 of 12 held-out prompts are also in data.train" in said.out
+    assert said.code == 0 and "4 of 4 held-out prompts are also in data.train" in said.out
     refuses(command("train", recipe, engine[0]), f"rollout.options.file: missing; {own}:Replay needs it")
     refuses(
         command("train", recipe, *engine, "rollout.options.flie=x"), "rollout.options.flie", "rollout.options.file?"

@@ -52,7 +52,9 @@ def print_plan(config: Config, gpus: int | None = None, nodes: int = 1, gpu_memo
         )
         held = len(drawn)
         if held:
-            print("\n".join([f"held out: {_most(c, leaver)}{held} rows of {c.data.eval}, drawn", *in_both(rows, drawn)]))
+            print(
+                "\n".join([f"held out: {_most(c, leaver)}{held} rows of {c.data.eval}, drawn", *in_both(rows, drawn)])
+            )
     print(
         f"{t.online_batches} online batches of {t.online_batch} completions = {c.prompts_per_batch} prompts × {c.group}; "
         f"{per} updates each, on {c.update_completions} completions; {t.online_batches * per} updates in all"
