@@ -91,6 +91,7 @@ def test_two_online_batches_are_trained_and_a_file_is_labelled(
     server: tuple[str, str], tiny: Path, tmp_path: Path
 ) -> None:
     """Few completions: this judge reads a prompt in seconds."""
+    from command import dualign as command
     from runs_common import launch, metrics, tree, write_prompts
 
     url, model = server
@@ -109,7 +110,7 @@ def test_two_online_batches_are_trained_and_a_file_is_labelled(
     file = tmp_path / "answers.jsonl"
     file.write_text('{"prompt": "How do I boil an egg?", "completion": "Eight minutes in boiling water."}\n' * 2)
     out = tmp_path / "labels.jsonl"
-    arguments = ["--rubric=helpfulness", f"--base-url={url}", f"--model={model}", f"--out={out}"]
-    done = launch(file, *arguments, command="judge")
-    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = ["--rubric=helpfulness", f"--base-url={url}", f"--model={model}", f"--out={out}", "--set=max_tokens=8"]
+    said = command("judge", file, *arguments)
+    assert said.code == 0, said.text
     assert len(out.read_text().splitlines()) == 2
