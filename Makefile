@@ -24,7 +24,7 @@ quickstart: $(STAMP)  ## align a 135M model by DAR and read its answers before a
 
 test: $(STAMP)  ## run the test suite
 	$(BIN)/python -m dualign.assets
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m "not slow" --durations 8
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations 8
 
 FAST := tests/algos tests/test_batch.py tests/test_no_signal.py tests/test_optim.py tests/test_loss_curve.py \
 	tests/test_engine.py tests/test_python.py tests/test_docs.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -12,8 +13,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import typer.main
+import typer.testing
 
+from killing import Zygote
 from tiny import TEMPLATE, make_model, make_tokenizer
+
+# commands are made of their functions once, not for each call
+typer.main.get_command = typer.testing._get_command = functools.cache(typer.main.get_command)
 
 __all__ = ["TEMPLATE", "make_model", "make_tokenizer"]
 
@@ -27,6 +34,14 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    """Processes that start at once and can be killed."""
+    started = Zygote()
+    yield started
+    started.close()
 
 
 def save_tiny(folder: Path, kind: str) -> Path:

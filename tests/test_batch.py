@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ import torch
 import dualign
 from dualign.algos import ALGORITHMS
 from dualign.common.types import Label, Prompt, Rollout
+from dualign.config import build
 from dualign.run.batch import Row, labelled, updates
+from dualign.run.metrics import batch_record
+from dualign.training.view import View
 from runs_common import metrics, tree, vowels
 
 
@@ -33,6 +37,21 @@ def test_every_row_is_in_one_update_with_its_own_tokens():
         assert sorted(set(part.group_N.tolist())) == sorted(set(tokens.group)) and len(set(tokens.group)) == 2
         seen += part.reward_N.tolist()
     assert sorted(seen) == [float(i) for i in range(8)]
+
+
+def test_the_distance_to_pi_0_has_an_interval_over_prompts():
+    """Completions of one prompt are no independent draws."""
+    b = batch([1] * 6)
+    gap_N = torch.tensor([0.5, 0.7, -0.3, -0.1, 0.1, 0.3])
+    b = replace(b, batch=replace(b.batch, logp_old_NT=gap_N[:, None], logp_ref_NT=torch.zeros(6, 1)))
+    record = batch_record(b, [], online=True)
+    assert record["kl"] == pytest.approx(0.2)
+    assert record["kl_ci"] == pytest.approx(4.302653 * torch.tensor([0.6, -0.2, 0.2]).std().item() / math.sqrt(3))
+    view = View(build(tree("m", "p", "r", {"name": "dar"})), quiet=True)
+    assert view._cells({"kl": -0.02, "kl_ci": 0.1}) == {"log(π/π_0) (T=0.9)": "-0.02 ± 0.10"}
+    assert list(view._cells({"kl": -1e-8}).values()) == ["0.00"], "rounding has no sign"
+    at_pi_0 = replace(b, batch=replace(b.batch, logp_old_NT=torch.zeros(6, 1)))
+    assert batch_record(at_pi_0, [], online=True)["kl"] == 0 and "kl_ci" not in batch_record(at_pi_0, [], online=True)
 
 
 def test_per_token_columns_are_cut_with_their_rows():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -83,7 +84,9 @@ def test_a_sampler_of_ones_own(recipe, tiny, tmp_path):
     own = copied("sampler.py", tmp_path)
     engine = [f"rollout.engine={own}:Replay", f"rollout.options.file={file}"]
     assert "completions of every prompt" in command("keys", f"{own}:Replay").out
-    assert command("train", recipe, "--dry-run", *engine).code == 0
+    said = command("train", recipe, "--dry-run", *engine)
+    assert said.code == 0 and "4 of 4 held-out prompts are also in data.train" in said.out
+    refuses(command("train", recipe, engine[0]), f"rollout.options.file: missing; {own}:Replay needs it")
     refuses(
         command("train", recipe, *engine, "rollout.options.flie=x"), "rollout.options.flie", "rollout.options.file?"
     )
@@ -93,7 +96,10 @@ def test_a_sampler_of_ones_own(recipe, tiny, tmp_path):
     short.write_text("".join(json.dumps(line) + "\n" for line in lines[::2]))
     said = command("train", recipe, *engine, f"rollout.options.file={short}", f"run.dir={tmp_path / 'short'}")
     refuses(said, "rollout.engine", "raised IndexError", "own_sampler.py line")
-    assert command("train", recipe, *engine).code == 0
+    said = command("train", recipe, *engine)
+    told = " ".join(said.out.split())
+    assert said.code == 0 and "also answers the held-out prompts" in told
+    assert "4 of 4 held-out prompts are also in data.train" in told
     run = Run.open(tmp_path / "run")
     for row in run.batch(1).rows:
         assert row.rollout.text == texts[row.rollout.prompt.id][row.rollout.index % 4]
@@ -110,7 +116,8 @@ def test_a_reward_of_ones_own(recipe, tmp_path, monkeypatch):
     own = "reward={type: " + place + ", target: 2, weight: 0.5}"
 
     said = command("keys", place)
-    assert said.code == 0 and "target" in said.out and "words that are enough" in said.out and "weight" not in said.out
+    assert said.code == 0 and "weight" not in said.out
+    assert re.search(r"target +\(whole number ≥ 1; default 80\): words that are enough", said.out)
     said = command("train", recipe, own, "--dry-run")
     assert said.code == 0 and f"reward.0: {place}, weight 0.5" in said.out and not (tmp_path / "run").exists()
 
@@ -196,6 +203,10 @@ def test_an_evaluation_of_ones_own(tiny, tmp_path):
 
 def test_a_setting_that_an_evaluation_does_not_have(tmp_path):
     spec = f"{EXAMPLES / 'evaluation.py'}:Brevity"
+    said = command("eval", spec, "--help")
+    assert said.code == 0 and re.search(
+        r"Settings of .*:Brevity, as key=value:\s+longest +\(whole number; default 200\)", said.out
+    )
     for setting, told in (
         ("longst=5", "longst: no such key; did you mean longest?"),
         ("words=5", "words: no such key; it has longest"),

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 import dualign
 from dualign.common.errors import StopRun
 from dualign.common.intervals import FEW, bracket, half_width, plus_minus
-from dualign.common.types import Label, Prompt, Rollout
+from dualign.common.types import Label, Prompt, Rollout, user_prompt
 from dualign.run.batch import Row
 from dualign.run.verify import verify
+from dualign.training.evaluations import in_both
 from dualign.training.heldout import HeldOut, gains, kl_name
 from dualign.training.view import verdict
 from runs_common import tree, vowels, write_prompts
@@ -57,6 +58,13 @@ def test_each_of_several_rewards():
         1 / np.std([1, 2, 3, 4], ddof=1)
     )
     assert found["b"]["before"] == pytest.approx(1.5) and found["b"]["gain"] == pytest.approx(3.5), "prompt 0 has no b"
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted():
+    one, other = user_prompt("a", "hello"), user_prompt("b", "hello", system="Be brief.")
+    assert in_both([one, Prompt("c", "hello")], [other]) == [], "the same words in another conversation"
+    (said,) = in_both([other, one], [user_prompt("x", "hello"), user_prompt("y", "hi"), Prompt("z", "hello")])
+    assert "1 of 3 held-out prompts are also in data.train" in said
 
 
 def test_the_verdict_names_them():

@@ -26,7 +26,6 @@ from dualign.run.folder import Run
 from dualign.training.engine import Engine
 from dualign.training.resume import resumed_config
 from runs_common import (
-    launch,
     metrics,
     reward_file,
     tree,
@@ -347,15 +346,15 @@ SKIPPING = {"name": "dar", "skip_below": 0.05}  # at the papers' β: some rows o
 @pytest.mark.parametrize(
     "algo", [{"name": "dar"}, {"name": "grpo"}, {"name": "ppo"}, {"name": "dpo"}, SKIPPING], ids=str
 )
-def test_two_processes_give_the_same_weights_and_losses(algo, tiny, tmp_path):
+def test_two_processes_give_the_same_weights_and_losses(algo, tiny, tmp_path, zygote):
     data, found = write_prompts(tmp_path), []
     for processes in (1, 2):
         run = tmp_path / f"run{processes}"
         recipe = tmp_path / f"recipe{processes}.yaml"
         rewards = [reward_file(), reward_file("whitened")]  # the second needs to see the whole batch
         recipe.write_text(yaml.safe_dump(tree(tiny, data, run, algo) | {"reward": rewards}))
-        done = launch(recipe, processes=processes)
-        assert done.returncode == 0, done.stderr
+        done = zygote.run("train", str(recipe), log=tmp_path / "log", processes=processes)
+        assert done["status"] == 0, (tmp_path / "log").read_text()
         found.append((weights(run), metrics(run), json.loads((run / "summary.json").read_text())["before"]["reward"]))
     (one, first, held_out), (two, second, held_out_of_two) = found
     assert held_out_of_two == pytest.approx(held_out)

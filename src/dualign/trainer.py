@@ -168,6 +168,7 @@ class Trainer:
         self.evaluations = Evaluations(config, machine, engine, run, self.labeller, view)
         self.labels = 0
         view.plan(plan_lines(config, engine, len(stream), len(self.evaluations.heldout)))
+        view.plan(self.evaluations.notes(stream))
 
     def fit(self) -> None:
         start, skip, losses = self._restore()

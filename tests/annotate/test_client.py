@@ -30,7 +30,7 @@ def judge(server: FaultServer | str, folder: Path, **more: Any) -> JudgeAnnotato
         "model": "m",
         "rubric": "helpfulness",
         "cache": str(folder / "c.sqlite"),
-        "timeout": 0.6,
+        "timeout": 2.0,
     }
     return JudgeAnnotator(JudgeReward(**{**settings, **more}))
 
@@ -55,8 +55,8 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_faults_of_all_kinds(tmp_path: Path) -> None:
-    with FaultServer(faults=0.3, slow=0.1, hang=5, seed=1) as server:
-        labels = label(server, tmp_path, 300, timeout=2.5)  # a late answer would be bought twice
+    with FaultServer(faults=0.3, slow=0.1, hang=60, seed=1) as server:
+        labels = label(server, tmp_path, 200, timeout=10)  # an answer that a busy machine gives late is bought twice
         assert server.stats.as_json()["bought_twice"] == 0
         assert all(server.stats.faults[kind] for kind in PASSING)
     wrong = [i for i, x in enumerate(labels) if x.value not in (None, 1 + i % 10)]
@@ -67,7 +67,7 @@ def test_faults_of_all_kinds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", PASSING)
 def test_each_passing_fault_passes(tmp_path: Path, kind: str) -> None:
-    with FaultServer(faults=0.4, kinds=(kind,), slow=0.1, hang=5, seed=2) as server:
+    with FaultServer(faults=0.4, kinds=(kind,), slow=0.1, hang=60, seed=2) as server:
         labels = label(server, tmp_path, 40, concurrency=20)
         assert server.stats.faults[kind]
     assert [x.value for x in labels] == [1 + i % 10 for i in range(40)]
@@ -79,7 +79,7 @@ def test_one_request_that_always_fails_is_absent_and_ends_nothing(tmp_path: Path
 
 
 def test_retry_after_is_honoured(tmp_path: Path) -> None:
-    with FaultServer(faults=1.0, kinds=("429",), retry_after="0.4") as server:
+    with FaultServer(faults=1.0, kinds=("429",), retry_after="2") as server:
         annotator = judge(server, tmp_path, retries=2, concurrency=4)
         session = annotator.open()
         for item in items(4):
@@ -87,7 +87,7 @@ def test_retry_after_is_honoured(tmp_path: Path) -> None:
         time.sleep(0.3)
         first = server.stats.calls
         server.faults = 0.0
-        assert first <= 4  # nobody asked again before the 0.4 s were over
+        assert first <= 4  # nobody asked again before the 2 s were over
         assert {i: x.value for i, x in session.close().items()} == {i: 1 + i for i in range(4)}
         annotator.close()
 
@@ -187,18 +187,17 @@ def test_tokens_per_minute_settle_to_what_was_used() -> None:
 
 
 def test_add_returns_at_once(tmp_path: Path) -> None:
-    with FaultServer(latency=0.4) as server:
-        annotator = judge(server, tmp_path, timeout=5.0)
-        session, start = annotator.open(), time.monotonic()
+    with FaultServer(latency=2) as server:
+        annotator = judge(server, tmp_path, timeout=20.0)
+        session = annotator.open()
         for item in items(50):
             session.add(item)
-        added = time.monotonic() - start
-        deadline = time.monotonic() + 10
+        assert not server.stats.bought  # nobody waited for a reply
+        deadline = time.monotonic() + 60
         while server.stats.calls < 50 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert server.stats.calls == 50  # while the caller does something else
         assert len(session.close()) == 50
-        assert added < 0.25
         annotator.close()
 
 

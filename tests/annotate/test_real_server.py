@@ -48,8 +48,8 @@ def server() -> Iterator[tuple[str, str]]:
                 time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1", folder
     finally:
-        process.terminate()
-        process.wait(20)
+        process.kill()  # one that is asked to end would first finish what it is generating
+        process.wait()
 
 
 def settings(server: tuple[str, str], tmp_path: Path) -> dict[str, object]:
@@ -90,24 +90,27 @@ def test_the_bound_holds_against_its_tokenizer(server: tuple[str, str], tmp_path
 def test_two_online_batches_are_trained_and_a_file_is_labelled(
     server: tuple[str, str], tiny: Path, tmp_path: Path
 ) -> None:
+    """Few completions: this judge reads a prompt in seconds."""
+    from command import dualign as command
     from runs_common import launch, metrics, tree, write_prompts
 
     url, model = server
-    judge = {"type": "judge", **settings(server, tmp_path), "max_tokens": 24}
-    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}, online_batches=2, online_batch=8)
+    judge = {"type": "judge", **settings(server, tmp_path)}
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}, online_batches=2)
+    config["train"] |= {"online_batch": 2, "update_size": 2}
     config["train"] |= {"max_absent": 1.0}  # this judge often gives no score; that is what absent labels are for
-    config["eval"], config["data"] = {"prompts": 1}, {"train": config["data"]["train"]}
+    config["rollout"]["k"], config["data"]["eval"] = 2, None
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(config | {"reward": [judge]}))
     done = launch(recipe)
     assert done.returncode == 0, done.stderr[-2000:]
     records = metrics(tmp_path / "run")
     assert [r["step"] for r in records] == [0, 1]
-    assert all(0 <= r["absent"] <= 8 for r in records)
+    assert all(0 <= r["absent"] <= 2 for r in records)
     file = tmp_path / "answers.jsonl"
     file.write_text('{"prompt": "How do I boil an egg?", "completion": "Eight minutes in boiling water."}\n' * 2)
     out = tmp_path / "labels.jsonl"
-    arguments = ["--rubric=helpfulness", f"--base-url={url}", f"--model={model}", f"--out={out}"]
-    done = launch(file, *arguments, command="judge")
-    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = ["--rubric=helpfulness", f"--base-url={url}", f"--model={model}", f"--out={out}", "--set=max_tokens=8"]
+    said = command("judge", file, *arguments)
+    assert said.code == 0, said.text
     assert len(out.read_text().splitlines()) == 2

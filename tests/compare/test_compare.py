@@ -18,6 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 import dualign
+from command import dualign as command
 from dualign.cli import application
 from dualign.common.errors import UserError
 from dualign.config import dump
@@ -34,20 +35,38 @@ from runs_common import launch, reward_file, tree, write_prompts
 T95 = {2: 12.706204736432095, 3: 4.302652729696142}  # t quantiles for two and three seeds
 
 
-@pytest.fixture
-def grid_file(tiny, tmp_path):
+def grid_writer(model, folder):
     """Writes GRID.yaml over a tiny base recipe; keyword arguments are the grid's keys."""
-    base = tree(tiny, write_prompts(tmp_path), tmp_path / "unused", {"name": "dar"}, online_batches=2, online_batch=8)
+    base = tree(model, write_prompts(folder), folder / "unused", {"name": "dar"}, online_batches=2, online_batch=8)
     base |= {"reward": [reward_file()], "eval": {"prompts": 3, "every": 1}}
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
 
     def write(**keys):
-        keys = {"base": str(tmp_path / "base.yaml"), "out": str(tmp_path / "out"), "seeds": [0, 1], **keys}
-        path = tmp_path / "grid.yaml"
+        keys = {"base": str(folder / "base.yaml"), "out": str(folder / "out"), "seeds": [0, 1], **keys}
+        path = folder / "grid.yaml"
         path.write_text(yaml.safe_dump(keys, sort_keys=False))
         return path
 
     return write
+
+
+@pytest.fixture
+def grid_file(tiny, tmp_path):
+    return grid_writer(tiny, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """The same, of a folder in which TWO are finished with three seeds."""
+    write = grid_writer(tiny, tmp_path_factory.mktemp("finished"))
+    assert run_grid(load(write(systems=TWO, seeds=[0, 1, 2])), here, print) == {}
+    return write
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """A report's words without its figures, which other tests look at."""
+    monkeypatch.setattr("dualign.eval.compare.plots.draw", lambda results, folder: [])
 
 
 def here(cell, resume, stopping):
@@ -90,9 +109,8 @@ def test_interrupted_after_one_cell_it_goes_on_with_the_second(grid_file):
     assert {state(c) for c in every} == {"finished"}
 
 
-def test_the_table_is_what_the_summaries_say(grid_file):
-    grid = load(grid_file(systems=TWO, seeds=[0, 1, 2], reference="grpo", at_kl=[1e6]))
-    assert run_grid(grid, here, print) == {}
+def test_the_table_is_what_the_summaries_say(finished):
+    grid = load(finished(systems=TWO, seeds=[0, 1, 2], reference="grpo", at_kl=[1e6]))
     table = write_report(grid, {})
     report = list(csv.DictReader((grid_out(grid) / "report" / "table.csv").open()))
     for row in report:
@@ -133,7 +151,7 @@ def test_the_table_is_what_the_summaries_say(grid_file):
         assert (grid_out(grid) / "report" / f"{name}.png").stat().st_size > 5000
 
 
-def test_a_failing_cell_is_named_and_the_others_go_on(grid_file, tmp_path):
+def test_a_failing_cell_is_named_and_the_others_go_on(grid_file, tmp_path, undrawn):
     systems = {**TWO, "broken": {"data": {"train": str(tmp_path / "nowhere.jsonl")}}}
     grid = load(grid_file(systems=systems, seeds=[0]))
     failed = run_grid(grid, here, print)
@@ -144,7 +162,7 @@ def test_a_failing_cell_is_named_and_the_others_go_on(grid_file, tmp_path):
     assert re.search(r"- broken seed 0: failed: .*nowhere\.jsonl", report)
 
 
-def test_the_best_rate_is_selected_on_a_seed_of_its_own(grid_file):
+def test_the_best_rate_is_selected_on_a_seed_of_its_own(grid_file, undrawn):
     select = {"key": "train.lr", "values": [1e-9, 3e-3], "seed": 7, "set": {"eval.every": 0}}
     grid = load(grid_file(systems={"dar": {}}, seeds=[0], select=select))
     rewards = {1e-9: 0.5, 3e-3: 0.75}
@@ -192,7 +210,7 @@ def finish(cell, reward, answers):
     pq.write_table(pa.table({"completion": answers}), Run.open(cell.folder).evaluation_path(2))
 
 
-def test_a_report_reads_no_run_of_other_settings(grid_file):
+def test_a_report_reads_no_run_of_other_settings(grid_file, undrawn):
     """Neither a compared one nor one of the selection; what was reported before stays."""
     select = {"key": "train.lr", "values": [1e-3], "seed": 7}
     path = grid_file(systems={"dar": {}}, seeds=[0], select=select)
@@ -207,21 +225,21 @@ def test_a_report_reads_no_run_of_other_settings(grid_file):
         assert table.read_text() == before
 
 
-def test_runs_of_another_version_are_named(grid_file):
-    grid = load(grid_file(systems=TWO, seeds=[0, 1]))
-    assert run_grid(grid, here, print) == {}
+def test_runs_of_another_version_are_named(finished, undrawn):
+    grid = load(finished(systems=TWO, seeds=[0, 1]))
     write_report(grid, {})
     report = grid_out(grid) / "report" / "report.md"
     assert "versions of the code" not in report.read_text()
     about = grid_out(grid) / "grpo" / "seed1" / "run.json"
-    about.write_text(json.dumps(json.loads(about.read_text()) | {"code": "another"}))
+    as_it_was = about.read_text()
+    about.write_text(json.dumps(json.loads(as_it_was) | {"code": "another"}))
     write_report(grid, {})
+    about.write_text(as_it_was)
     assert "begun by 2 versions of the code or its packages; unlike most: grpo seed 1." in report.read_text()
 
 
-def test_a_failed_cell_is_in_no_table_even_with_a_summary(grid_file):
-    grid = load(grid_file(systems=TWO, seeds=[0]))
-    assert run_grid(grid, here, print) == {}
+def test_a_failed_cell_is_in_no_table_even_with_a_summary(finished, undrawn):
+    grid = load(finished(systems=TWO, seeds=[0]))
     assert "| grpo |" in write_report(grid, {}) and "| grpo |" not in write_report(grid, {"grpo seed 0": "killed"})
 
 
@@ -292,22 +310,39 @@ def test_sweep_without_axes_says_what_to_do(grid_file):
         CliRunner().invoke(application(), ["sweep", str(grid_file(systems=TWO)), "--dry-run"], catch_exceptions=False)
 
 
+SLOW = """
+import os, time
+
+def score(completions, **columns):
+    time.sleep(os.path.exists({!r}))
+    return [len(c[0]["content"]) / 9 for c in completions]
+"""
+
+
+def slow_reward(folder):
+    """A reward that takes a second a batch as long as the file `slow` is there."""
+    (folder / "slow").touch()
+    (folder / "reward.py").write_text(SLOW.format(str(folder / "slow")))
+    return [{"type": "function", "path": f"{folder / 'reward.py'}:score"}]
+
+
 def test_the_command_hands_an_interrupt_on_and_resumes(grid_file, tmp_path):
     """Real processes: the first cell is stopped in the middle, saves itself, and the next call resumes it."""
-    path = grid_file(systems={"dar": {"train": {"online_batches": 400}}}, seeds=[0], set={"eval.every": 0})
+    system = {"train": {"online_batches": 40}, "reward": slow_reward(tmp_path)}
+    path = grid_file(systems={"dar": system}, seeds=[0], set={"eval.every": 0})
     folder = tmp_path / "out" / "dar" / "seed0"
     started = launch(path, command="compare", wait=False)
     wait_for(lambda: len(list(folder.glob("batches/*.parquet"))) >= 3)
     started.send_signal(signal.SIGINT)
-    _, err = started.communicate(timeout=60)
+    _, err = started.communicate(timeout=300)
     assert started.returncode == 130, err
     assert list(folder.glob("checkpoints/0*")), "the cell did not save itself"
     assert not (folder / "summary.json").exists()
     (cell,) = cells(load(path), {})
     assert state(cell) == "interrupted"
-    # what is left would take a while: the rest of the batches is cut short by resuming by hand
+    (tmp_path / "slow").unlink()
     done = len(list(folder.glob("batches/*.parquet")))
-    assert launch(folder, f"train.online_batches={done + 1}", command="resume").returncode == 0
+    assert command("resume", folder, f"train.online_batches={done + 1}").code == 0
     assert (folder / "summary.json").is_file()
 
 
@@ -331,23 +366,25 @@ def test_what_is_not_a_cells_own_failure_ends_the_grid_at_once(grid_file, jobs):
 
 def test_cells_side_by_side_are_stopped_and_finished_together(grid_file, tmp_path):
     """Real processes, two at a time: an interrupt reaches both, and the next call finishes all three."""
-    path = grid_file(systems={"dar": {}, "grpo": {"algo": {"name": "grpo"}}, "rloo": {"algo": {"name": "rloo"}}},
-                     seeds=[0], set={"train.online_batches": 60, "eval.every": 0})  # fmt: skip
+    common = {"reward": slow_reward(tmp_path)}
+    path = grid_file(systems={name: {"algo": {"name": name}} | common for name in ("dar", "grpo", "rloo")},
+                     seeds=[0], set={"train.online_batches": 20, "eval.every": 0})  # fmt: skip
     folders = [tmp_path / "out" / name / "seed0" for name in ("dar", "grpo", "rloo")]
     started = launch(path, "--jobs", "2", command="compare", wait=False)
     wait_for(lambda: all(len(list(f.glob("batches/*.parquet"))) >= 2 for f in folders[:2]))
     assert not folders[2].exists()
     started.send_signal(signal.SIGTERM)
-    out, err = started.communicate(timeout=60)
+    out, err = started.communicate(timeout=300)
     assert started.returncode == 130 and "FAILED" not in out, (out, err)
     assert all(list(f.glob("checkpoints/0*")) and not (f / "summary.json").exists() for f in folders[:2])
     assert not folders[2].exists()
-    done = launch(path, "--jobs", "2", command="compare")
-    assert done.returncode == 0 and done.stdout.count("resumed") == 2, done
+    (tmp_path / "slow").unlink()
+    done = command("compare", path, "--jobs", "2")
+    assert done.code == 0 and done.out.count("resumed") == 2, done.text
     assert all((f / "summary.json").is_file() for f in folders)
 
 
-def wait_for(condition, seconds=90):
+def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"

@@ -7,15 +7,8 @@ import random
 
 import pytest
 
-from killing import Case, Zygote, at_random
+from killing import Case, at_random
 from runs_common import metrics
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    started = Zygote()
-    yield started
-    started.close()
 
 
 def surely(seed, case):

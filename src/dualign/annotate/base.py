@@ -37,7 +37,7 @@ class Session(Protocol):
 
 @runtime_checkable
 class Annotator(Protocol):
-    """Opens one session per online batch. Raises UserError for what the user must mend (a reward function that
+    """Opens one session per online batch. Raises UserError for what the user must fix (a reward function that
     raises or returns the wrong length), StopRun for what ends the run cleanly (a spent budget, a dead judge). One whose
     labels depend on the rest of the batch says `whole_batch = True`: several processes then ask once, for all."""
 

@@ -250,7 +250,7 @@ class Client:
         """Waits for what is in flight to settle before it finds a ceiling reached."""
         while (hold := self._ledger.hold(prompt, completion)) is None:
             if self._holds == 0:
-                raise self._end(StopRun(f"{self._ledger.reached()}. Raise it and go on: every label so far is kept"))
+                raise self._end(StopRun(f"{self._ledger.reached()}. Raise it and resume: every label so far is kept"))
             self._settled.clear()
             await self._settled.wait()
             if self._stopped:
@@ -277,7 +277,7 @@ class Client:
         if silent and (fault.down or self._given_up >= GIVEN_UP_IN_A_ROW):
             where = f"{self.settings.model} at {shown_url(self.settings.base_url)}"
             message = f"the judge {where} does not work: {fault} ({tries} attempts, no answer in between)"
-            raise self._end(StopRun(f"{message}. Go on when it is back: every label so far is kept"))
+            raise self._end(StopRun(f"{message}. Resume when it is back: every label so far is kept"))
         return Label.absent(f"{fault} ({tries} attempts)" if tries else str(fault))
 
     def _end(self, error: StopRun | UserError) -> StopRun | UserError:

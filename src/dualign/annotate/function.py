@@ -34,7 +34,7 @@ def name_of(reward: Any) -> str:
 
 class FunctionAnnotator:
     """Labels a batch by one call of `function`. With a `timeout` (seconds) a late batch is absent; its call, if it is
-    not async, cannot be killed and goes on in the background."""
+    not async, cannot be killed and runs on in the background."""
 
     whole_batch = True  # several processes ask once, for the completions of all
 

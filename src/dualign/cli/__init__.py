@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -39,6 +40,7 @@ def _at_home(context: Any, parameter: Any, value: Any) -> Any:
     return type(value)(at_home(str(value))) if isinstance(value, str | Path) else value
 
 
+@functools.cache
 def application() -> typer.Typer:
     app = typer.Typer(
         cls=Commands,

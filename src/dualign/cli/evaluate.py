@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +36,20 @@ class Evaluations(TyperGroup):
     """FILE.py:NAME in a command's place is an evaluation of one's own."""
 
     def resolve_command(self, context: Any, arguments: list[str]) -> Any:
-        return super().resolve_command(context, [OWN, *arguments] if is_place(arguments[0]) else arguments)
+        if not is_place(arguments[0]):
+            return super().resolve_command(context, arguments)
+        name, command, rest = super().resolve_command(context, [OWN, *arguments])
+        return name, _with_settings(command, rest[0]) if "--help" in rest else command, rest
+
+
+def _with_settings(command: Any, place: str) -> Any:
+    """The command, whose help lists what the class at `place` is set by."""
+    from dualign.config.keys import of_own, plain
+
+    told = copy.copy(command)
+    _, keys = of_own(place)
+    told.epilog = f"\b\nSettings of {place}, as key=value:\n{plain(keys) if keys else '  none'}"
+    return told
 
 
 OWN = "FILE.py:NAME"

@@ -54,7 +54,7 @@ def resume(
     run: Annotated[Path, typer.Argument(help="the run's folder")],
     overrides: Overrides = None,
 ) -> None:
-    """Go on with a run that was stopped or killed, to the same weights that it would have reached."""
+    """Resume a run that was stopped or killed. It reaches the weights that it would have reached."""
     from dualign.training.resume import resumed_config
 
     _fit(resumed_config(run, overrides or ()), resume=True)
@@ -112,9 +112,7 @@ def keys(
         print(reference.markdown(), end="")
         return
     for heading, every in reference.matching(sections or []):
-        print(f"\n{heading}")
-        for key in every:
-            print(f"  {key.name:28} {key.default:16} {key.meaning or key.kind}")
+        print(f"\n{heading}\n{reference.plain(every)}")
 
 
 def _fit(config: Config, resume: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self, get_args, get_origin
@@ -273,10 +273,21 @@ def _explain(tree: Any, item: Any) -> str:
         of = f" ({owner})" if near and is_place(str(owner)) else ""
         return f"{key}: no such key{hint}{of}"
     if kind == "missing":
-        return f"{key}: missing"
+        own = own_class(path, tree)
+        return f"{key}: missing" + (f"; {own} needs it: {key}=VALUE" if own else "")
     if kind == "value_error":
         return (f"{key}: " if key else "") + message.removeprefix("Value error, ")
     return f"{key}: {message[0].lower()}{message[1:]}, not {item['input']!r}"
+
+
+def own_class(path: Sequence[str], tree: Any) -> str | None:
+    """The user's own class whose setting `path` is, as the configuration names it."""
+    section = tree.get(path[0])
+    if path[0] == "reward":
+        section = section[int(path[1])]
+    tag = {"algo": "name", "reward": "type", "rollout": "engine" if "options" in path else ""}.get(path[0], "")
+    name = section.get(tag) if isinstance(section, dict) else None
+    return name if isinstance(name, str) and is_place(name) else None
 
 
 def _known(path: list[str], tree: Any) -> list[str]:

@@ -19,7 +19,7 @@ from dualign.common.named import is_place, load_named
 from dualign.config import Config
 from dualign.rollout.settings import ENGINES, RolloutConfig
 
-BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "multiple_of": "a multiple of"}
 INTRODUCTION = """# Every key of a recipe
 
 A recipe names what differs from these defaults; on the command line a key is set by `section.key=value`
@@ -33,6 +33,10 @@ class Key:
     kind: str
     default: str
     meaning: str
+
+    def __str__(self) -> str:
+        default = self.default if self.default == "must be given" else f"default {self.default}"
+        return f"({self.kind}; {default}){': ' if self.meaning else ''}{self.meaning}"
 
 
 def sections() -> Iterator[tuple[str, list[Key]]]:
@@ -82,18 +86,20 @@ def matching(names: list[str]) -> list[tuple[str, list[Key]]]:
     return own + [(h, keys) for h, keys in every if not names or any(name in words[h] for name in names)]
 
 
+def plain(keys: list[Key]) -> str:
+    """For the terminal."""
+    rows = [f"  {key.name:24} {key}".replace("`", "") for key in keys]
+    return "\n".join(textwrap.fill(row, 120, subsequent_indent=" " * 6, break_on_hyphens=False) for row in rows)
+
+
 def markdown() -> str:
     """docs/configuration.md"""
     parts = [INTRODUCTION]
     for heading, keys in sections():
-        rows = [f"- `{k.name}` ({k.kind}; {_said(k.default)}): {k.meaning}" for k in keys]
+        rows = [f"- `{key.name}` {key}" for key in keys]
         lines = [textwrap.fill(r, 120, subsequent_indent="  ", break_on_hyphens=False) for r in rows]
         parts.append("\n".join([f"## {heading}\n", *lines]) + "\n")
     return "\n".join(parts)
-
-
-def _said(default: str) -> str:
-    return default if default == "must be given" else f"default {default}"
 
 
 def _keys(model: type[BaseModel], without: set[str], prefix: str = "") -> Iterator[Key]:

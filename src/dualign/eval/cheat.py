@@ -1,4 +1,4 @@
-"""Did it cheat? What each online batch's completions look like as training goes on, and since when they look bad.
+"""Did it cheat? What each online batch's completions look like, and from which batch on they look bad.
 
 Everything is measured on the completions that the run itself sampled, so it costs no sampling; only the second,
 independent reward is asked. Changes are in standard deviations of the first batch, which came from π_0.
@@ -71,7 +71,7 @@ def trace(run: Path, second: Judge, until: int | None = None) -> list[Json]:
         row = {"batch": step, **texts([a.text for a in answers])}
         row["missing_eos"] = float(np.mean([r.rollout.finish == "length" for r in b.rows]))
         row["length"] = float(np.mean([len(r.rollout.completion_ids) for r in b.rows]))
-        row |= {"kl": b.gap, "kl_name": kl_name(config.rollout.model_dump())}
+        row |= {"kl": b.gap, "kl_ci": b.gap_ci, "kl_name": kl_name(config.rollout.model_dump())}
         for key, values in seen.items():
             start.setdefault(key, _mean_sd(values))
             row |= {f"{key}_sd": _change(values, start[key]), f"{key}_se": _error(values, groups, start[key])}
@@ -220,7 +220,10 @@ def _words(table: Sequence[Json], grave: Sequence[tuple[int, str]], start: int |
     last = table[-1]
     reward = f"reward {_moved(last['reward_sd'])}"
     second = f"{'an opposed' if opposed else 'the independent'} reward {_moved(last['second_sd'])}"
-    kl = "" if last["kl"] is None else f" at {last.get('kl_name') or kl_name({})} of {last['kl']:.1f} nats"
+    kl = ""
+    if last["kl"] is not None:
+        half = "" if last.get("kl_ci") is None else f" ± {last['kl_ci']:.1f}"
+        kl = f" at {last.get('kl_name') or kl_name({})} of {last['kl']:.1f}{half} nats"
     why = "; ".join(SIGNS[name].words for _, name in grave)
     if start is not None and _rose(table):
         return f"{reward} while {second}{kl}, and {why}: likely overoptimised from batch {start}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dualign.algos import Algorithm, Batch, Stats
 from dualign.common.errors import StopRun
+from dualign.common.intervals import half_width
 from dualign.common.types import Label, Rollout
 from dualign.models.packing import Tokens
 
@@ -56,6 +58,15 @@ class WeightedBatch:
         if self.gap_absent is None:
             return float(gap_N.mean()) if len(gap_N) else None
         return (float(gap_N.double().sum()) + self.gap_absent) / len(self.rows)
+
+    @property
+    def gap_ci(self) -> float | None:
+        """Half the 95 % interval of `gap`, over the prompts that have a label. None: there is none."""
+        if self.gap is None:
+            return None
+        gap_N, group_N = (self.batch.seq_old_N - self.batch.seq_ref_N).double(), self.batch.group_N
+        half = half_width([float(gap_N[group_N == group].mean()) for group in group_N.unique()])
+        return None if math.isnan(half) else half
 
 
 def labelled(step: int, rows: Sequence[Row]) -> WeightedBatch:

@@ -52,6 +52,8 @@ def batch_record(b: WeightedBatch, losses: list[dict[str, float]], online: bool)
         record[f"{name}/mean"] = float(np.mean(labels)) if labels else None
     if online and (gap := b.gap) is not None:
         record["kl"] = gap
+        if (half := b.gap_ci) is not None:
+            record["kl_ci"] = half
     if online and (nats := entropy(b)) is not None:
         record["entropy"] = nats
     if batch.logp_old_NT is not None and any(row.rollout.sampler_logp for row in b.rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from dualign.common.errors import AbsentError, UserError
 from dualign.common.types import Example
 from dualign.config import Config
 from dualign.rollout.base import Request
+from dualign.rollout.own import OwnSampler
 from dualign.run.batch import Row
 from dualign.run.folder import Run
 from dualign.training.engine import Engine
@@ -47,6 +49,13 @@ class Evaluations:
                 "and resume: the stored batches are replayed from the first"
             )
 
+    def notes(self, stream: Sequence[Request] | Sequence[Example]) -> list[str]:
+        """What to know of the held-out numbers before one relies on them. `stream`: what is trained on."""
+        notes = in_both(stream, self.heldout)
+        if self.heldout and self.labeller and isinstance(sampler := self.labeller.sampler, OwnSampler):
+            notes.append(f"note: {sampler.engine} also answers the held-out prompts")
+        return notes
+
     def due(self, done: int) -> bool:
         every = self.config.eval.every
         return done == 0 or bool(every and done % every == 0)
@@ -80,6 +89,16 @@ class Evaluations:
             return found | {"changes": changes(first_rows, last_rows)}
         penalty = self.config.rollout.missing_eos_penalty
         return found | {"penalty": penalty} | gains(first_rows, last_rows, penalty)
+
+
+def in_both(trained: Sequence[Any], heldout: Sequence[Any]) -> list[str]:
+    """A note where prompts that are held out are trained on as well; else none. Of prompts, or of what has one."""
+    prompts, held = ([getattr(each, "prompt", each) for each in rows] for rows in (trained, heldout))
+    texts = {prompt.text for prompt in held}  # few share one, so that few are compared as a whole
+    seen = {json.dumps(prompt.content) for prompt in prompts if prompt.text in texts}
+    count = sum(json.dumps(prompt.content) in seen for prompt in held)
+    told = f"note: {count} of {len(held)} held-out prompts are also in data.train: their answers are not held out"
+    return [told] if count else []
 
 
 def stop_if_absent(run: Run, limit: float, where: str, rows: Sequence[Row], needed: bool = False) -> None:

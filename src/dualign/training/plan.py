@@ -17,6 +17,7 @@ from dualign.config import Config
 from dualign.models.load import context_of
 from dualign.models.tokenizer import Tokenizer, load_tokenizer, source_of
 from dualign.rollout.base import Request
+from dualign.training.evaluations import in_both
 from dualign.training.fits import Asked, NotAtHand, memory_lines
 from dualign.training.source import load_heldout, load_stream
 
@@ -46,11 +47,14 @@ def print_plan(config: Config, gpus: int | None = None, nodes: int = 1, gpu_memo
         print(f"data: {_most(c, leaver)}{train} rows of {c.data.train}; {epochs:.2f} epochs")
     held = 0
     if c.data.eval:
-        held = len(
-            _load(lambda say: load_heldout(c, leaver, say, bool(c.reward)) if leaver else _held(c), c.data.eval, faults)
+        drawn = _load(
+            lambda say: load_heldout(c, leaver, say, bool(c.reward)) if leaver else _held(c), c.data.eval, faults
         )
+        held = len(drawn)
         if held:
-            print(f"held out: {_most(c, leaver)}{held} rows of {c.data.eval}, drawn")
+            print(
+                "\n".join([f"held out: {_most(c, leaver)}{held} rows of {c.data.eval}, drawn", *in_both(rows, drawn)])
+            )
     print(
         f"{t.online_batches} online batches of {t.online_batch} completions = {c.prompts_per_batch} prompts × {c.group}; "
         f"{per} updates each, on {c.update_completions} completions; {t.online_batches * per} updates in all"

@@ -113,7 +113,7 @@ def check_same_run(folder: Path, config: Config, given: Sequence[Reward], sample
     if had is not None and had != names:
         raise UserError(
             f"{folder}: its rewards came from Python: {', '.join(had) or 'none'}, now {', '.join(names) or 'none'}. "
-            "Go on with the same ones: dualign.train(config, reward=[...], resume=True); a recipe that names its rewards "
+            "Resume with the same ones: dualign.train(config, reward=[...], resume=True); a recipe that names its rewards "
             "is resumed from the command line"
         )
     if run.about.get("sampler") != sampler_name(sampler):
@@ -170,7 +170,7 @@ def check_tokens(run: Run, source: Source, tokenizer: Tokenizer) -> None:
                 raise UserError(
                     f"{run.batch_path(b.step)}: {what} {r.prompt.id} is not tokenized as it was when the batch was "
                     f"made{dated}. Then: {_beginning(tokenizer, then)} Now: {_beginning(tokenizer, now)} "
-                    "Go on with the data, the template and the versions of packages that the run began with (run.json)"
+                    "Resume with the data, the template and the versions of packages that the run began with (run.json)"
                 )
 
 

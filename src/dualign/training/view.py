@@ -29,7 +29,7 @@ COLLAPSED = 0.5  # of the share of different answers at π_0: a person should be
 COLUMNS = {  # column: (key, format); shown when the key is there
     "batch": ("step", "{:d}"),
     "reward": ("reward", "{:+.3f}"),
-    "KL to π_0": ("kl", "{:.2f}"),
+    "KL to π_0": ("kl", "{:z.2f}"),
     "clipped": ("clip_rate", "{:.0%}"),
     "ess": ("ess", "{:.0%}"),
     "tied": ("tied", "{:.0%}"),
@@ -136,8 +136,12 @@ class View:
         return Group(table, Text(f"{self.doing}  {progress}".strip(), style="dim"))
 
     def _cells(self, record: dict[str, Any]) -> dict[str, str]:
-        shown = {name: (record.get(key), form) for name, (key, form) in self.columns.items()}
-        return {name: form.format(value) for name, (value, form) in shown.items() if value is not None}
+        shown = {}
+        for name, (key, form) in self.columns.items():
+            if (value := record.get(key)) is not None:
+                half = record.get(f"{key}_ci")
+                shown[name] = form.format(value) + ("" if half is None else f" ± {form.format(half)}")
+        return shown
 
 
 def columns_of(config: Config) -> dict[str, tuple[str, str]]:

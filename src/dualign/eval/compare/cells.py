@@ -46,7 +46,7 @@ def state(cell: Cell) -> State:
 
 def run_grid(grid: Grid, execute: Execute, say: Say, jobs: int = 1) -> dict[str, str]:
     """Runs what is not finished: the selection first, then the compared cells, `jobs` at a time. Returns the failed ones
-    by name, each with its reason; the others went on. Before the first run, every cell's folder is checked."""
+    by name, each with its reason; the others continued. Before the first run, every cell's folder is checked."""
     first = selection_cells(grid)
     for cell in first:
         state(cell)
@@ -63,7 +63,7 @@ def run_grid(grid: Grid, execute: Execute, say: Say, jobs: int = 1) -> dict[str,
 
 
 def run_cells(todo: Sequence[Cell], execute: Execute, say: Say, keep_weights: bool, jobs: int) -> dict[str, str]:
-    """The failed cells by name, each with its reason. A finished one will not go on: its training state is dropped.
+    """The failed cells by name, each with its reason. A finished one is never resumed: its training state is dropped.
     Whatever else goes wrong, an interrupt included, stops the running cells, begins no other, and is raised."""
     states = {cell.folder: state(cell) for cell in todo}
     every = unique(todo)

@@ -197,5 +197,6 @@ def _legend(figure: Any, axis: Any) -> Any:
 
 def _save(figure: Any, path: Path) -> Path:
     figure.savefig(f"{path}.svg")
+    figure.set_layout_engine("none")  # what is laid out stays so
     figure.savefig(f"{path}.png", dpi=200)
     return Path(f"{path}.png")

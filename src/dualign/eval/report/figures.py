@@ -65,6 +65,7 @@ def _draw(name: str, title: str, about: str, plot: Plot, runs: Sequence[RunData]
         return None
     png, svg = io.BytesIO(), io.StringIO()
     figure.savefig(png, format="png", dpi=160, facecolor="white")
+    figure.set_layout_engine("none")  # what is laid out stays so
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     return Drawn(name, title, about, _inline(svg.getvalue(), name, about), png.getvalue(), rows)
 

@@ -64,7 +64,7 @@ def _summary(runs: Sequence[RunData]) -> tuple[list[str], list[list[str]]]:
         "labels",
         "held-out reward",
         "gain in sd [95 %]",
-        f"{heldout_kl_name(runs)}, nats",
+        f"{heldout_kl_name(runs)}, nats [95 %]",
         "length",
         "no EOS",
         "labels absent",
@@ -80,7 +80,8 @@ def _summary(runs: Sequence[RunData]) -> tuple[list[str], list[list[str]]]:
             run.name, str(s.get("algo", "unfinished")), str(len(run.metrics)), f"{labels:,}",
             _change(first, last, "reward", "{:+.2f}"),
             f"{plus_minus(s['gain_sd'], s['gain_sd_ci'], s.get('n'))}{_over(s)}" if "gain_sd" in s else "–",
-            _number(last.get("kl"), "{:.2f}"), _change(first, last, "length", "{:.0f}"),
+            plus_minus(last.get("kl"), last.get("kl_ci"), last.get("prompts"), "{:.2f}"),
+            _change(first, last, "length", "{:.0f}"),
             _change(first, last, "truncated", "{:.0%}"), _change(first, last, "absent", "{:.0%}"), f"{hours:.2f}",
         ])  # fmt: skip
     return header, rows
@@ -95,10 +96,6 @@ def _change(first: Json, last: Json, key: str, form: str) -> str:
     if not (known(first.get(key)) and known(last.get(key))):
         return "–"
     return f"{form.format(first[key])} → {form.format(last[key])}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return form.format(value) if value is not None and known(value) else "–"
 
 
 def _evaluations(runs: Sequence[RunData]) -> str:

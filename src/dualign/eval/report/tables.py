@@ -28,7 +28,7 @@ def evaluations(runs: Sequence[RunData]) -> str:
 
 
 def _together(members: Sequence[tuple[str, Table]]) -> str:
-    """Of what goes on in the course of time the last row, and all of it to be unfolded."""
+    """The last row of what has one for each batch or policy; all rows are there to be unfolded."""
     first = members[0][1]
     told = [key for key in first.about if any(table.about[key] not in table.title for _, table in members)]
     header = ["run", *told, *(column.name for column in first.columns)]
