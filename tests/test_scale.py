@@ -115,6 +115,12 @@ def test_odd_numbers_of_processes_are_told():
     assert "72 sample nothing" in "\n".join(memory_lines(config, Asked(200, 25, 80))[0])
 
 
+def test_of_gpus_that_differ_the_smallest_decides(monkeypatch):
+    monkeypatch.setattr("dualign.training.fits._gpus", lambda: [int(80e9), int(40e9)])
+    lines, fault = memory_lines(configs.load(HELPFUL), Asked(2))
+    assert "GPUs differ (80, 40 GB)" in "\n".join(lines) and "does not fit on 40 GB" in lines[-1] and fault is None
+
+
 def test_what_is_sharded_falls_with_the_processes():
     config = configs.load(HELPFUL)
     shard = config.model_copy(update={"train": config.train.model_copy(update={"shard": "full"})})
