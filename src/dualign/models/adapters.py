@@ -141,6 +141,30 @@ def _whole(parameter: Any, value: Tensor) -> Tensor:
     return dequantize_4bit(parameter.data, parameter.quant_state)
 
 
+def base_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Those of the model under the adapters, likewise."""
+    for name, value in without_adapters(model)[1].items():
+        yield name, _whole(value)
+
+
+def adapter_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """What was put into a model's layers, by the names that peft stores it under."""
+    from peft import get_peft_model_state_dict
+
+    for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+        yield name, _whole(value)
+
+
+def _whole(value: Any) -> Tensor:
+    """Of one that is divided over processes, all of it: they ask for it together."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def bare(model: Any) -> Any:
+    """The model under the adapters, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _peft(what: str) -> Any:
     try:
         import peft

@@ -93,6 +93,8 @@ def print_plan(config: Config) -> None:
     labels, evaluated = c.labels
     evaluated = evaluated // c.eval.prompts * (held or c.eval.prompts)
     print(f"labels needed: {labels} to train, {evaluated} to evaluate")
+    if told := c.rollout.options.describe():
+        print(f"sampler: {told}")
     try:
         c.rollout.options.check()
     except UserError as error:
