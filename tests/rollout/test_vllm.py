@@ -3,13 +3,12 @@ checked, what is refused before work is lost, and what a server's faults cost. t
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ import yaml
 import dualign
 from command import dualign as command
 from conftest import save_tiny
+from dualign.common import lines
 from dualign.common.errors import StopRun, UserError
 from dualign.common.types import Prompt
 from dualign.config import build
@@ -53,7 +53,8 @@ def untied(tmp_path_factory) -> Path:
 def configured(model: Path, folder: Path, name: str = "run", **options) -> dict:
     config = tree(model, write_prompts(folder), folder / name, {"name": "dar"}, lr=1e-2)
     config["rollout"] |= {"engine": "vllm", "options": options}
-    config["eval"] = {"prompts": 4}
+    config["rollout"]["max_new_tokens"], config["eval"] = 8, {"prompts": 4}
+    config["train"] |= {"online_batch": 8, "update_size": 4}
     return config
 
 
@@ -109,7 +110,8 @@ def test_a_rows_tokens_depend_on_its_seed_alone(tiny):
         assert drawn(sampler, held={0, 1, 2, 5}) == {i: row for i, row in one.items() if i not in (0, 1, 2, 5)}
         assert len(server.asked) - before == 8
     body = server.asked[0]
-    assert body["seed"] == seed_of((7, 0), 0) and body["stop_token_ids"] == sorted(sampler.tokenizer.eos_ids)
+    assert {asked["seed"] for asked in server.asked[:12]} == {seed_of((7, 0), row) for row in range(12)}
+    assert body["stop_token_ids"] == sorted(sampler.tokenizer.eos_ids)
     assert body["n"] == 1 and body["top_k"] == -1 and body["repetition_penalty"] == 1 and body["min_p"] == 0
     assert len({seed_of((run, batch), row) for run in (0, 1) for batch in (0, 1) for row in range(9)}) == 36
 
@@ -142,7 +144,7 @@ def test_two_processes_share_servers_and_weights(tiny, tmp_path):
         done = launch(recipe, processes=2)
         assert done.returncode == 0, done.stderr[-3000:]
         assert one.calls["collective_rpc"] == two.calls["collective_rpc"] == 5
-        assert len(one.asked) == len(two.asked) == (3 * 16 + 2 * 4) // 2
+        assert len(one.asked) == len(two.asked) == (3 * 8 + 2 * 4) // 2
     assert [r["sampler_gap"] < 1e-3 for r in metrics(tmp_path / "run")] == [True] * 3
 
 
@@ -254,7 +256,7 @@ def test_a_server_that_keeps_old_weights_stops_the_run(tiny):
 
         def move_and_sync():
             with torch.no_grad():
-                policy.model.model.layers[0].mlp.up_proj.weight.add_(0.003)
+                policy.model.model.layers[0].mlp.up_proj.weight.add_(0.0005)
             sampler.sync(lambda: policy.model.state_dict().items())
 
         move_and_sync()
@@ -272,7 +274,6 @@ def test_a_server_that_keeps_old_weights_stops_the_run(tiny):
         move_and_sync()
         assert len(drawn(sampler)) == 12
         with torch.no_grad():
-            server.model.lm_head.weight.roll(3, 0)
             server.model.model.layers[1].mlp.up_proj.weight.mul_(3)  # somebody else's, behind our back
         with pytest.raises(StopRun, match="it does not have the policy's weights"):
             drawn(sampler)
@@ -305,38 +306,31 @@ def test_a_server_lost_within_a_batch_costs_nothing_that_was_drawn(fault, tiny, 
     config = configured(tiny, tmp_path, url="") | {"reward": [reward]}
     with FakeVLLM(tiny) as server:
         config["rollout"]["options"] = {"url": server.url, "concurrency": 2, "timeout": 2.0}
-        server.dies_after = 4 + 16 + 6 if fault == "dies" else None
+        server.dies_after = 4 + 8 + 5 if fault == "dies" else None
         if fault == "hangs":
             config["data"]["eval"] = None
 
             def hang() -> None:
-                while len(server.asked) < 16 + 6:
+                while len(server.asked) < 8 + 5:
                     time.sleep(0.01)
                 server.faults.add("hangs")
-
-            import threading
 
             threading.Thread(target=hang, daemon=True).start()
         with pytest.raises(StopRun, match=r"a resume draws those that are missing"):
             dualign.train(config, quiet=True)
     run = dualign.Run.open(tmp_path / "run")
     assert run.steps() == [0]
-    kept = [json.loads(line[: line.rindex("}") + 1]) for line in journal_lines(run)]
-    kept = {row["index"]: row["ids"] for row in kept if "index" in row}
-    assert 3 <= len(kept) < 16
+    records, _ = lines.read(next(run.batches.glob("000001.*.journal")))
+    kept = {row["index"]: row["ids"] for row in records if "index" in row}
+    assert 2 <= len(kept) < 8
     with FakeVLLM(tiny) as server:
         resumed = command("resume", run.folder, f"rollout.options.url={server.url}", "rollout.options.timeout=60.0")
         assert resumed.code == 0, resumed.text
-        first = len(server.asked) - 16 - (0 if fault == "hangs" else 4)
-        assert first == 16 - len(kept)  # of the batch in progress, only what was missing
+        first = len(server.asked) - 8 - (0 if fault == "hangs" else 4)
+        assert first == 8 - len(kept)  # of the batch in progress, only what was missing
     rows = {row.rollout.index: list(row.rollout.completion_ids) for row in run.batch(1).rows}
-    assert all(rows[index] == ids for index, ids in kept.items()) and len(rows) == 16
+    assert all(rows[index] == ids for index, ids in kept.items()) and len(rows) == 8
     assert run.summary is not None and run.steps() == [0, 1, 2]
-
-
-def journal_lines(run) -> list[str]:
-    text = next(run.batches.glob("000001.*.journal")).read_text(encoding="utf-8", errors="replace")
-    return [line for line in text.splitlines() if "{" in line]
 
 
 # --- a server of the run's own ---
@@ -380,8 +374,7 @@ def test_a_server_of_ones_own_that_dies_is_started_again(tiny, tmp_path):
     run = dualign.train(config, quiet=True)
     assert (tmp_path / "died").exists() and run.summary is not None
     assert [r["sampler_gap"] < 1e-3 for r in metrics(run.folder)] == [True] * 3
-    assert Counter(Counter(log.read_text().splitlines()).values()).total() <= 48
-    assert len(log.read_text().splitlines()) == 48
+    assert len(log.read_text().splitlines()) == 24  # none twice
 
 
 def test_a_server_that_does_not_start_says_why(tiny, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,8 @@ def build(config: RolloutConfig, policy: Policy, tokenizer: Tokenizer, given: Sa
 
 def check_room(sampler: Sampler | None, requests: Sequence[Any], new_tokens: int) -> None:
     """Raises UserError, naming the prompt, for one that a sampler with a context of its own has no room to answer."""
-    context = getattr(sampler, "context", None)
-    for request in requests if context is not None else ():
+    context = getattr(sampler, "context", None) or math.inf
+    for request in requests:
         length = len(getattr(request, "prompt_ids", ()))  # rows of a fixed set are not sampled on
         if length + new_tokens > context:
             raise UserError(

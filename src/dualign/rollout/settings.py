@@ -77,13 +77,18 @@ class VLLMSettings(SamplerSettings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="of the served weights, for `serve`; auto: what the policy computes in"
     )
-    gpu_memory: float = Field(0.4, gt=0, lt=1, description="share of each GPU's memory that `serve` takes")
+    gpu_memory: float = Field(
+        0.4, gt=0, lt=1, description="share of each GPU's memory that `serve` takes; on a CPU of the machine's"
+    )
     max_model_len: int | None = Field(
         None,
         ge=2,
         description="tokens of a prompt and its completion, for `serve`; default: 8192, or what the model sees",
     )
     tensor_parallel: int = Field(1, ge=1, description="GPUs that `serve` divides the model over")
+    args: list[str] = Field(
+        default_factory=list, description="more of the command line that `serve` starts vLLM by, as [--enforce-eager]"
+    )
     concurrency: int = Field(256, ge=1, description="completions that a process has a server draw at once")
     timeout: float = Field(
         600.0,

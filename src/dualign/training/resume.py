@@ -35,6 +35,7 @@ ALLOWED = (  # none of these changes a number that is already in the folder
     "rollout.options.gpu_memory",
     "rollout.options.max_model_len",
     "rollout.options.tensor_parallel",
+    "rollout.options.args",
     "rollout.options.concurrency",
     "rollout.options.timeout",
     "rollout.max_sampler_gap",

@@ -54,7 +54,7 @@ class Child:
 
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env | self.more | {"PYTHONSAFEPATH": "1"},
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**env, **self.more, "PYTHONSAFEPATH": "1"},
                 start_new_session=True, preexec_fn=with_us,
             )  # fmt: skip
         until = time.monotonic() + within

@@ -145,6 +145,7 @@ class VLLMSampler:
         if lora is not None:
             rank = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= lora.r)
             options += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
+        options += s.args
         more = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
         log = self.folders.place / "server.log"
         return Child(s.interpreter, options, more, log, int(self.used[0].url.rpartition(":")[2]))
