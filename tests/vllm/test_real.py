@@ -180,7 +180,7 @@ def test_old_weights_are_seen(server, untied, monkeypatch):
     move_and_sync(0.01)
 
     async def the_one_before(self, folder):
-        await load(self, loaded[-2])
+        await load(self, loaded[-1])
 
     monkeypatch.setattr(Server, "load", the_one_before)
     with pytest.raises(StopRun, match=r"old weights|not have the policy's weights"):
