@@ -142,9 +142,16 @@ def _whole(parameter: Any, value: Tensor) -> Tensor:
 
 
 def base_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Those of the model under the adapters, likewise."""
-    for name, value in without_adapters(model)[1].items():
-        yield name, _whole(value)
+    """Those of the model under the adapters, likewise; of 4 bits, as the numbers that these stand for."""
+    inner, weights = without_adapters(model)
+    layers: dict[str, Any] = dict(inner.named_modules())
+    for name, value in weights.items():
+        layer = layers.get(name.rpartition(".")[0])
+        if ".weight." in name:  # what 4-bit weights are read by
+            continue
+        if name.endswith(".weight") and hasattr(layer, "get_base_layer"):
+            value = _whole(layer.get_base_layer().weight, value)
+        yield name, gathered(value)
 
 
 def adapter_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -152,12 +159,7 @@ def adapter_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     from peft import get_peft_model_state_dict
 
     for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items():
-        yield name, _whole(value)
-
-
-def _whole(value: Any) -> Tensor:
-    """Of one that is divided over processes, all of it: they ask for it together."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+        yield name, gathered(value)
 
 
 def bare(model: Any) -> Any:

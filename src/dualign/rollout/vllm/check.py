@@ -33,7 +33,7 @@ class Check:
         """log π_θ of every token but the first, by the trainer's own forward pass."""
         training = self.policy.training
         self.policy.eval()
-        with torch.no_grad():
+        with self.policy.whole(), torch.no_grad():
             self.expected = self.policy.alone(self.ids[:1], self.ids[1:]).tolist()
         self.policy.train(training)
 

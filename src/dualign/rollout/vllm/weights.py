@@ -60,12 +60,14 @@ class Folders:
         dtype = self.policy.dtype
         named = base_weights(self.policy.model)
         rounded = ((name, value.to(dtype) if value.is_floating_point() else value) for name, value in named)
-        return self._write(self.place / "base", rounded, None)
+        with self.policy.whole():
+            return self._write(self.place / "base", rounded, None)
 
     def adapter(self) -> Path:
         """The adapter alone."""
         model = self.policy.model
-        return self._write(self._next(), adapter_weights(model), model.peft_config["default"])
+        with self.policy.whole():
+            return self._write(self._next(), adapter_weights(model), model.peft_config["default"])
 
     def _next(self) -> Path:
         """The next folder's name. The folder before last goes."""
