@@ -87,7 +87,7 @@ def test_a_run_samples_from_the_weights_of_each_batch(tied, tiny, untied, tmp_pa
     with FakeVLLM(model) as server:
         run = dualign.train(configured(model, tmp_path, url=server.url), reward=vowels, quiet=True)
         assert server.calls["collective_rpc"] == 1 + 4  # a trial, three batches, the last evaluation
-        assert not any((tmp_path / "cache" / "weights").iterdir())
+        assert not list((tmp_path / "cache" / "weights").iterdir())
     records = metrics(run.folder)
     assert [r["sampler_gap"] < 1e-3 for r in records] == [True] * 3
     first, last = (run.batch(i).rows for i in (0, 2))
@@ -196,7 +196,7 @@ def test_a_server_that_is_not_there_is_refused(tiny, tmp_path):
 
 
 def test_a_context_that_is_too_small_is_refused(tiny, tmp_path):
-    with FakeVLLM(tiny, context=24) as server, pytest.raises(UserError, match="exceed the sampler's context of 24"):
+    with FakeVLLM(tiny, context=18) as server, pytest.raises(UserError, match="exceed the sampler's context of 18"):
         dualign.train(configured(tiny, tmp_path, url=server.url), reward=vowels, quiet=True)
     assert not (tmp_path / "run").exists()
 
@@ -362,7 +362,8 @@ def test_a_server_of_ones_own_is_started_and_ended(tiny, tmp_path):
     run = dualign.train(config, reward=reward, quiet=True)
     assert set(seen) == {1} and processes_of(script) == []
     assert [r["sampler_gap"] < 1e-3 for r in metrics(run.folder)] == [True] * 3
-    assert not any((tmp_path / "cache" / "weights").iterdir())
+    (log,) = (tmp_path / "cache" / "weights").iterdir()
+    assert "fake vLLM" in log.read_text()
 
 
 def test_a_server_of_ones_own_that_dies_is_started_again(tiny, tmp_path):
@@ -398,7 +399,7 @@ def test_a_killed_run_takes_its_server_along_and_the_next_one_its_weights(tiny, 
         while not list((tmp_path / "run").glob("evaluations/*.journal")) or not processes_of(script):
             assert started.poll() is None and time.monotonic() < until, started.communicate()
             time.sleep(0.1)
-        assert len(processes_of(script)) == 1 and len(list(place.iterdir())) == 1
+        assert len(processes_of(script)) == 1 and len(list(place.iterdir())) == 2
     finally:
         os.killpg(started.pid, signal.SIGKILL)
         started.communicate()

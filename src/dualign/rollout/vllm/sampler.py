@@ -147,7 +147,7 @@ class VLLMSampler:
             options += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
         options += s.args
         more = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
-        log = self.folders.place / "server.log"
+        log = self.folders.place.with_name(f"{self.folders.place.name}.log")
         return Child(s.interpreter, options, more, log, int(self.used[0].url.rpartition(":")[2]))
 
     def _start(self, child: Child, folder: Path) -> None:

@@ -26,7 +26,7 @@ def make_environment(folder: Path, python: str | None = None, cpu: bool | None =
         folder.parent.mkdir(parents=True, exist_ok=True)
         _run("make the environment", python or sys.executable, "-m", "venv", "--clear", str(folder))
         pip = (str(inside), "-m", "pip", "--quiet", "--disable-pip-version-check")
-        _run(f"install {wanted}", *pip, "install", "--no-compile", wanted)
+        _run(f"install {wanted}", *pip, "install", wanted)
         if cpu:
             _run("take away what vLLM does not need", *pip, "uninstall", "--yes", *UNWANTED)
         _run("import vllm", str(inside), "-c", "import vllm.entrypoints.openai.api_server")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dualign.common.durable import remove
 from dualign.common.errors import UserError
 from dualign.models.adapters import adapter_weights, bare, base_weights
 from dualign.models.policy import Policy
@@ -22,24 +24,27 @@ from dualign.models.tokenizer import Tokenizer
 from dualign.rollout.base import Weights
 
 SHARD = 2**31  # bytes of a file, about
+NUMBERS = itertools.count(1)  # of this process's folders
 
 
 class Folders:
-    """NAME/1, NAME/2, ...: a server that reads one again may see what it was before. NAME is of this machine and process,
-    so that what a killed run left is known, and removed.
+    """NAME/1, NAME/2, ...: a server that reads one again may see what it was before. Beside them stands NAME.log, what a
+    server of our own says. NAME is of this machine and process: what runs of before left is known by it, and removed.
 
     `untie`: with a head of its own for a model whose head is the embedding. Every process of the run calls the methods
     that read weights, for they may be read together; the `writer` alone writes."""
 
     def __init__(self, place: Path, policy: Policy, tokenizer: Tokenizer, untie: bool, writer: bool) -> None:
-        self.policy, self.tokenizer, self.untie, self.writer, self.count = policy, tokenizer, untie, writer, 0
+        self.policy, self.tokenizer, self.untie, self.writer = policy, tokenizer, untie, writer
+        self.made: list[Path] = []
         host = socket.gethostname()
         self.place = place / f"{host}-{os.getpid()}"
         try:
             place.mkdir(parents=True, exist_ok=True)
             for left in place.glob(f"{host}-*"):
-                if (pid := left.name.removeprefix(f"{host}-")).isdigit() and not _lives(int(pid)):
-                    shutil.rmtree(left, ignore_errors=True)
+                process = left.name.removeprefix(f"{host}-").removesuffix(".log")
+                if process.isdigit() and not _lives(int(process)):
+                    remove(left)
             self.place.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"rollout.options.weights_dir: {place}: cannot be written: {error.strerror}") from None
@@ -71,10 +76,10 @@ class Folders:
 
     def _next(self) -> Path:
         """The next folder's name. The folder before last goes."""
-        self.count += 1
-        if self.writer:
-            shutil.rmtree(self.place / str(self.count - 2), ignore_errors=True)
-        return self.place / str(self.count)
+        self.made.append(self.place / str(next(NUMBERS)))
+        if self.writer and len(self.made) > 2:
+            shutil.rmtree(self.made.pop(0), ignore_errors=True)
+        return self.made[-1]
 
     def _write(self, folder: Path, weights: Iterator[tuple[str, Tensor]], adapter: Any) -> Path:
         """Reads all weights, and writes them where this process is the writer. Raises UserError where it cannot."""
@@ -82,7 +87,7 @@ class Folders:
             for _ in weights:
                 pass
             return folder
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         files = _Files(folder, "adapter_model" if adapter else "model")
         skipped = () if self.untie or adapter else _tied(self.policy)
         for name, value in weights:
