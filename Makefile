@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv quickstart test test-fast test-slow check audit format bench bench-gpu profile clean
+.PHONY: help venv quickstart test test-fast test-slow test-vllm check audit format bench bench-gpu profile clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,7 +24,7 @@ quickstart: $(STAMP)  ## align a 135M model by DAR and read its answers before a
 
 test: $(STAMP)  ## run the test suite
 	$(BIN)/python -m dualign.assets
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations 8
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not vllm" --durations 8
 
 FAST := tests/algos tests/test_batch.py tests/test_no_signal.py tests/test_optim.py tests/test_loss_curve.py \
 	tests/test_engine.py tests/test_python.py tests/test_docs.py
@@ -35,6 +35,16 @@ test-fast: $(STAMP)  ## the mathematics and the loop on tiny models, in under a 
 test-slow: $(STAMP)  ## every small recipe for two steps on the embedded model
 	$(BIN)/python -m dualign.assets
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+
+$(VLLM_STAMP): src/dualign/rollout/vllm/setup.py | $(STAMP)
+	$(BIN)/dualign vllm-setup --into $(VLLM)
+	touch $(VLLM_STAMP)
+
+test-vllm: $(STAMP) $(VLLM_STAMP)  ## whole runs against a real vLLM server, in an environment of its own
+	HF_HUB_OFFLINE=1 DUALIGN_VLLM=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm --durations 8 tests/vllm
 
 check: $(STAMP)  ## lint, formatting, types
 	$(BIN)/ruff check .
@@ -64,4 +74,4 @@ profile: $(STAMP)  ## where the time of one online batch goes
 	$(BIN)/python benchmarks/profile_batch.py
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build
+	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache build

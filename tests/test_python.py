@@ -73,9 +73,9 @@ class Counting:
         self.synced.append({name: value.clone() for name, value in weights()})
 
 
-def test_a_sampler_as_an_object_gets_every_weight_after_each_batch(tiny, tmp_path, monkeypatch):
+def test_a_sampler_as_an_object_gets_every_weight_before_it_samples_from_new_ones(tiny, tmp_path, monkeypatch):
+    """For the first evaluation and batch, two more batches, and the last evaluation."""
     config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"})
-    config["data"]["eval"] = None
     counting = Counting(None)
 
     def build(options, policy, tokenizer, given):
@@ -85,7 +85,7 @@ def test_a_sampler_as_an_object_gets_every_weight_after_each_batch(tiny, tmp_pat
     monkeypatch.setattr("dualign.rollout.build", build)  # it needs the policy, which the run loads
     run = dualign.train(config, reward=vowels, quiet=True)
     saved = AutoModelForCausalLM.from_pretrained(run.checkpoint()).state_dict()
-    assert len(counting.synced) == 3 and counting.synced[-1].keys() == saved.keys()
+    assert len(counting.synced) == 4 and counting.synced[-1].keys() == saved.keys()
     assert all(torch.equal(counting.synced[-1][name].float(), value.float()) for name, value in saved.items())
     monkeypatch.undo()
     longer = {**config, "train": {**config["train"], "online_batches": 4}}

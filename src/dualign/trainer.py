@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,7 @@ from dualign.models.adapters import own_base
 from dualign.models.dates import freeze_date
 from dualign.rollout.base import Sampler
 from dualign.run import digests
-from dualign.run.batch import (
-    WeightedBatch,
-    check_finite,
-    labelled,
-    tokens_of,
-    updates,
-    weigh,
-)
+from dualign.run.batch import WeightedBatch, check_finite, importance, labelled, tokens_of, updates, weigh
 from dualign.run.folder import Run
 from dualign.run.metrics import batch_record
 from dualign.training.engine import Engine, Sums
@@ -116,6 +110,7 @@ def train(
     finally:
         if annotator is not None:
             annotator.close()
+        rollout.close(sampler)
         machine.stop_trackers()
         run.unlock()
     return run
@@ -166,7 +161,8 @@ class Trainer:
         stream = load_stream(config, engine, view.say)
         self.source = make_source(config, self.processes, engine.tokenizer, self.labeller, stream)
         self.evaluations = Evaluations(config, machine, engine, run, self.labeller, view)
-        self.labels = 0
+        self.labels, self.moved = 0, True  # whether π_θ has moved since the sampler got its weights
+        rollout.check_room(sampler, [*stream, *self.evaluations.heldout], config.rollout.max_new_tokens)
         view.plan(plan_lines(config, engine, len(stream), len(self.evaluations.heldout)))
         view.plan(self.evaluations.notes(stream))
 
@@ -177,7 +173,7 @@ class Trainer:
             clock = Clock()
             try:
                 if skip == 0 and self.evaluations.due(step):
-                    self.evaluations.evaluate(step)
+                    self.evaluations.evaluate(step, partial(self._sync, clock))
                 stored = self.run.read_batch(step)
                 b = stored or self._collect(step, clock)
             except StopAsked as asked:
@@ -186,12 +182,17 @@ class Trainer:
                     f"stopped by {asked} before the updates of online batch {step}; all of it is kept"
                 ) from None
             self._update(b, skip, losses, clock)
-            if self.sampler is not None:
-                with clock("sync"):
-                    self.sampler.sync(self.engine.weights)
+            self.moved = True
             self._finish_batch(b, losses, clock)
             skip, losses = 0, []
         self._summarise()
+
+    def _sync(self, clock: Clock) -> None:
+        """π_t <- π_θ, before something is sampled."""
+        if self.moved and self.sampler is not None:
+            with clock("sync"):
+                self.sampler.sync(self.engine.weights)
+        self.moved = False
 
     # --- one online batch ---
 
@@ -199,6 +200,8 @@ class Trainer:
         """Rows from all processes, then what is constant while they are used: log π_t, log π_0, weights; on disk."""
         self.view.phase(step, "sampling and labelling")
         self.engine.free_memory()
+        if self.algo.source == "online":
+            self._sync(clock)
         self.run.journal.begin(self.run.batch_path(step).with_suffix(""))
         b = labelled(step, self.processes.everyones(lambda: self.source.collect(step, clock)))
         stop_if_absent(self.run, self.config.train.max_absent, f"online batch {step}", b.rows)
@@ -213,7 +216,8 @@ class Trainer:
         with clock("score"):
             recomputed = self.config.rollout.log_probs == "recomputed"
             check_sampler(self.config, engine, b, old_NT if recomputed else None)
-            b = replace(weigh(b, algo, old_NT, ref_NT, value_NT), gap_absent=gap_absent)
+            ratio_N = importance(b, old_NT, self.config.rollout.importance_cap)
+            b = replace(weigh(b, algo, old_NT, ref_NT, value_NT, ratio_N), gap_absent=gap_absent)
         check_finite(b, lambda name, tokens: engine.not_finite(models[name], tokens))
         with clock("write"):
             if self.processes.main:
@@ -263,7 +267,7 @@ class Trainer:
     def _summarise(self) -> None:
         total = self.config.train.online_batches
         try:
-            self.evaluations.evaluate(total)
+            self.evaluations.evaluate(total, partial(self._sync, Clock()))
         except StopAsked as asked:
             raise StopRun(f"stopped by {asked} in the last evaluation; all of it is kept") from None
         if not self.processes.main:

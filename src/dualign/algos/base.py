@@ -84,6 +84,7 @@ class Algorithm(BaseModel):
     needs_old: ClassVar[bool] = True  # whether logp_old_NT is needed: else π_t is not scored again after sampling
     compares: ClassVar[bool] = False  # learns from how a prompt's completions differ: one alone says nothing
     without_signal: ClassVar[str] = "only its KL to the references moves it"  # a step on a batch without signal
+    proportional: ClassVar[str | None] = None  # the column that a row's loss, but for its KL, is a multiple of
     by_prompt: ClassVar[bool] = False
     """Whether what `prepare` makes of a prompt's rows rests on log π_t of these rows alone, and leaves none out. Then
     log π_t of the rows of a batch's first update can come from that update's own forward pass, a micro-batch at a

@@ -7,7 +7,7 @@ optimum of the dual-KL objective prefers it to the policy that sampled it.
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -35,6 +35,8 @@ class DAR(Algorithm):
         description="leave out of forward and backward the rows that weigh less than this share of the batch's "
         "largest weight; 0 trains on every row",
     )
+
+    proportional: ClassVar[str] = "weight"
 
     @classmethod
     def from_v1(cls, alpha: float, beta: float, **more: object) -> Self:

@@ -23,6 +23,7 @@ class GRPO(Algorithm):
 
     compares: ClassVar[bool] = True
     by_prompt: ClassVar[bool] = True
+    proportional: ClassVar[str] = "advantage"
 
     @property
     def needs_ref(self) -> bool:

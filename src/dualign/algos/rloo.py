@@ -20,6 +20,7 @@ class RLOO(Algorithm):
 
     compares: ClassVar[bool] = True
     by_prompt: ClassVar[bool] = True
+    proportional: ClassVar[str] = "advantage"
 
     @property
     def needs_ref(self) -> bool:

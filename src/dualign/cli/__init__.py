@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from dualign.common.paths import at_home
 
-GROUPS = ("train", "reward", "judge", "evaluate", "compare", "inspect")
+GROUPS = ("train", "reward", "judge", "evaluate", "compare", "inspect", "models")
 
 
 class Commands(TyperGroup):

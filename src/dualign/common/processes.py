@@ -19,6 +19,15 @@ class Processes:
     world: int = 1
     barrier: Callable[[], None] = lambda: None  # waits until all processes are here
 
+    @classmethod
+    def current(cls) -> Processes:
+        """Those that this process has joined; itself alone where it has joined none."""
+        from torch import distributed
+
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return cls()
+        return cls(distributed.get_rank(), distributed.get_world_size(), distributed.barrier)
+
     @property
     def main(self) -> bool:
         """Whether this process writes the run's folder."""

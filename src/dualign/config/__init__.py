@@ -62,12 +62,25 @@ class Config(Settings):
         algo.check(k)
         if t.shard != "none" and self.model.lora is not None and self.model.lora.quantize is not None:
             raise ValueError("train.shard: weights of 4 bits (model.lora.quantize) cannot be divided; set it to none")
+        if self.rollout.importance_cap is not None:
+            self._corrects(algo)
         if self.data.eval is not None and any(reward.compares for reward in self.reward):
             raise ValueError(
                 "data.eval: an AI preference compares the completions of one prompt with each other, so its mean on held-out "
                 "prompts never changes; set data.eval: null, and hold checkpoints against π_0 with `dualign eval winrate`"
             )
         return self
+
+    def _corrects(self, algo: Algorithm) -> None:
+        """Whether the truncated importance of completions has something to scale, and something to be made of."""
+        if self.rollout.log_probs == "recorded":
+            raise ValueError("rollout.importance_cap: π_t is what the sampler recorded (rollout.log_probs), so it is 1")
+        if algo.source != "online" or algo.proportional is None or not algo.needs_old:
+            have = [name for name, kind in ALGORITHMS.items() if kind.proportional]
+            lacks = (
+                "does not need log π_t with these settings" if algo.proportional else f"has none; {', '.join(have)} do"
+            )
+            raise ValueError(f"rollout.importance_cap: {algo.name} {lacks}")
 
     @property
     def group(self) -> int:

@@ -141,6 +141,32 @@ def _whole(parameter: Any, value: Tensor) -> Tensor:
     return dequantize_4bit(parameter.data, parameter.quant_state)
 
 
+def base_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Those of the model under the adapters, likewise; of 4 bits, as the numbers that these stand for."""
+    inner, weights = without_adapters(model)
+    layers: dict[str, Any] = dict(inner.named_modules())
+    for name, value in weights.items():
+        layer = layers.get(name.rpartition(".")[0])
+        if ".weight." in name:  # what 4-bit weights are read by
+            continue
+        if name.endswith(".weight") and hasattr(layer, "get_base_layer"):
+            value = _whole(layer.get_base_layer().weight, value)
+        yield name, gathered(value)
+
+
+def adapter_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """What was put into a model's layers, by the names that peft stores it under."""
+    from peft import get_peft_model_state_dict
+
+    for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+        yield name, gathered(value)
+
+
+def bare(model: Any) -> Any:
+    """The model under the adapters, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _peft(what: str) -> Any:
     try:
         import peft

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from dualign.common.errors import UserError
 from dualign.common.named import run_own
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from dualign.rollout.base import Sampler
     from dualign.rollout.settings import RolloutConfig
 
-__all__ = ["build"]
+__all__ = ["build", "check_room", "close"]
 
 
 def build(config: RolloutConfig, policy: Policy, tokenizer: Tokenizer, given: Sampler | None = None) -> Sampler:
@@ -31,3 +33,22 @@ def build(config: RolloutConfig, policy: Policy, tokenizer: Tokenizer, given: Sa
     if not (callable(getattr(sampler, "sample", None)) and callable(getattr(sampler, "sync", None))):
         raise UserError(f"rollout.engine: build of {config.engine} gave no sampler: it has no sample and sync")
     return OwnSampler(config.engine, sampler, recorded)
+
+
+def check_room(sampler: Sampler | None, requests: Sequence[Any], new_tokens: int) -> None:
+    """Raises UserError, naming the prompt, for one that a sampler with a context of its own has no room to answer."""
+    context = getattr(sampler, "context", None) or math.inf
+    for request in requests:
+        length = len(getattr(request, "prompt_ids", ()))  # rows of a fixed set are not sampled on
+        if length + new_tokens > context:
+            raise UserError(
+                f"prompt {request.prompt.id}: its {length} tokens and {new_tokens} new ones exceed the sampler's context of "
+                f"{context}; raise it (max_model_len), or leave such prompts out by data.max_prompt_tokens"
+            )
+
+
+def close(sampler: Sampler | None) -> None:
+    """Ends what a sampler has started, where it has something to end."""
+    end = getattr(sampler, "close", None)
+    if callable(end):
+        end()

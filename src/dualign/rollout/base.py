@@ -48,7 +48,8 @@ class Sampler(Protocol):
     ) -> None: ...
 
     def sync(self, weights: Weights) -> None:
-        """Take over π_θ's weights: from here on they are π_t. A sampler with weights of its own reads them."""
+        """Take over π_θ's weights: from here on they are π_t. Called before completions are sampled, where weights are
+        new. A sampler with weights of its own reads them, to the last one: with several processes all read together."""
         ...
 
 
@@ -71,8 +72,17 @@ def finished(row: tuple[Request, int], tokenizer: Any, ids: Sequence[int], logp:
 def uniforms(seed: tuple[int, int], row: int, count: int) -> NDArray[np.float64]:
     """`count` uniforms of one completion, from a counter-based generator: they depend on the run's seed, the online
     batch and the row alone, so that the number of processes, the order of decoding and a resume change nothing."""
+    return _generator(seed, row).random(count)
+
+
+def seed_of(seed: tuple[int, int], row: int) -> int:
+    """The same as one number, for a sampler that draws by a generator of its own; below 2^63."""
+    return int(_generator(seed, row).integers(2**63))
+
+
+def _generator(seed: tuple[int, int], row: int) -> np.random.Generator:
     run, batch = seed
     key = np.array(
         [(run * 0x9E3779B97F4A7C15 + 0xD1) & (2**64 - 1), ((batch & 0xFFFFFFFF) << 32) | row], dtype=np.uint64
     )
-    return np.random.Generator(np.random.Philox(key=key)).random(count)
+    return np.random.Generator(np.random.Philox(key=key))

@@ -38,5 +38,10 @@ class OwnSampler:
     def sync(self, weights: Weights) -> None:
         self._run(lambda: self.sampler.sync(weights))
 
+    def close(self) -> None:
+        end = getattr(self.sampler, "close", None)
+        if callable(end):
+            self._run(end)
+
     def _run(self, work: Callable[[], None]) -> None:
         run_own(f"rollout.engine {self.engine}", work, passes=out_of_memory)  # which the loop has an answer to

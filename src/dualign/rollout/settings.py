@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from dualign.common.errors import UserError
 from dualign.common.named import class_of
+from dualign.common.paths import cache_dir
 from dualign.common.settings import Settings
 
 if TYPE_CHECKING:
@@ -18,6 +22,12 @@ if TYPE_CHECKING:
 
 class SamplerSettings(Settings):
     """What an engine is set up with. One of your own is a subclass with fields and `build`."""
+
+    rounds: ClassVar[bool] = False  # in another way than the policy: its log-probs cannot be recorded as log π_t
+
+    def describe(self) -> str:
+        """What samples, for --dry-run; empty: nothing worth saying."""
+        return ""
 
     def check(self) -> None:
         """For --dry-run: raises UserError for what is wrong, without a model."""
@@ -43,7 +53,104 @@ class HFSettings(SamplerSettings):
         return HFSampler(policy, tokenizer, self.decode_batch_size, self.cuda_graphs)
 
 
-ENGINES: dict[str, type[SamplerSettings]] = {"hf": HFSettings}
+class VLLMSettings(SamplerSettings):
+    """Servers that somebody started (`url`), or one of the run's own (`serve`)."""
+
+    PATHS: ClassVar[tuple[str, ...]] = ("python", "weights_dir")
+    rounds: ClassVar[bool] = True
+
+    url: str | list[str] | None = Field(
+        None, description="servers that you started, dealt over the processes; each with VLLM_SERVER_DEV_MODE=1"
+    )
+    serve: bool = Field(False, description="start a server on each machine of the run, and end it with the run")
+    python: str | None = Field(
+        None, description="the interpreter that has vllm, for `serve`; default: that of `dualign vllm-setup`"
+    )
+    weights_dir: str | None = Field(
+        None,
+        description="folder that the run writes weights into and servers read them from; default: in the user's cache "
+        "folder. Servers on other machines need one that all share",
+    )
+    api_key_env: str = Field(
+        "VLLM_API_KEY", description="environment variable that holds the servers' key, if they want one"
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="of the served weights, for `serve`; auto: what the policy computes in"
+    )
+    gpu_memory: float = Field(
+        0.4, gt=0, lt=1, description="share of each GPU's memory that `serve` takes; on a CPU of the machine's"
+    )
+    max_model_len: int | None = Field(
+        None,
+        ge=2,
+        description="tokens of a prompt and its completion, for `serve`; default: 8192, or what the model sees",
+    )
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that `serve` divides the model over")
+    args: list[str] = Field(
+        default_factory=list, description="more of the command line that `serve` starts vLLM by, as [--enforce-eager]"
+    )
+    concurrency: int = Field(256, ge=1, description="completions that a process has a server draw at once")
+    timeout: float = Field(
+        600.0,
+        gt=0,
+        description="seconds after which a server counts as hung: none of its completions ended, or it did not start or "
+        "take weights",
+    )
+
+    @property
+    def urls(self) -> list[str]:
+        return [self.url] if isinstance(self.url, str) else list(self.url or ())
+
+    @property
+    def interpreter(self) -> Path:
+        return Path(self.python).expanduser() if self.python else cache_dir() / "vllm" / "bin" / "python"
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _names_a_variable(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):  # a key itself must not get into copies of the configuration
+            raise ValueError("expected the NAME of an environment variable in capitals, never the key itself")
+        return name
+
+    @field_validator("url")
+    @classmethod
+    def _are_urls(cls, url: str | list[str] | None) -> str | list[str] | None:
+        for each in [url] if isinstance(url, str) else url or ():
+            if not re.match(r"https?://[^/@]+", each):
+                raise ValueError(f"{each!r} is not a URL such as http://localhost:8000")
+            if re.search(r"//[^/]*@|[?&]", each):
+                raise ValueError("holds a password or more than an address; a key goes into VLLM_API_KEY")
+        return url
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if bool(self.urls) == self.serve:
+            raise ValueError("engine vllm needs url (servers that you started) or serve: true, and not both")
+        return self
+
+    def describe(self) -> str:
+        if self.serve:
+            return f"vLLM, a server of the run's own by {self.interpreter}, {self.gpu_memory:.0%} of a GPU"
+        return f"vLLM at {', '.join(self.urls)}"
+
+    def check(self) -> None:
+        if self.serve and not self.interpreter.is_file():
+            made = "" if self.python else "; `dualign vllm-setup` makes an environment with vllm"
+            raise UserError(f"rollout.options.python: no interpreter {self.interpreter}{made}")
+        far = [url for url in self.urls if urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")]
+        if far and self.weights_dir is None:
+            raise UserError(
+                f"rollout.options.weights_dir: {far[0]} is on another machine; name a folder that both it and the run see"
+            )
+
+    def build(self, policy: Policy, tokenizer: Tokenizer, recorded: bool) -> Sampler:
+        from dualign.rollout.vllm.sampler import VLLMSampler
+
+        self.check()
+        return VLLMSampler(self, policy, tokenizer)
+
+
+ENGINES: dict[str, type[SamplerSettings]] = {"hf": HFSettings, "vllm": VLLMSettings}
 
 
 class RolloutConfig(Settings):
@@ -56,7 +163,7 @@ class RolloutConfig(Settings):
     missing_eos_penalty: float = Field(
         0.0, ge=0, description="subtracted from the training reward of a completion cut off at max_new_tokens"
     )
-    engine: str = Field("hf", description="what samples: hf (transformers), or one of your own: FILE.py:NAME")
+    engine: str = Field("hf", description="what samples: hf (transformers), vllm, or one of your own: FILE.py:NAME")
     options: SerializeAsAny[SamplerSettings] = Field(
         default_factory=dict, validate_default=True, description="settings of the engine"
     )
@@ -72,6 +179,12 @@ class RolloutConfig(Settings):
         "more stops the run. None: what rounding explains on this model",
     )
 
+    importance_cap: float | None = Field(
+        None,
+        ge=1,
+        description="weight each completion's loss by min(π_t/π_sampler, this), π_t being recomputed; none: not at all",
+    )
+
     @field_validator("engine")
     @classmethod
     def _is_known(cls, engine: str) -> str:
@@ -84,3 +197,11 @@ class RolloutConfig(Settings):
         if isinstance(options, SamplerSettings) or "engine" not in info.data:
             return options or SamplerSettings()
         return class_of(info.data["engine"], ENGINES, SamplerSettings).model_validate(options)
+
+    @field_validator("log_probs")
+    @classmethod
+    def _are_exact(cls, log_probs: str, info: ValidationInfo) -> str:
+        if log_probs == "recorded" and getattr(info.data.get("options"), "rounds", False):
+            engine = info.data.get("engine")
+            raise ValueError(f"{engine} rounds in another way than the policy; with it log π_t is always recomputed")
+        return log_probs

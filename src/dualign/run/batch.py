@@ -102,11 +102,25 @@ def recorded_logp(b: WeightedBatch) -> Tensor:
     return logp_NT
 
 
+def importance(b: WeightedBatch, logp_old_NT: Tensor | None, cap: float | None) -> Tensor | None:
+    """(N,) how much likelier each completion is under π_t, as the policy scores it, than its sampler made it, at most
+    `cap`: truncated importance sampling (Ionides 2008). None without a `cap`."""
+    if cap is None or logp_old_NT is None:
+        return None
+    log_ratio_N = b.batch.seq(logp_old_NT.double() - recorded_logp(b).double())
+    return log_ratio_N.clamp(max=math.log(cap)).exp().float()
+
+
 def weigh(
-    b: WeightedBatch, algo: Algorithm, logp_old_NT: Tensor | None, logp_ref_NT: Tensor | None, value_NT: Tensor | None
+    b: WeightedBatch,
+    algo: Algorithm,
+    logp_old_NT: Tensor | None,
+    logp_ref_NT: Tensor | None,
+    value_NT: Tensor | None,
+    importance_N: Tensor | None = None,
 ) -> WeightedBatch:
     """Adds what is constant while the batch is used: log π_t, log π_0, values, and what the algorithm makes of them,
-    computed once in double precision and kept in single."""
+    computed once in double precision and kept in single; times `importance_N`, where there is one."""
     whole = replace(b.batch, logp_old_NT=logp_old_NT, logp_ref_NT=logp_ref_NT, value_old_NT=value_NT)
     precise = replace(
         whole,
@@ -120,6 +134,10 @@ def weigh(
     columns, stats = algo.prepare(precise) if len(b.tokens) else ({}, {})
     if not has_signal(b, algo):
         stats = {**stats, "without_signal": 1.0}
+    if importance_N is not None and columns:
+        scaled = str(algo.proportional)
+        columns = {**columns, scaled: columns[scaled] * importance_N.double(), "importance": importance_N}
+        stats = {**stats, "importance": float(importance_N.mean())}
     single = {k: v.float() if v.is_floating_point() else v for k, v in columns.items()}
     return replace(b, batch=replace(whole, reward_N=whole.reward_N.float(), columns=single), stats=stats)
 

@@ -46,7 +46,8 @@ def again(b: WeightedBatch, algo: Algorithm) -> WeightedBatch:
     for name, (needs, column) in needed.items():
         if needs and column is None:
             raise UserError(f"these settings need {name}, which the run did not and its batches do not hold")
-    return weigh(labelled(b.step, b.rows), algo, have.logp_old_NT, have.logp_ref_NT, have.value_old_NT)
+    importance_N = have.columns.get("importance") if algo.proportional else None
+    return weigh(labelled(b.step, b.rows), algo, have.logp_old_NT, have.logp_ref_NT, have.value_old_NT, importance_N)
 
 
 # --- replay ---

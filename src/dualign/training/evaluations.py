@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dualign.common.errors import AbsentError, UserError
@@ -60,8 +60,9 @@ class Evaluations:
         every = self.config.eval.every
         return done == 0 or bool(every and done % every == 0)
 
-    def evaluate(self, done: int) -> None:
-        """Of the policy after `done` online batches, unless a run that was killed since has done it."""
+    def evaluate(self, done: int, ready: Callable[[], None]) -> None:
+        """Of the policy after `done` online batches, unless a run that was killed since has done it. `ready` makes the
+        sampler that policy."""
         if not self.heldout or self.run.evaluation_path(done).exists():
             return
         self.view.phase(done, "evaluating on what is held out")
@@ -70,6 +71,7 @@ class Evaluations:
         if self.labeller is None:
             result, rows = evaluate_set(self.config, self.engine, self.heldout, done)  # type: ignore[arg-type]
         else:
+            ready()
             self.run.journal.begin(self.run.evaluation_path(done).with_suffix(""))
             result, rows = evaluate(self.config, self.engine, self.labeller, self.heldout, done)  # type: ignore[arg-type]
             where = f"held-out evaluation after {done} online batches"

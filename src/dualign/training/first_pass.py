@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dualign.algos import Algorithm, Batch
 from dualign.config import Config
-from dualign.run.batch import WeightedBatch, has_signal, part_of, recorded_logp, update_rows, weigh
+from dualign.run.batch import WeightedBatch, has_signal, importance, part_of, recorded_logp, update_rows, weigh
 from dualign.training.engine import Engine, Sums
 
 Phases = Callable[[str], AbstractContextManager[None]]
@@ -43,7 +43,8 @@ class FirstPass:
 
         def weighted(known_NT: Tensor) -> Batch:
             old_NT[first, : tokens.width] = known_NT
-            return part_of(weigh(b, algo, old_NT, ref_NT, value_NT), first)[1]
+            ratio_N = importance(b, old_NT, config.rollout.importance_cap)
+            return part_of(weigh(b, algo, old_NT, ref_NT, value_NT, ratio_N), first)[1]
 
         engine.begin_update(b.step, 0)
         with clock("update"):

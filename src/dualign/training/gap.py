@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from dualign.config import Config
 from dualign.run.batch import WeightedBatch, recorded_logp
 from dualign.training.engine import Engine
 
+log = logging.getLogger(__name__)
 FEW = 2  # rows that are scored for this where nobody else needs log π_t
 LEAST = {"bf16": 0.1, "fp32": 0.01}  # nats a token that are rounding on any model
 ROUNDING = 8.0  # times the rounding of a forward pass on this model, measured on loading
@@ -32,6 +35,11 @@ def check_sampler(config: Config, engine: Engine, b: WeightedBatch, logp_old_NT:
     mask_NT = b.batch.mask_NT[rows, : logp_old_NT.shape[1]]
     gap = float(((logp_old_NT - recorded_NT).abs() * mask_NT).sum() / mask_NT.sum().clamp(min=1))
     allowed = allowed_gap(config, engine)
+    if allowed / 2 < gap <= allowed:
+        log.warning(
+            "online batch %d: the sampler's log-probs are %.2g nats a token from the policy's; above %.2g the run stops "
+            "(rollout.max_sampler_gap)", b.step, gap, allowed,
+        )  # fmt: skip
     if not gap <= allowed and torch.isfinite(logp_old_NT).all():  # what is not finite has an error of its own
         raise StopRun(
             f"online batch {b.step}: the sampler's log-probs are {gap:.2g} nats a token from the policy's, where rounding "

@@ -62,6 +62,8 @@ def print_plan(config: Config, gpus: int | None = None, nodes: int = 1, gpu_memo
     labels, evaluated = c.labels
     evaluated = evaluated // c.eval.prompts * (held or c.eval.prompts)
     print(f"labels needed: {labels} to train, {evaluated} to evaluate")
+    if told := c.rollout.options.describe():
+        print(f"sampler: {told}")
     try:
         c.rollout.options.check()
     except UserError as error:

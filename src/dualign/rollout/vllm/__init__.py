@@ -1,0 +1,1 @@
+"""vLLM as the sampler: a server of its own, asked over HTTP."""
