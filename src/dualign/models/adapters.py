@@ -117,19 +117,23 @@ def without_adapters(model: Any) -> tuple[Any, dict[str, Tensor]]:
 
 def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """A model's weights by the names that transformers gives them, one at a time; with what its adapters add."""
-    if not hasattr(model, "get_base_model"):
-        yield from model.state_dict().items()
-        return
+    return base_weights(model, merged=True) if hasattr(model, "get_base_model") else iter(model.state_dict().items())
+
+
+def base_weights(model: Any, merged: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Those of the model under the adapters, likewise; of 4 bits, as the numbers that these stand for. `merged`: with
+    what the adapters add."""
     inner, weights = without_adapters(model)
     layers: dict[str, Any] = dict(inner.named_modules())
     for name, value in weights.items():
-        layer = layers.get(name.rpartition(".")[0])
         if ".weight." in name:  # what 4-bit weights are read by
             continue
-        if layer is not None and name.endswith(".weight") and hasattr(layer, "get_delta_weight"):
+        layer = layers.get(name.rpartition(".")[0])
+        if layer is not None and name.endswith(".weight") and hasattr(layer, "get_base_layer"):
             value = gathered(_whole(layer.get_base_layer().weight, value))
-            value = value + gathered(layer.get_delta_weight("default").to(value.dtype))
-        yield name, value
+            if merged:
+                value = value + gathered(layer.get_delta_weight("default").to(value.dtype))
+        yield name, gathered(value)
 
 
 def _whole(parameter: Any, value: Tensor) -> Tensor:
@@ -139,19 +143,6 @@ def _whole(parameter: Any, value: Tensor) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(parameter.data, parameter.quant_state)
-
-
-def base_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Those of the model under the adapters, likewise; of 4 bits, as the numbers that these stand for."""
-    inner, weights = without_adapters(model)
-    layers: dict[str, Any] = dict(inner.named_modules())
-    for name, value in weights.items():
-        layer = layers.get(name.rpartition(".")[0])
-        if ".weight." in name:  # what 4-bit weights are read by
-            continue
-        if name.endswith(".weight") and hasattr(layer, "get_base_layer"):
-            value = _whole(layer.get_base_layer().weight, value)
-        yield name, gathered(value)
 
 
 def adapter_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
