@@ -170,6 +170,13 @@ def test_a_reward_model_in_process_is_counted():
     assert unknown.reward == (0, 0) and "its memory is not counted" in notes[-1]
 
 
+def test_a_server_on_the_same_gpu_takes_its_share_while_it_samples():
+    vllm = ["rollout.engine=vllm", "rollout.options={serve: true, gpu_memory: 0.5}"]
+    phases = memory_of(configs.load(HELPFUL, vllm), Place(), limit=80e9)[0].phases()
+    assert phases["sample"]["server"] == 40e9 and "key-value cache" not in phases["sample"]
+    assert all("server" not in parts for phase, parts in phases.items() if phase != "sample")
+
+
 def test_a_proposal_is_found_among_more_gpus():
     memory, _ = memory_of(configs.load(HELPFUL, ["algo.name=ppo"]), Place())
     proposed = remedy(memory, 80e9)

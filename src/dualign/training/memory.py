@@ -188,8 +188,10 @@ class Memory:
     def _sampling(self) -> Parts:
         m, c = self.sizes, self.config
         most = getattr(c.rollout.options, "decode_batch_size", 0)
-        if not most:  # another sampler, with weights of its own
-            return {}
+        copy = self._frozen(m) if self.sharded else 0.0
+        if not most:  # another sampler has weights of its own, which are checked against a whole policy
+            served = getattr(c.rollout.options, "serve", False)
+            return {"whole copy": copy, "server": c.rollout.options.gpu_memory * (self.limit or 0.0) if served else 0.0}
         prompts = max(c.prompts_per_batch if c.algo.source == "online" else 0, c.eval.prompts if c.data.eval else 0)
         rows = min(max(most, c.rollout.k), self._share(prompts) * c.rollout.k)
         columns = self.prompt + c.rollout.max_new_tokens
@@ -197,7 +199,7 @@ class Memory:
         prefill = max(self.prompt, min(PREFILL, math.ceil(rows / c.rollout.k) * self.prompt))
         token = 2.0 * self.width * m.keys * m.layers
         parts = {
-            "whole copy": self._frozen(m) if self.sharded else 0.0,
+            "whole copy": copy,
             "laid out": 2.0 * (m.linear + m.head) if self.place.laid_out and self.rounds else 0.0,
             "activations": self._passing(prefill) + token * prefill,
             "logits": 2.0 * self.width * rows * m.vocabulary,
