@@ -190,8 +190,9 @@ class Memory:
         most = getattr(c.rollout.options, "decode_batch_size", 0)
         copy = self._frozen(m) if self.sharded else 0.0
         if not most:  # another sampler has weights of its own, which are checked against a whole policy
-            served = getattr(c.rollout.options, "serve", False)
-            return {"whole copy": copy, "server": c.rollout.options.gpu_memory * (self.limit or 0.0) if served else 0.0}
+            options = c.rollout.options
+            served = getattr(options, "gpu_memory", 0.0) if getattr(options, "serve", False) else 0.0
+            return {"whole copy": copy, "server": served * (self.limit or 0.0)}
         prompts = max(c.prompts_per_batch if c.algo.source == "online" else 0, c.eval.prompts if c.data.eval else 0)
         rows = min(max(most, c.rollout.k), self._share(prompts) * c.rollout.k)
         columns = self.prompt + c.rollout.max_new_tokens
