@@ -12,6 +12,7 @@ from dualign.training.engine import Engine
 from runs_common import metrics, tree, vowels, weights, write_prompts
 
 pytest.importorskip("bitsandbytes")
+PPO = {"algo": {"name": "ppo"}}
 
 
 def config_of(tiny, folder, run, precision="bf16", **train):
@@ -63,6 +64,7 @@ def test_weights_for_a_sampler_are_what_the_policy_computes_with(tiny, tmp_path)
     assert set(found) >= {name for name, _ in base.named_parameters()}
 
 
-def test_an_adapter_as_base_and_shares_are_refused(tiny, tmp_path):
-    with pytest.raises(UserError, match="cannot be divided"):
-        build(config_of(tiny, tmp_path, "run", shard="full"))
+def test_shares_and_value_models_are_refused(tiny, tmp_path):
+    for config in (config_of(tiny, tmp_path, "run", shard="full"), config_of(tiny, tmp_path, "run") | PPO):
+        with pytest.raises(UserError, match="model.lora.quantize: 4 bits cannot be divided"):
+            build(config)

@@ -60,8 +60,8 @@ class Config(Settings):
         if t.update_size > t.online_batch:
             raise ValueError(f"train.update_size: {t.update_size} is more than train.online_batch ({t.online_batch})")
         algo.check(k)
-        if t.shard != "none" and self.model.lora is not None and self.model.lora.quantize is not None:
-            raise ValueError("train.shard: weights of 4 bits (model.lora.quantize) cannot be divided; set it to none")
+        if (lora := self.model.lora) and lora.quantize and (t.shard != "none" or algo.critic):
+            raise ValueError("model.lora.quantize: 4 bits cannot be divided (train.shard) or train as a value model (PPO)")
         if self.rollout.importance_cap is not None:
             self._corrects(algo)
         if self.data.eval is not None and any(reward.compares for reward in self.reward):

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualign.models.master import round_linears
+from dualign.models.load import copied
 from dualign.models.packing import MicroBatch
-from dualign.models.policy import Policy, copied
+from dualign.models.policy import Policy
 
 
 class Critic(Policy):
@@ -34,5 +34,6 @@ class Critic(Policy):
         with torch.autocast(hidden_MH.device.type, enabled=False):
             return micro.scatter(self.value(hidden_MH.float())[:, 0])
 
-    def round(self) -> dict[nn.Parameter, Tensor]:
-        return round_linears(self, keep=self.value.weight) if self.precision == "bf16" else {}
+    @property
+    def _head_weight(self) -> Tensor | None:
+        return self.value.weight

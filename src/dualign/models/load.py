@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from functools import partial
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from dualign import assets
 from dualign.common.errors import FOREIGN, UserError, first_line, out_of_memory
@@ -91,6 +93,16 @@ def load_reference(config: ModelConfig, tokenizer: Tokenizer) -> Any:
             f"{theirs.get(other, 'none')} there and {mine.get(other, 'none')} here); π_0 must read the policy's tokens"
         )
     return model
+
+
+def copied(module: nn.Module, known: dict[int, Any] | None = None) -> Any:
+    """A copy of its own, but of what is `known` by its id. What a recurrent layer kept of its last pass is let go of the
+    graph, which cannot be copied."""
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                setattr(part, name, value.detach())
+    return copy.deepcopy(module, known or {})
 
 
 def has_dropout(model: Any) -> bool:

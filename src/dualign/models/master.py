@@ -19,16 +19,18 @@ from torch.autograd import Function
 from dualign.models.share import Share, divided
 
 
+def linear_weights(module: nn.Module, keep: Tensor | None = None) -> list[nn.Parameter]:
+    """The parameters of linear layers, but of the one whose weight is `keep` (a head, which may be the embedding)."""
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear) and m.weight is not keep]
+    return list(dict.fromkeys(p for layer in layers for p in layer.parameters(recurse=False)))
+
+
 def round_linears(module: nn.Module, keep: Tensor | None = None) -> dict[nn.Parameter, Tensor]:
-    """Rounds the parameters of linear layers (but `keep`, a head tied to the embedding) to bf16, in place. Returns the
-    unrounded tensors by parameter."""
-    exact: dict[nn.Parameter, Tensor] = {}
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear) and layer.weight is not keep:
-            for p in layer.parameters(recurse=False):
-                if p.dtype == torch.float32 and p not in exact:
-                    exact[p] = p.data
-                    p.data = p.data.to(torch.bfloat16)
+    """Rounds the parameters of linear layers (but `keep`) to bf16, in place. Returns the unrounded tensors by
+    parameter."""
+    exact = {p: p.data for p in linear_weights(module, keep) if p.dtype == torch.float32}
+    for p in exact:
+        p.data = p.data.to(torch.bfloat16)
     return exact
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 
 from dualign.common.errors import FOREIGN, UserError, first_line, out_of_memory
 from dualign.models.finite import first_not_finite
-from dualign.models.load import load_model
+from dualign.models.load import copied, load_model
 from dualign.models.logprobs import token_logp
-from dualign.models.master import LightEmbedding, round_linears, widened
+from dualign.models.master import LightEmbedding, linear_weights, round_linears, widened
 from dualign.models.mmap import move_to_file, move_to_host
 from dualign.models.packing import MicroBatch, Tokens, pack
 from dualign.models.tokenizer import Tokenizer
@@ -272,9 +271,10 @@ class Policy(nn.Module):
                 module.register_forward_hook(_to_bf16)
 
     def frozen_copy(self) -> Policy:
-        """The same policy, to be kept as it is; in bf16 with its linear layers rounded: the same numbers from half
-        the memory."""
-        return copied(self).freeze()
+        """The same policy, to be kept as it is; in bf16 with its linear layers rounded as they are copied: the same
+        numbers from half the memory."""
+        fp32 = [p for p in self.linears() if p.dtype == torch.float32] if self.precision == "bf16" else []
+        return copied(self, {id(p): nn.Parameter(p.detach().to(torch.bfloat16)) for p in fp32}).freeze()
 
     def freeze(self) -> Policy:
         """This policy itself, likewise."""
@@ -315,18 +315,15 @@ class Policy(nn.Module):
 
     def round(self) -> dict[nn.Parameter, Tensor]:
         """In bf16, rounds the linear layers' weights once instead of in every pass; returns the exact ones."""
-        if self.precision != "bf16":
-            return {}
-        return round_linears(self, keep=self.head.weight if self.head is not None else None)
+        return round_linears(self, keep=self._head_weight) if self.precision == "bf16" else {}
 
+    def linears(self) -> list[nn.Parameter]:
+        """What `round` rounds."""
+        return linear_weights(self, keep=self._head_weight)
 
-def copied(module: nn.Module) -> Any:
-    """A copy of its own. What a recurrent layer kept of its last pass is let go of the graph, which cannot be copied."""
-    for part in module.modules():
-        for name, value in vars(part).items():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                setattr(part, name, value.detach())
-    return copy.deepcopy(module)
+    @property
+    def _head_weight(self) -> Tensor | None:
+        return None if self.head is None else self.head.weight
 
 
 def _decoder_of(model: Any) -> Any:

@@ -7,7 +7,6 @@ meets FSDP's tensors: optimizers step on local ones, files hold whole ones.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import nn
 
 from dualign.common.errors import UserError
 from dualign.common.processes import Processes
+from dualign.models.load import copied
 from dualign.models.policy import Policy
 from dualign.models.share import divided, gathered
 
@@ -50,7 +50,7 @@ def divide(policy: Policy, mesh: Any) -> None:
     rounded = MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = _blocks(policy)
     _check_own_weights(policy, blocks)
-    linear = _linear(policy)
+    linear = set(policy.linears())
     if frozen := {p for p in linear if not p.requires_grad}:  # under adapters, which are others: a group has one dtype
         linear = frozen
         for p in frozen:
@@ -85,12 +85,6 @@ def _blocks(policy: Policy) -> list[nn.Module]:
     return found
 
 
-def _linear(policy: Policy) -> set[nn.Parameter]:
-    """What `Policy.round` rounds: the weights of linear layers but the head's."""
-    found = {p for m in policy.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
-    return found - set(policy.head.parameters() if policy.head is not None else ())
-
-
 def _check_own_weights(policy: Policy, blocks: Sequence[nn.Module]) -> None:
     owner: dict[nn.Parameter, int] = {}
     for i, block in enumerate(blocks):
@@ -103,13 +97,14 @@ def _check_own_weights(policy: Policy, blocks: Sequence[nn.Module]) -> None:
 
 def apart(policy: Policy) -> Policy:
     """Another policy with the same parameters (the tensors themselves), to be divided."""
-    return copy.deepcopy(policy, {id(p): p for p in policy.parameters()})
+    found: Policy = copied(policy, {id(p): p for p in policy.parameters()})
+    return found
 
 
 def gathers(policy: Policy, trained: Policy) -> None:
     """Lets go of the weights of a `policy` of which `trained` has the shares. It has them again within `policy.whole()`,
     which all processes enter together: to sample from it."""
-    shares, linear = dict(trained.named_parameters()), _linear(policy)
+    shares, linear = dict(trained.named_parameters()), set(policy.linears())
     targets = [
         (p, shares[name], policy.dtype if p in linear else p.dtype)
         for name, p in policy.named_parameters()

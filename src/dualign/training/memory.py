@@ -169,14 +169,14 @@ class Memory:
     # --- phases ---
 
     def _loading(self) -> Parts:
-        """fp32 weights as they are read; π_0 is copied from them before they are rounded, a value model after. Divided,
-        one model after the other is."""
+        """fp32 weights as they are read; π_0 is copied from them as it rounds and laid away, then a value model is. Divided,
+        each model is before the next one is made."""
         lora = self.config.model.lora
         policy = self._frozen(self.sizes) if lora and lora.quantize else 4.0 * self.sizes.parameters
-        copied = 4.0 * (self.reference or self.sizes).parameters if self._reference_size() else 0.0
+        copied = 4.0 * self.reference.parameters if self.reference else self._reference_size()
         critic = 4.0 * self.sizes.without_head.parameters * self.config.algo.critic
         beside = (2.0 if self.on_gpu else 4.0) * sum(m.linear for m in self.trained) if self.rounds else 0.0
-        resting = self._reference_size() if self.on_gpu else 0.0
+        resting = 0.0
         steps = [{"weights": policy, "π_0": copied}]
         if self.sharded:
             resting = self._share_of(self._reference_size())
