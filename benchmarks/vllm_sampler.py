@@ -74,6 +74,7 @@ def make_model(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", required=True, help="the interpreter that has vLLM")
+    parser.add_argument("--eager", action="store_true", help="vLLM without compilation: it starts sooner")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     for name, default in {"prompts": 32, "k": 4, "tokens": 64, "repeats": 3}.items():
@@ -100,7 +101,11 @@ def measure(place: Path, o: argparse.Namespace) -> tuple[dict[str, list[float]],
     policy = Policy(hf.to("cuda" if torch.cuda.is_available() else "cpu"), o.precision)
     own = HFSampler(policy, tokenizer, o.prompts * o.k)
     policy.freeze()
-    vllm = VLLMSampler(VLLMSettings(serve=True, python=o.python, max_model_len=512), policy, tokenizer)
+    vllm = VLLMSampler(
+        VLLMSettings(serve=True, python=o.python, max_model_len=512, args=["--enforce-eager"] * o.eager),
+        policy,
+        tokenizer,
+    )
     draw = np.random.default_rng(0)
     ids = draw.integers(3, VOCABULARY, (o.prompts, PROMPT)).tolist()
     requests = [Request(g, Prompt(f"p{g}", ""), tuple(each)) for g, each in enumerate(ids)]

@@ -350,36 +350,29 @@ def processes_of(script: Path) -> list[int]:
     return found
 
 
-def test_a_server_of_ones_own_is_started_and_ended(tiny, tmp_path):
-    script = interpreter(tmp_path)
-    config = configured(tiny, tmp_path, serve=True, python=str(script))
+def test_a_server_of_ones_own_is_started_and_ended_and_started_again_where_it_dies(tiny, tmp_path):
+    """Within a batch: with the weights that it had, for the rows that were not done."""
+    script = interpreter(tmp_path, FAKE_DIES_ONCE=str(tmp_path / "died"))
+    config = configured(tiny, tmp_path, serve=True, python=str(script), concurrency=2)
+    config["data"]["eval"] = None
     seen = []
 
     def reward(completions, **columns):
-        seen.append(len(processes_of(script)))
+        seen.extend([len(processes_of(script))] * len(completions))
         return vowels(completions, **columns)
 
     run = dualign.train(config, reward=reward, quiet=True)
-    assert set(seen) == {1} and processes_of(script) == []
+    assert (tmp_path / "died").exists() and run.summary is not None
+    assert seen == [1] * 24 and processes_of(script) == []  # no label twice
     assert [r["sampler_gap"] < 1e-3 for r in metrics(run.folder)] == [True] * 3
     (log,) = (tmp_path / "cache" / "weights").iterdir()
-    assert "fake vLLM" in log.read_text()
-
-
-def test_a_server_of_ones_own_that_dies_is_started_again(tiny, tmp_path):
-    """Within a batch: with the weights that it had, for the rows that were not done."""
-    reward, log = rewarded(tmp_path)
-    script = interpreter(tmp_path, FAKE_DIES_ONCE=str(tmp_path / "died"))
-    config = configured(tiny, tmp_path, serve=True, python=str(script), concurrency=2) | {"reward": [reward]}
-    config["data"]["eval"] = None
-    run = dualign.train(config, quiet=True)
-    assert (tmp_path / "died").exists() and run.summary is not None
-    assert [r["sampler_gap"] < 1e-3 for r in metrics(run.folder)] == [True] * 3
-    assert len(log.read_text().splitlines()) == 24  # none twice
+    assert log.read_text().count("fake vLLM") == 2
 
 
 def test_a_server_that_does_not_start_says_why(tiny, tmp_path):
-    script = interpreter(tmp_path, FAKE_FAILS="1")
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho no free memory for weights\nexit 1\n")
+    script.chmod(0o755)
     with pytest.raises(UserError, match=r"ended as it started \(exit code 1\)(.|\n)*no free memory for weights"):
         dualign.train(configured(tiny, tmp_path, serve=True, python=str(script)), reward=vowels, quiet=True)
     assert not (tmp_path / "run").exists()

@@ -201,7 +201,7 @@ class FakeVLLM:
 
 def interpreter(folder: Path, **environment: str) -> Path:
     """A Python whose `vllm.entrypoints.openai.api_server` is this file. `environment`: FAKE_DIES_ONCE=FILE makes it end at
-    its fifth completion, once; FAKE_FAILS=1 as it starts."""
+    its fifth completion, once."""
     package = folder / "site" / "vllm" / "entrypoints" / "openai"
     package.mkdir(parents=True)
     for part in (package, package.parent, package.parent.parent):
@@ -218,8 +218,6 @@ def interpreter(folder: Path, **environment: str) -> Path:
 def main() -> None:
     given = dict(pairwise(sys.argv[1:]))
     print(f"fake vLLM in process {os.getpid()}", flush=True)
-    if os.environ.get("FAKE_FAILS"):
-        sys.exit("no free memory for weights")
     server = FakeVLLM(given["--model"], context=int(given["--max-model-len"]), port=int(given["--port"]))
     once = os.environ.get("FAKE_DIES_ONCE")
     with server:

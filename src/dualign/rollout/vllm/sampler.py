@@ -141,7 +141,10 @@ class VLLMSampler:
         options = ["--served-model-name", "base", "--dtype", dtype if s.dtype == "auto" else s.dtype]
         options += ["--max-model-len", str(self.context), "--generation-config", "vllm", "--seed", "0"]
         options += ["--tensor-parallel-size", str(s.tensor_parallel), "--gpu-memory-utilization", str(s.gpu_memory)]
-        options += ["--enable-sleep-mode"] if self.policy.device.type == "cuda" else []
+        if self.policy.device.type == "cuda":
+            options += ["--enable-sleep-mode"]
+        else:  # vLLM's CPU build dies of a prompt in chunks whose row has a seed (0.32)
+            options += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(4096, self.context))]
         if lora is not None:
             rank = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= lora.r)
             options += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
