@@ -66,5 +66,5 @@ def test_weights_for_a_sampler_are_what_the_policy_computes_with(tiny, tmp_path)
 
 def test_shares_and_value_models_are_refused(tiny, tmp_path):
     for config in (config_of(tiny, tmp_path, "run", shard="full"), config_of(tiny, tmp_path, "run") | PPO):
-        with pytest.raises(UserError, match="model.lora.quantize: 4 bits cannot be divided"):
+        with pytest.raises(UserError, match="4 bits cannot be divided"):
             build(config)
