@@ -61,7 +61,9 @@ class Config(Settings):
             raise ValueError(f"train.update_size: {t.update_size} is more than train.online_batch ({t.online_batch})")
         algo.check(k)
         if (lora := self.model.lora) and lora.quantize and (t.shard != "none" or algo.critic):
-            raise ValueError("model.lora.quantize: 4 bits cannot be divided (train.shard) or train as a value model (PPO)")
+            raise ValueError(
+                "model.lora.quantize: 4 bits cannot be divided (train.shard) or train as a value model (PPO)"
+            )
         if self.rollout.importance_cap is not None:
             self._corrects(algo)
         if self.data.eval is not None and any(reward.compares for reward in self.reward):
