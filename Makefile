@@ -44,7 +44,7 @@ $(VLLM_STAMP): src/dualign/rollout/vllm/setup.py | $(STAMP)
 	touch $(VLLM_STAMP)
 
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## whole runs against a real vLLM server, in an environment of its own
-	HF_HUB_OFFLINE=1 DUALIGN_VLLM=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm --durations 8 tests/vllm
+	HF_HUB_OFFLINE=1 DUALIGN_VLLM=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -m "vllm $(ONLY)" --durations 8 tests/vllm
 
 check: $(STAMP)  ## lint, formatting, types
 	$(BIN)/ruff check .

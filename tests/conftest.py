@@ -23,6 +23,12 @@ from tiny import TEMPLATE, make_model, make_tokenizer
 typer.main.get_command = typer.testing._get_command = functools.cache(typer.main.get_command)
 
 __all__ = ["TEMPLATE", "make_model", "make_tokenizer"]
+LONG = ("test_shard.py", "test_kill.py", "test_compare.py", "test_faults.py", "test_trainer.py", "test_vllm.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: a file is one worker's, and the others would wait for it at the end."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,7 @@ def test_hybrid_is_whole(train):
 
 
 def test_a_killed_divided_run_is_the_same_run(zygote, tiny, tmp_path):
-    case = Case(zygote, tmp_path, tiny, "ppo", 2, shard="full")
+    case = Case(zygote, tmp_path, tiny, "dar", 2, shard="full")
     result = case.disturbed(iter([{"kill_at": random.Random(3).randrange(case.writes // 4, case.writes)}]))
     assert result.kills > 0
     assert (result.unreadable, result.different, result.bought_twice) == ([], [], 0)

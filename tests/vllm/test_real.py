@@ -190,6 +190,7 @@ def test_old_weights_are_seen(server, untied, monkeypatch):
     assert len(drawn(sampler, 1, 2)) == 2
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_sent(lora_server, tied, tmp_path):
     config = configured(tied, tmp_path, url=lora_server.url)
     config["model"]["lora"] = {"r": 4}
@@ -199,6 +200,7 @@ def test_adapters_alone_are_sent(lora_server, tied, tmp_path):
     assert metrics(run.folder)[-1]["kl"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of vLLM's CPU build")
 def test_tied_embeddings_that_do_not_arrive_are_refused(lora_server, tied, tmp_path):
     with pytest.raises(UserError, match="does not take the weights"):
