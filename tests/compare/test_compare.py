@@ -364,6 +364,7 @@ def test_what_is_not_a_cells_own_failure_ends_the_grid_at_once(grid_file, jobs):
     assert set(begun) <= set("ab"[:jobs]) and not any("FAILED" in line for line in said)
 
 
+@pytest.mark.slow
 def test_cells_side_by_side_are_stopped_and_finished_together(grid_file, tmp_path):
     """Real processes, two at a time: an interrupt reaches both, and the next call finishes all three."""
     common = {"reward": slow_reward(tmp_path)}

@@ -208,6 +208,7 @@ def test_tied_embeddings_that_do_not_arrive_are_refused(lora_server, tied, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_server_costs_no_label(server, untied, tmp_path):
     """Killed within the second batch: the run stops and keeps what was drawn; with a server of its own it ends."""
     reward, log = tmp_path / "reward.py", tmp_path / "labels"

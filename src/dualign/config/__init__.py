@@ -62,6 +62,8 @@ class Config(Settings):
         algo.check(k)
         if (lora := self.model.lora) and lora.quantize and (t.shard != "none" or algo.critic):
             raise ValueError("model.lora.quantize: 4 bits cannot be divided (train.shard) or be a value model (PPO)")
+        if self.rollout.importance_cap is not None:
+            self._corrects(algo)
         if self.data.eval is not None and any(reward.compares for reward in self.reward):
             raise ValueError(
                 "data.eval: an AI preference compares the completions of one prompt with each other, so its mean on held-out "

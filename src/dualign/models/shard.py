@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dualign.common import cpu
 from dualign.common.errors import UserError
 from dualign.common.processes import Processes
 from dualign.models.load import copied
@@ -26,7 +27,7 @@ SMALL = 2**20  # entries of a weight of no linear layer that is not divided
 
 def mesh_of(kind: str, processes: Processes, device: torch.device) -> Any:
     """The processes as torch knows them: all in one row (full), or a row for each node (hybrid). Raises UserError where
-    nodes do not have equally many."""
+    nodes do not have equally many, or how many is not known."""
     import torch.distributed as dist
 
     if not dist.is_initialized():  # one process alone
@@ -35,7 +36,11 @@ def mesh_of(kind: str, processes: Processes, device: torch.device) -> Any:
         )
     if kind == "full":
         return dist.init_device_mesh(device.type, (processes.world,), mesh_dim_names=("shard",))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes.world))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 0 if processes.world > 1 else 1))
+    if not local:
+        raise UserError(
+            "train.shard: hybrid: set LOCAL_WORLD_SIZE to a node's processes, as torchrun and accelerate do"
+        )
     if len(set(processes.gather([local]))) > 1 or processes.world % local:
         raise UserError("train.shard: hybrid wants equally many processes on every node; train.shard=full does without")
     shape = (processes.world // local, local)
@@ -115,6 +120,8 @@ def gathers(policy: Policy, trained: Policy) -> None:
         for p, _, dtype in targets:
             p.data = torch.empty(0, dtype=dtype, device=p.device)
         policy.weights_changed(gone=True)
+        if policy.device.type == "cpu":  # whose allocator would keep it
+            cpu.give_back_memory()
 
     @contextmanager
     def whole() -> Iterator[None]:
