@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from dualign.common.digests import Digests, of_code, of_file
 from dualign.common.errors import UserError
 from dualign.common.named import is_place
-from dualign.common.settings import Settings
+from dualign.common.settings import Settings, VariableName
 
 if TYPE_CHECKING:
     from dualign.annotate.base import Annotator
@@ -183,7 +183,7 @@ class Endpoint(RewardSettings):
     )
     base_url: str = Field(description="http://HOST:PORT/v1")
     model: str = Field(description="its name on the server")
-    api_key_env: str = Field("OPENAI_API_KEY", description="environment variable with the key; may be unset")
+    api_key_env: VariableName = Field("OPENAI_API_KEY", description="environment variable with the key; may be unset")
     concurrency: int = Field(64, ge=1, description="requests at once")
     requests_per_minute: int | None = Field(None, ge=1, description="a limit, evenly spread")
     tokens_per_minute: int | None = Field(None, ge=1, description="likewise")
@@ -195,13 +195,6 @@ class Endpoint(RewardSettings):
     max_tokens_total: int | None = Field(None, ge=0, description="ceiling for the run")
     max_calls: int | None = Field(None, ge=0, description="ceiling for the run")
     cache: str | None = Field(None, description="SQLite file of labels; default: one in the user's cache folder")
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _names_a_variable(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):  # a key itself must not get into copies of the configuration
-            raise ValueError("expected the NAME of an environment variable in capitals, never the key itself")
-        return name
 
     @field_validator("base_url")
     @classmethod

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import re
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
 from dualign.common.paths import at_home
@@ -14,6 +15,16 @@ def fault_at(key: str, given: Any, error: ValueError) -> ValidationError:
     """What is wrong with one key of a section, for a validator of the whole section to raise."""
     fault = InitErrorDetails(type="value_error", loc=(key,), input=given, ctx={"error": error})
     return ValidationError.from_exception_data("settings", [fault])
+
+
+def _names_a_variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):  # a key itself must not get into copies of the configuration
+        raise ValueError("expected the NAME of an environment variable in capitals, never the key itself")
+    return name
+
+
+VariableName = Annotated[str, AfterValidator(_names_a_variable)]
+"""An environment variable's, which holds a secret."""
 
 
 class Settings(BaseModel):

@@ -12,7 +12,7 @@ from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, mod
 from dualign.common.errors import UserError
 from dualign.common.named import class_of
 from dualign.common.paths import cache_dir
-from dualign.common.settings import Settings
+from dualign.common.settings import Settings, VariableName
 
 if TYPE_CHECKING:
     from dualign.models.policy import Policy
@@ -71,7 +71,7 @@ class VLLMSettings(SamplerSettings):
         description="folder that the run writes weights into and servers read them from; default: in the user's cache "
         "folder. Servers on other machines need one that all share",
     )
-    api_key_env: str = Field(
+    api_key_env: VariableName = Field(
         "VLLM_API_KEY", description="environment variable that holds the servers' key, if they want one"
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
@@ -104,13 +104,6 @@ class VLLMSettings(SamplerSettings):
     @property
     def interpreter(self) -> Path:
         return Path(self.python).expanduser() if self.python else cache_dir() / "vllm" / "bin" / "python"
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _names_a_variable(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):  # a key itself must not get into copies of the configuration
-            raise ValueError("expected the NAME of an environment variable in capitals, never the key itself")
-        return name
 
     @field_validator("url")
     @classmethod
