@@ -14,14 +14,13 @@ from dualign.config import Config
 from dualign.models.architectures import Sizes
 from dualign.models.logprobs import CHUNK, GPU_CHUNK
 from dualign.rollout.hf.cache import WINDOW
-from dualign.rollout.hf.sampler import PREFILL
+from dualign.rollout.hf.sampler import PREFILL, ROOM
 from dualign.training.engine import SCORED
 from dualign.training.optimizer import TOGETHER
 
 PROMPT = 256  # tokens of a prompt, assumed where none were read
 LIBRARIES = {"cpu": 0.6e9, "cuda": 1.5e9}  # Python and torch; CUDA's context, kernels and NCCL's buffers
 FOUR_BITS = 0.52  # bytes of a weight in nf4, with its scales rounded, too
-ROOM = 0.8  # of what is free on a GPU that keys and values may take
 Parts = dict[str, float]
 
 
