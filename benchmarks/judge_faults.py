@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"
 
 from dualign.annotate.base import Item
 from dualign.annotate.cache import Cache
+from dualign.annotate.endpoints import JudgeReward
 from dualign.annotate.judge import JudgeAnnotator, windowed
-from dualign.annotate.settings import JudgeReward
 from dualign.common.types import Prompt
 from fault_server import FaultServer, key_of
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from dualign import data
 from dualign.annotate.base import Item
+from dualign.annotate.endpoints import JudgeReward
 from dualign.annotate.judge import JudgeAnnotator
-from dualign.annotate.settings import JudgeReward
 from dualign.common.types import Rollout
 from dualign.data.settings import DataConfig
 from dualign.models.policy import Policy, load_model

@@ -22,9 +22,9 @@ from types import ModuleType
 from typing import Any
 
 from dualign.annotate.base import Item
+from dualign.annotate.endpoints import JudgeReward
 from dualign.annotate.judge import JudgeAnnotator, windowed
 from dualign.annotate.rubric import load
-from dualign.annotate.settings import JudgeReward
 from dualign.common.types import Prompt
 from dualign.eval.judges import judge_pairs, open_judge
 from dualign.eval.outputs import Answer, Outputs

@@ -8,8 +8,9 @@ import xmlrpc.client
 
 import pytest
 
+from dualign.annotate.endpoints import JudgeReward
 from dualign.annotate.function import load_function
-from dualign.annotate.settings import FunctionReward, HeadReward, JudgeReward
+from dualign.annotate.settings import FunctionReward, HeadReward
 from dualign.common import digests as common
 from dualign.common.code_digest import of_function
 from dualign.config import build, dump

@@ -115,7 +115,7 @@ def _imported(path: Path) -> set[str]:
 
 
 def test_the_keys_a_resume_may_change_are_listed() -> None:
-    from dualign.annotate.settings import Endpoint
+    from dualign.annotate.endpoints import Endpoint
     from dualign.training.resume import ALLOWED
 
     text = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")

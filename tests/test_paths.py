@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from command import dualign as command
-from dualign.annotate.settings import Endpoint
+from dualign.annotate.endpoints import Endpoint
 from dualign.common.paths import at_home
 from dualign.config import build, load
 from dualign.eval.asking import Asking

@@ -10,8 +10,8 @@ import pytest
 
 from dualign.annotate.base import Item, label_all
 from dualign.annotate.budget import Hold, Ledger, Spent, prompt_bound
+from dualign.annotate.endpoints import Endpoint, JudgeReward
 from dualign.annotate.judge import JudgeAnnotator
-from dualign.annotate.settings import Endpoint, JudgeReward
 from dualign.common.errors import StopRun, UserError
 from dualign.common.types import Prompt
 from fault_server import FaultServer

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from dualign.annotate.base import Item, label_all
 from dualign.annotate.cache import Cache, Row, canonical, key_of
+from dualign.annotate.endpoints import JudgeReward
 from dualign.annotate.judge import JudgeAnnotator
-from dualign.annotate.settings import JudgeReward
 from dualign.common.types import Label, Prompt
 from fault_server import FaultServer
 

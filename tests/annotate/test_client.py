@@ -15,9 +15,9 @@ import pytest
 from dualign.annotate import client
 from dualign.annotate.base import Item, label_all
 from dualign.annotate.client import Client, Pace
+from dualign.annotate.endpoints import Endpoint, JudgeReward
 from dualign.annotate.faults import retry_after
 from dualign.annotate.judge import JudgeAnnotator
-from dualign.annotate.settings import Endpoint, JudgeReward
 from dualign.common.errors import StopRun, UserError
 from dualign.common.types import Label, Prompt
 from fault_server import PASSING, FaultServer
@@ -243,7 +243,7 @@ import sys
 import dualign.annotate.client as client
 from dualign.annotate.base import Item
 from dualign.annotate.judge import JudgeAnnotator, windowed
-from dualign.annotate.settings import JudgeReward
+from dualign.annotate.endpoints import JudgeReward
 from dualign.common.types import Prompt
 client.FIRST_WAIT = 0.05
 url, cache, out, n = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])

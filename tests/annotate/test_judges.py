@@ -8,11 +8,11 @@ import pytest
 
 from dualign import config as configs
 from dualign.annotate.base import Item, label_all
+from dualign.annotate.endpoints import JudgeReward, PreferenceReward, ServedReward
 from dualign.annotate.faults import MalformedError
 from dualign.annotate.judge import JudgeAnnotator, expected_score
 from dualign.annotate.preference import PreferenceAnnotator, Verdict
 from dualign.annotate.served import ServedAnnotator, read_value
-from dualign.annotate.settings import JudgeReward, PreferenceReward, ServedReward
 from dualign.common.errors import UserError
 from dualign.common.types import Label, Prompt
 from fault_server import FaultServer

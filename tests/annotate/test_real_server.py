@@ -18,9 +18,9 @@ import yaml
 
 from dualign.annotate import rubric
 from dualign.annotate.base import Item, label_all
+from dualign.annotate.endpoints import JudgeReward, PreferenceReward
 from dualign.annotate.judge import JudgeAnnotator
 from dualign.annotate.preference import PreferenceAnnotator
-from dualign.annotate.settings import JudgeReward, PreferenceReward
 from dualign.common.types import Prompt
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, reason="needs the extra dualign[serve]")

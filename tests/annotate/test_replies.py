@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from dualign.annotate.base import Item, label_all
+from dualign.annotate.endpoints import JudgeReward, PreferenceReward
 from dualign.annotate.judge import JudgeAnnotator, read_score
 from dualign.annotate.preference import PreferenceAnnotator
 from dualign.annotate.rubric import load
-from dualign.annotate.settings import JudgeReward, PreferenceReward
 from dualign.common.errors import StopRun, UserError
 from dualign.common.types import Label, Prompt
 from fault_server import FaultServer

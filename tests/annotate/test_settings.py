@@ -13,8 +13,9 @@ from pydantic import Field
 import dualign
 from command import dualign as command
 from dualign.annotate import BatchSession, Label, RewardSettings, annotator_of, build
+from dualign.annotate.endpoints import JudgeReward, PreferenceReward, ServedReward
 from dualign.annotate.registry import REWARDS
-from dualign.annotate.settings import FunctionReward, HeadReward, JudgeReward, PreferenceReward, ServedReward
+from dualign.annotate.settings import FunctionReward, HeadReward
 from dualign.common.errors import UserError
 from dualign.config import build as configuration
 from dualign.config import differences, dump

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dualign.annotate.cache import connect
-from dualign.annotate.settings import Endpoint
+from dualign.annotate.endpoints import Endpoint
 from dualign.common.errors import UserError
 
 SCHEMA = """

@@ -26,8 +26,8 @@ from typing import Any
 
 from dualign.annotate.budget import Hold, Ledger, Spent, prompt_bound
 from dualign.annotate.cache import Cache, Row, canonical, default_path, key_of
+from dualign.annotate.endpoints import Endpoint
 from dualign.annotate.faults import AttemptError, MalformedError, NoAnswerError, of_exception, of_payload, shown_url
-from dualign.annotate.settings import Endpoint
 from dualign.common.errors import StopRun, UserError
 from dualign.common.types import Label
 

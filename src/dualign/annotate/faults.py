@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from dualign.annotate.settings import Endpoint
+from dualign.annotate.endpoints import Endpoint
 
 TOO_LONG = re.compile(r"context[ _]length|maximum.{0,20}(?:length|context)|too (?:long|many tokens)|input length", re.I)
 FILTERED = re.compile(

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 from dualign.annotate import extract
 from dualign.annotate.base import Item
 from dualign.annotate.client import Client, Payload, Request
+from dualign.annotate.endpoints import JudgeReward, JudgeSampling
 from dualign.annotate.reply import read_reply
 from dualign.annotate.rubric import Rubric, load
-from dualign.annotate.settings import JudgeReward, JudgeSampling
 from dualign.common.types import Label, Message, Prompt
 
 Row = TypeVar("Row")

@@ -15,10 +15,10 @@ from typing import Literal
 from dualign.annotate import extract
 from dualign.annotate.base import Item
 from dualign.annotate.client import Client, Payload
+from dualign.annotate.endpoints import PreferenceReward
 from dualign.annotate.judge import chat
 from dualign.annotate.reply import read_reply
 from dualign.annotate.rubric import load
-from dualign.annotate.settings import PreferenceReward
 from dualign.common.types import Label, Prompt
 
 Side = Literal["a", "b"]

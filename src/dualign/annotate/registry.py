@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, SerializeAsAny, ValidationError, ValidationInfo
 
-from dualign.annotate.settings import (
-    ClassifierReward,
-    FunctionReward,
-    HeadReward,
-    JudgeReward,
-    PreferenceReward,
-    RewardSettings,
-    ServedReward,
-)
+from dualign.annotate.endpoints import JudgeReward, PreferenceReward, ServedReward
+from dualign.annotate.settings import ClassifierReward, FunctionReward, HeadReward, RewardSettings
 from dualign.common.errors import UserError
 from dualign.common.named import class_of, is_place
 from dualign.common.settings import fault_at

@@ -10,8 +10,8 @@ from typing import Any
 
 from dualign.annotate.base import Item
 from dualign.annotate.client import Client, Payload, Request
+from dualign.annotate.endpoints import ServedReward
 from dualign.annotate.faults import MalformedError
-from dualign.annotate.settings import ServedReward
 from dualign.common.errors import UserError
 from dualign.common.types import Label
 

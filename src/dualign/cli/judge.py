@@ -228,7 +228,7 @@ def _settings(more: list[str] | None) -> dict[str, Any]:
 def _validated(kind: str, settings: dict[str, Any]) -> Any:
     from pydantic import ValidationError
 
-    from dualign.annotate.settings import JudgeReward, PreferenceReward
+    from dualign.annotate.endpoints import JudgeReward, PreferenceReward
     from dualign.common.errors import UserError
 
     model: Any = {"judge": JudgeReward, "preference": PreferenceReward}[kind]

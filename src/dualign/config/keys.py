@@ -12,8 +12,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dualign.algos import ALGORITHMS, Algorithm
+from dualign.annotate.endpoints import Endpoint
 from dualign.annotate.registry import REWARDS
-from dualign.annotate.settings import Endpoint, RewardSettings
+from dualign.annotate.settings import RewardSettings
 from dualign.common.errors import UserError
 from dualign.common.named import is_place, load_named
 from dualign.config import Config

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dualign.annotate import agreement
+from dualign.annotate.endpoints import JudgeReward, PreferenceReward
 from dualign.annotate.labelled import load_pairs
-from dualign.annotate.settings import HeadReward, JudgeReward, PreferenceReward
+from dualign.annotate.settings import HeadReward
 from dualign.common.errors import UserError
 from dualign.eval.result import Column, Result, Table
 

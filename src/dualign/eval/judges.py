@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from dualign.annotate.base import Annotator, Item, label_all
+from dualign.annotate.endpoints import JudgeSampling
 from dualign.annotate.function import RewardFunction, name_of
 from dualign.annotate.registry import RewardConfig
-from dualign.annotate.settings import JudgeSampling
 from dualign.common.errors import UserError
 from dualign.common.types import Label, Prompt
 from dualign.common.yaml_text import parse_yaml

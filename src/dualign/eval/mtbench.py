@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dualign.annotate.client import Client, Payload
+from dualign.annotate.endpoints import JudgeSampling
 from dualign.annotate.judge import chat
 from dualign.annotate.reply import read_reply
-from dualign.annotate.settings import JudgeSampling
 from dualign.common.errors import UserError
 from dualign.common.intervals import bracket
 from dualign.common.types import Label, Message, Prompt, user_prompt
