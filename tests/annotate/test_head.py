@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -127,7 +126,7 @@ def test_too_few_or_equal_pairs():
         fit.fit_head([fit.Pairs(same.prompt_ND, same.chosen_ND, same.chosen_ND, same.group_N, same.longer_N)], c=0.1)
 
 
-def test_annotator_is_fast_deterministic_and_takes_anything():
+def test_annotator_is_deterministic_and_takes_anything():
     annotator = build([HeadReward(path="builtin:harmless")])
     assert annotator.name == "harmless"
     chat = [
@@ -135,9 +134,7 @@ def test_annotator_is_fast_deterministic_and_takes_anything():
     ]
     items = [Item(n, n // 4, chat[n // 4], f"The number {n} is " + "rather dull but useful, " * 6) for n in range(48)]
     label_all(annotator, items[:1])
-    start = time.perf_counter()
     first = label_all(annotator, items)
-    assert time.perf_counter() - start < 5  # 0.5 s on a quiet two-core machine
     encoder()._cache.clear()
     again = label_all(annotator, items)
     assert [x.value for x in first] == pytest.approx([x.value for x in again], abs=1e-5)
@@ -212,3 +209,14 @@ def test_features_weigh_prompt_and_answer_alike():
     f = features(unit(rng, 200), unit(rng, 200))
     halves = np.linalg.norm(f[:, :DIM], axis=1).mean(), np.linalg.norm(f[:, DIM:], axis=1).mean()
     assert halves[0] == pytest.approx(halves[1], rel=0.1)
+
+
+def test_a_texts_features_do_not_depend_on_the_texts_beside_it() -> None:
+    """Rewards label side by side: which texts one encodes before the other is chance, and must move no bit."""
+    from dualign.annotate.features import Encoder
+
+    texts = [" ".join(f"word{(i * j) % 7}" for j in range(1 + i * 3 % 41)) for i in range(40)]
+    together, alone, reversed_ = Encoder(), Encoder(), Encoder()
+    whole = together.encode(texts, keep="start")
+    assert (np.stack([alone.encode([text], keep="start")[0] for text in texts]) == whole).all()
+    assert (reversed_.encode(texts[::-1], keep="start")[::-1] == whole).all()

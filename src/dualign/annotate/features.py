@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ Array = npt.NDArray[np.float32]
 ENCODER = "all-minilm-l6-v2"
 DIM = 384
 MAX_TOKENS = 256  # word pieces, the encoder's own limit
-BATCH = 32
+ROWS, STEP = 8, 32  # every forward pass has so many rows, of a multiple of so many word pieces
 CACHED = 20_000  # texts, 30 MB
 
 
@@ -42,29 +42,45 @@ class Encoder:
         """One row per text, (len(texts), DIM). Of a text longer than MAX_TOKENS the start or the end is kept;
         `progress` hears how many texts are done since it was last called."""
         with self._lock:
-            new = sorted({t for t in texts if (t, keep) not in self._cache}, key=len)
+            new = list(dict.fromkeys(t for t in texts if (t, keep) not in self._cache))
             progress(len(texts) - len(new))
             found = {text: self._cache[text, keep] for text in texts if (text, keep) in self._cache}
-            for start in range(0, len(new), BATCH):
-                batch = new[start : start + BATCH]
-                found |= zip(batch, self._forward(batch, keep), strict=True)
+            for batch in self._batches(new, keep):
+                found |= zip(batch, self._forward(list(batch.values())), strict=True)
                 progress(len(batch))
             if len(self._cache) > CACHED:
                 self._cache.clear()
             self._cache |= {(text, keep): found[text] for text in new}
         return np.stack([found[text] for text in texts])
 
-    def _forward(self, texts: list[str], keep: Literal["start", "end"]) -> Array:
+    def _batches(self, texts: Sequence[str], keep: Literal["start", "end"]) -> Iterator[dict[str, list[int]]]:
+        """At most ROWS texts of like length with their word pieces."""
+        self._tokenizer.truncation_side = "right" if keep == "start" else "left"
+        by_length: dict[int, dict[str, list[int]]] = {}
+        for start in range(0, len(texts), 1000):
+            chunk = texts[start : start + 1000]
+            for text, ids in zip(
+                chunk, self._tokenizer(chunk, truncation=True, max_length=MAX_TOKENS).input_ids, strict=True
+            ):
+                by_length.setdefault(-(-len(ids) // STEP), {})[text] = ids
+        for _, alike in sorted(by_length.items()):
+            items = list(alike.items())
+            for start in range(0, len(items), ROWS):
+                yield dict(items[start : start + ROWS])
+
+    def _forward(self, ids: list[list[int]]) -> Array:
+        """A text's features must not depend on the texts beside it, not even in their last digit: rewards that encode
+        side by side come in any order. So every pass has the same shape, filled up with empty rows."""
         import torch
 
-        self._tokenizer.truncation_side = "right" if keep == "start" else "left"
-        tokens = self._tokenizer(texts, truncation=True, max_length=MAX_TOKENS, padding=True, return_tensors="pt")
+        filled = [*ids, *[[self._tokenizer.pad_token_id]] * (ROWS - len(ids))]
+        tokens = self._tokenizer.pad({"input_ids": filled}, pad_to_multiple_of=STEP, return_tensors="pt")
         with torch.inference_mode():
             hidden_NTD = self._model(**tokens).last_hidden_state
             mask_NT1 = tokens["attention_mask"][..., None]
             mean_ND = (hidden_NTD * mask_NT1).sum(1) / mask_NT1.sum(1)
             unit: Array = torch.nn.functional.normalize(mean_ND, dim=-1).numpy()
-        return unit
+        return unit[: len(ids)]
 
 
 @functools.cache
