@@ -61,7 +61,7 @@ def test_no_order_of_holding_and_settling_passes_a_ceiling(seed: int) -> None:
 def test_a_real_run_stops_at_its_ceiling_and_goes_on_when_it_is_raised(
     tmp_path: Path, ceiling: str, faults: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dualign.annotate.client.FIRST_WAIT", 0.02)
+    monkeypatch.setattr("dualign.annotate.request.FIRST_WAIT", 0.02)
     kinds = ("429", "500", "malformed", "no_choice")
     with FaultServer(faults=faults, kinds=kinds, retry_after="0.01", usage=(1, 1), seed=3) as server:
         top: dict[str, float | int] = {"max_calls": 40, "max_tokens_total": 40_000, "max_dollars": 0.05}

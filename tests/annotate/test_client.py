@@ -51,7 +51,7 @@ def label(server: FaultServer | str, folder: Path, n: int, **more: Any) -> list[
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dualign.annotate.client.FIRST_WAIT", 0.02)
+    monkeypatch.setattr("dualign.annotate.request.FIRST_WAIT", 0.02)
 
 
 def test_faults_of_all_kinds(tmp_path: Path) -> None:
@@ -240,12 +240,12 @@ def test_a_wrong_url_is_told_at_once() -> None:
 
 WORKER = """
 import sys
-import dualign.annotate.client as client
+import dualign.annotate.request as request
 from dualign.annotate.base import Item
 from dualign.annotate.judge import JudgeAnnotator, windowed
 from dualign.annotate.endpoints import JudgeReward
 from dualign.common.types import Prompt
-client.FIRST_WAIT = 0.05
+request.FIRST_WAIT = 0.05
 url, cache, out, n = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 judge = JudgeAnnotator(JudgeReward(base_url=url, model="m", rubric="helpfulness", cache=cache, timeout=2.5,
                                    concurrency=8))

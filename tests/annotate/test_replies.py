@@ -38,7 +38,7 @@ def ask(
 ) -> tuple[list[Label], int]:
     """The labels of as many completions as there are replies, and the requests made. A list of replies is served in
     turn; of a pair, the reply to the request that shows its first completion first."""
-    monkeypatch.setattr("dualign.annotate.client.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("dualign.annotate.request.FIRST_WAIT", 0.01)
     with FaultServer() as server:
 
         def answer(path: str, request: dict[str, Any], writer: Any) -> None:
@@ -49,7 +49,8 @@ def ask(
             server._send(writer, status, (body if isinstance(body, str) else json.dumps(body)).encode())
 
         monkeypatch.setattr(server, "_succeed", answer)
-        settings = {"base_url": server.url, "model": "m", "cache": str(folder / "c.sqlite"), "rubric": "helpfulness"}
+        settings = {"base_url": server.url, "model": "m", "cache": str(folder / "c.sqlite"), "rubric": "helpfulness",
+                    "max_tokens": 256}  # fmt: skip
         more = {"retries": 2, "concurrency": 1} | more
         annotator = (
             PreferenceAnnotator(PreferenceReward(**(settings | more)))

@@ -108,8 +108,8 @@ def test_conversations_are_told_by_speaker() -> None:
 @pytest.mark.parametrize("name", rubric.BUILT_IN)
 def test_built_in_rubrics_end_as_the_extraction_expects(name: str) -> None:
     rules = rubric.load(name)
-    assert rules.reward.template.rstrip().endswith("SCORE:")
-    assert rules.preference.template.rstrip().endswith("=")
+    assert rules.reward.ending.rstrip().endswith("SCORE:")
+    assert rules.preference.ending.rstrip().endswith("=")
     assert rules.scale == [1, 10]
     assert (rules.sign, rules.preference.answer) == ((-1, "loser") if name == "harmlessness" else (1, "winner"))
 

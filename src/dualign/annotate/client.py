@@ -12,67 +12,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import math
 import os
-import random
 import re
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
-from dualign.annotate.budget import Hold, Ledger, Spent, prompt_bound
-from dualign.annotate.cache import Cache, Row, canonical, default_path, key_of
+from dualign.annotate import dialect
+from dualign.annotate.budget import Hold, Ledger, Spent
+from dualign.annotate.cache import Cache, Row, default_path, key_of
 from dualign.annotate.endpoints import Endpoint
 from dualign.annotate.faults import AttemptError, MalformedError, NoAnswerError, of_exception, of_payload, shown_url
+from dualign.annotate.reply import CUT_THINKING
+from dualign.annotate.request import Pace, Payload, Request, backoff, parsed, usage
 from dualign.common.errors import StopRun, UserError
 from dualign.common.types import Label
 
-Payload = Mapping[str, Any]
-FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds of back-off
 POOL = 8  # requests at once that share a connection pool
 LAST_GRACE = 10.0  # seconds that `close` waits for replies in flight
 PATIENCE = 900.0  # seconds that one request waits because a server said "Retry-After"
+SCOUT = 10.0  # seconds that others wait for the first request to a server that is not known
 GIVEN_UP_IN_A_ROW = 8  # requests that failed for good with no answer between them: the judge is not working
-
-
-@dataclass(frozen=True)
-class Request:
-    """One label to ask for. `rubric` and `sample` tell apart requests whose bodies are equal."""
-
-    path: str  # "chat/completions", or an absolute URL
-    body: Mapping[str, Any]  # without the model
-    rubric: str = ""
-    sample: int = 0
-
-    def bounds(self) -> tuple[int, int]:
-        """The most prompt and completion tokens that it can take."""
-        messages = self.body.get("messages", [])
-        texts = [m["content"] if m.keys() == {"role", "content"} else canonical(m) for m in messages]
-        texts = texts or [self.body.get("input", "")]
-        return prompt_bound(texts), int(self.body.get("max_tokens", 0))
-
-
-class Pace:
-    """At most `per_minute` of something, evenly spread; None: no limit."""
-
-    def __init__(self, per_minute: int | None) -> None:
-        self._seconds = 60 / per_minute if per_minute else 0.0
-        self._next = 0.0
-
-    async def take(self, amount: float = 1) -> None:
-        if not self._seconds:
-            return
-        now = asyncio.get_running_loop().time()
-        start = max(now, self._next)
-        self._next = start + amount * self._seconds
-        await asyncio.sleep(start - now)
-
-    def give_back(self, amount: float) -> None:
-        self._next -= amount * self._seconds
 
 
 class Client:
@@ -90,6 +54,7 @@ class Client:
             )
         self._ledger = Ledger(ledger, settings)
         self._cache = Cache(settings.cache or default_path())
+        self._dialect, self._scouted = dialect.of(settings.base_url, settings.model), False
         self._requests, self._tokens = Pace(settings.requests_per_minute), Pace(settings.tokens_per_minute)
         self._waiting: dict[str, list[Future[Label]]] = {}  # by content: what is being asked is not asked again
         self._stopped: StopRun | UserError | None = None
@@ -134,11 +99,16 @@ class Client:
 
         # A pool looks through its connections at every request: several small ones cost less than a large one.
         pools = math.ceil(self.settings.concurrency / POOL)
-        url, timeout = self.settings.base_url, self.settings.timeout
-        clients = [AsyncOpenAI(base_url=url, api_key=self._key, max_retries=0, timeout=timeout) for _ in range(pools)]
+        url, _, query = self.settings.base_url.partition("?")
+        more = dict(parse_qsl(query))
+        headers = {"api-key": self._key} if "api-version" in more else {}  # Azure's way
+        clients = [
+            AsyncOpenAI(base_url=url, api_key=self._key, max_retries=0, timeout=self.settings.timeout,
+                        default_query=more, default_headers=headers) for _ in range(pools)
+        ]  # fmt: skip
         self._openai, self._turns = clients, itertools.cycle(clients)
         self._slots = asyncio.Semaphore(self.settings.concurrency)
-        self._settled, self._ended = asyncio.Event(), asyncio.Event()
+        self._settled, self._ended, self._heard = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def _stop(self) -> None:
         """Nothing new is sent; what is in flight is paid for, so it may still arrive and be kept."""
@@ -154,8 +124,7 @@ class Client:
 
     def _begin(self, request: Request, read: Callable[[Payload], Label], answer: Future[Label]) -> None:
         """One task per content, however many ask for it."""
-        content = canonical({"model": self.settings.model, "rubric": request.rubric, "sample": request.sample,
-                             "path": request.path.rsplit("/", 1)[-1], **request.body})  # fmt: skip
+        content = request.content(self.settings.model)
         waiting = self._waiting.setdefault(content, [])
         waiting.append(answer)
         if len(waiting) == 1:
@@ -180,11 +149,16 @@ class Client:
             self._remembered += 1
             return label
         tries, turns, waited, answers = 0, 0, 0.0, self._answers
+        await self._behind_the_first(request)
         while True:
+            asked = request.roomy() if self._dialect.thinks else request
             try:
                 async with self._slots:
-                    payload, label, tokens = await self._ask(request, read)
+                    payload, label, tokens = await self._ask(asked, read)
+            except LearnedError:
+                continue
             except AttemptError as fault:
+                self._heard.set()
                 tries += fault.wait is None
                 turns += 1
                 if not fault.passing or tries > self.settings.retries or waited > PATIENCE:
@@ -196,11 +170,26 @@ class Client:
                     waited += later
                     await self._sleep(later)
                 continue
+            self._heard.set()
+            if label.reason == CUT_THINKING and request.room > asked.wants["max_tokens"]:
+                self._dialect.thinks = True
+                self._dialect.say(f"thinks before it answers: its replies may have {request.room:,} tokens now")
+                continue
             self._answers, self._given_up = self._answers + 1, 0
             if label.value is not None:
                 row = Row(key, self.settings.model, request.rubric, content, payload)
                 self._cache.put(row, tokens, self._ledger.price(*tokens), replace=kept is not None)
             return label
+
+    async def _behind_the_first(self, request: Request) -> None:
+        """To a server that is not known, one request goes ahead of the others: what it refuses is learned once."""
+        if not request.wants or self._dialect.known:
+            return
+        if not self._scouted:
+            self._scouted = True
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._heard.wait(), SCOUT)
 
     async def _ask(self, request: Request, read: Callable[[Payload], Label]) -> tuple[Payload, Label, tuple[int, int]]:
         """One attempt, paid for: the payload, what was read from it, its prompt and completion tokens."""
@@ -210,10 +199,12 @@ class Client:
         await self._pause()
         hold = await self._hold(prompt, completion)
         billed = (prompt, completion)  # until the server says otherwise, the most that it can be
+        spelled = self._dialect.spelled(request.wants)
         try:
             async with asyncio.timeout(self.settings.timeout):
-                body = {"model": self.settings.model, **request.body}
-                payload = _parsed(await next(self._turns).post(request.path, body=body, cast_to=str))
+                body = {"model": self.settings.model, **spelled.onto(request.body)}
+                payload = parsed(await next(self._turns).post(request.path, body=body, cast_to=str))
+            self._dialect.known = True
             billed = (usage(payload) if isinstance(payload, dict) else None) or billed
             if fault := of_payload(payload, self._key, self.settings):
                 raise fault
@@ -226,6 +217,8 @@ class Client:
                 raise
             if fault.turned_away:
                 billed = (0, 0)
+            if (said := fault.refusal) and self._dialect.learn(request.wants, spelled, said.words, said.param):
+                raise LearnedError from None
             if fault.wait:
                 self._paused_until = max(self._paused_until, self._loop.time() + fault.wait)
             raise fault from None  # the cause may hold the request, and with it the key
@@ -284,15 +277,12 @@ class Client:
         self._stopped = self._stopped or error
         self._settled.set()
         self._ended.set()
+        self._heard.set()
         return self._stopped
 
 
-def _parsed(text: str) -> Any:
-    """A reply's JSON; its text where it is none, whatever its headers call it."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+class LearnedError(Exception):
+    """The server refused how a request was put, and it is known now how it wants it: to be sent again at once."""
 
 
 def _read(payload: Payload, read: Callable[[Payload], Label]) -> Label:
@@ -309,20 +299,3 @@ def _read_kept(kept: Payload, read: Callable[[Payload], Label]) -> Label:
         return _read(kept, read)
     except MalformedError as error:
         return Label.absent(str(error))
-
-
-def backoff(tries: int) -> float:
-    """Seconds before the next attempt: doubled each time, with jitter so that clients do not come back together."""
-    return min(LONGEST_WAIT, FIRST_WAIT * 2 ** max(0, tries - 1)) * random.uniform(0.5, 1.0)
-
-
-def usage(payload: Payload) -> tuple[int, int] | None:
-    """Prompt and completion tokens as the server counted them; None where it did not, or not in whole numbers. What it
-    says of prompts alone (a reward model writes nothing) is taken."""
-    counts = payload.get("usage")
-    if not isinstance(counts, dict):
-        return None
-    found = [counts.get("prompt_tokens"), counts.get("completion_tokens", 0)]
-    if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in found):
-        return None
-    return found[0], found[1]

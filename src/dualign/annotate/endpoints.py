@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from dualign.annotate.forms import Form
 from dualign.annotate.settings import RewardSettings
 from dualign.common.digests import Digests, of_file
 from dualign.common.settings import VariableName
@@ -16,6 +17,16 @@ if TYPE_CHECKING:
     from dualign.annotate.base import Annotator
 
 PROMPT = 600  # tokens that a judge reads, assumed where nothing is sampled yet
+REPLY, ROOM = 256, 4096  # tokens of a reply, and of one that is thought over first
+NEW: dict[str, Any] = {  # settings that runs of before have not, and what stands for that
+    "thinking": None, "stop": [], "extra_body": {}, "chat_template_kwargs": {}, "reply": "text", "rubric_column": None,
+}  # fmt: skip
+OWN_FIELDS = {  # of a request; each with the setting that it is
+    **dict.fromkeys(("temperature", "stop", "samples", "model"), "a setting of its own, beside extra_body"),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), "set max_tokens beside extra_body: ceilings go by it"),
+    **dict.fromkeys(("logprobs", "top_logprobs"), "set expected_score"),
+    "messages": "what is asked is the rubric's", "n": "set samples", "stream": "replies are read in one piece",
+}  # fmt: skip
 SPENT = "spent.sqlite"  # a run's account of what it bought
 
 
@@ -81,11 +92,32 @@ class ServedReward(Endpoint):
 
 class JudgeSampling(Endpoint):
     temperature: float = Field(0.0, ge=0, description="of the judge's replies")
-    max_tokens: int = Field(256, ge=1, description="of one reply")
-    samples: int = Field(1, ge=1, description="replies per completion, averaged (needs temperature > 0 to differ)")
-    chat_template_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="for the judge's chat template: {enable_thinking: false} with Qwen3"
+    max_tokens: int | None = Field(
+        None, ge=1, description="of one reply, thinking included; default: 256, and 4096 for a judge that thinks"
     )
+    samples: int = Field(1, ge=1, description="replies per completion, averaged (needs temperature > 0 to differ)")
+    thinking: Literal["off", "on"] | None = Field(
+        None, description="whether the judge thinks before it answers; default: as its server has it"
+    )
+    stop: list[str] = Field(default_factory=list, description="texts that end a reply")
+    extra_body: dict[str, Any] = Field(
+        default_factory=dict, description="anything else that the server takes: {reasoning_effort: low, top_k: 20}"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="for the judge's chat template, which `thinking` fills for most models"
+    )
+
+    @field_validator("thinking", mode="before")
+    @classmethod
+    def _yaml_words(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value  # YAML's off and on
+
+    @field_validator("extra_body")
+    @classmethod
+    def _of_its_own(cls, body: dict[str, Any]) -> dict[str, Any]:
+        for name in body.keys() & OWN_FIELDS.keys():
+            raise ValueError(f"{name}: {OWN_FIELDS[name]}")
+        return body
 
     @model_validator(mode="after")
     def _samples_differ(self) -> JudgeSampling:
@@ -93,12 +125,18 @@ class JudgeSampling(Endpoint):
             raise ValueError("samples > 1 at temperature 0 would buy the same reply again: set temperature above 0")
         return self
 
+    @property
+    def reply_tokens(self) -> int:
+        """The most tokens of a reply that is asked for."""
+        return self.max_tokens or (ROOM if self.thinking == "on" else REPLY)
+
     def decides(self) -> dict[str, Any]:
-        empty = set() if self.chat_template_kwargs else {"chat_template_kwargs"}  # as runs of before had it
-        return {key: value for key, value in super().decides().items() if key not in empty}
+        """As runs of before had it, where nothing new is set."""
+        told = {key: value for key, value in super().decides().items() if key not in NEW or value != NEW[key]}
+        return told | {"max_tokens": self.reply_tokens}
 
     def _asked(self, labels: int) -> tuple[int, int]:
-        return labels * self.samples, self.max_tokens
+        return labels * self.samples, self.reply_tokens
 
 
 class RubricReward(JudgeSampling):
@@ -106,11 +144,14 @@ class RubricReward(JudgeSampling):
 
     PATHS: ClassVar[tuple[str, ...]] = (*Endpoint.PATHS, "rubric")
     rubric: str = Field(description="summarization, helpfulness, harmlessness, or a YAML file")
+    reply: Form = Field(
+        "text", description="in what form the judge replies; json and choice: held to it by servers that can"
+    )
 
     def check(self) -> None:
         from dualign.annotate.rubric import load
 
-        load(self.rubric)
+        load(self.rubric).check(self.type)
 
     def made_of(self) -> dict[str, Digests]:
         from dualign.annotate.rubric import file_of
@@ -122,6 +163,9 @@ class JudgeReward(RubricReward):
     """AI reward: an LLM judge's 1-10 score of one completion."""
 
     type: str = "judge"
+    rubric_column: str | None = Field(
+        None, description="the data's column with a row's own rubric: its name, file or keys; empty: `rubric`"
+    )
     expected_score: bool = Field(False, description="expectation over the score's token log-probs, where served")
 
     def build(self, run_dir: Path | None = None) -> Annotator:

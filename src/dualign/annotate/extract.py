@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dualign.annotate import statements
+from dualign.annotate.reply import CUT_THINKING
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 WORDS = {name: number for number, name in enumerate(NAMES)}
@@ -110,13 +111,15 @@ def _read_by(
 ) -> Extracted:
     """What `rules` find in a reply: in its JSON, where it is nothing else; in its words; in a JSON block beside them.
     JSON that can be read is whole, wherever the reply was cut off."""
-    own, reason = _own_words(reply, echoes)
+    own, reason = own_words(reply, echoes)
     if reason:
         return Extracted(None, reason)
     answers = statements.whole(own, asked)
     if answers is not None:
         return rules(answers, False)
-    text = _unquoted(own)
+    if cut and re.match(r'\s*(?:```\w*\s*)?\{\s*"', own):  # what stands in half an object may be a reason's
+        return Extracted(None, "cut off before an answer")
+    text = unquoted(own)
     nothing = Extracted(None, "cut off before an answer" if cut else "nothing but quoted text", silent=True)
     found = rules(text, cut) if text else nothing
     answers = statements.block(own, echoes, asked) if found.silent else None
@@ -303,7 +306,7 @@ def _ordinals(text: str) -> str:
     return text
 
 
-def _own_words(reply: str, echoes: Sequence[str]) -> tuple[str, str | None]:
+def own_words(reply: str, echoes: Sequence[str]) -> tuple[str, str | None]:
     """The reply without its reasoning and the judged texts that it repeats, and the reason why nothing is left."""
     text = _normal(reply).replace("\u200b", "").replace("，", ",").replace("−", "-")
     if not text.strip():
@@ -316,14 +319,14 @@ def _own_words(reply: str, echoes: Sequence[str]) -> tuple[str, str | None]:
     text = re.sub(rf"(?is)[<\[]({REASONING})[>\]].*?[<\[]/\1[>\]]", " ", text)
     text = re.split(rf"(?i)[<\[]/{REASONING}[>\]]", text)[-1]  # the template opened the block
     if re.search(rf"(?i)[<\[]{REASONING}[>\]]", text):
-        return "", "cut off while reasoning"
+        return "", CUT_THINKING
     # single blanks: rules may step over white space in several ways, and a run of it would try them all
     text = re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", "\n", text))
     text = re.sub(r"(?:<\|\w+\|>|</s>|\s)+\Z", "", text)  # a closing token that the server left
     return text, None if text.strip() else "empty reply"
 
 
-def _unquoted(text: str) -> str:
+def unquoted(text: str) -> str:
     """The judge's own words, without what it quotes and the marks that set a text."""
     text = re.sub(r"\\boxed\{([^{}]*)\}", r"\1", text)
     if not re.fullmatch(r"(?s)\s*```\w*\n?(?:[^`]{0,80}|\s*\{[^`]*\}\s*)```\s*", text):

@@ -67,6 +67,14 @@ class NoAnswerError(Exception):
         return self.reason
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A server's words against a request, and the field that it names as the wrong one."""
+
+    words: str
+    param: str | None
+
+
 @dataclass
 class AttemptError(Exception):
     """`str()` is for people and never holds the key. Neither passing nor lasting: only this request is at fault."""
@@ -78,6 +86,7 @@ class AttemptError(Exception):
     suspect: bool = False  # this request's fault, unless no request was ever accepted
     turned_away: bool = False  # the server said no: nothing was billed
     wait: float | None = None  # seconds that the server asked for (Retry-After)
+    refusal: Refusal | None = None  # of how the request is put, maybe
 
     def __str__(self) -> str:
         return self.message
@@ -93,8 +102,13 @@ def of_exception(error: Exception, key: str, settings: Endpoint) -> AttemptError
         said = re.sub(r"^Error code: \d+ - ", "", str(error.message))
         wait = retry_after(error.response.headers.get("retry-after"))
         status = error.status_code
-        own = _own_words(error.body or said, settings.model)
-        return _of_status(status, f"HTTP {status}", _clean(said, key), own, settings, wait)
+        body = _bare(error.body) or said
+        fault = _of_status(
+            status, f"HTTP {status}", _clean(said, key), _own_words(body, settings.model), settings, wait
+        )
+        if status in (400, 403, 422) and not fault.passing:
+            fault.refusal = _refusal(body)
+        return fault
     if isinstance(error, (TimeoutError, openai.APITimeoutError)):
         return AttemptError(f"no answer within {settings.timeout:g} s", passing=True)
     if isinstance(error, openai.APIConnectionError):
@@ -104,6 +118,23 @@ def of_exception(error: Exception, key: str, settings: Endpoint) -> AttemptError
     if isinstance(error, (MalformedError, json.JSONDecodeError, UnicodeDecodeError, openai.APIError)):
         return AttemptError(f"malformed reply: {_clean(str(error), key)}", passing=True)
     return None
+
+
+def _bare(body: Any) -> Any:
+    """An error without what it is wrapped in: Gemini's stands in a list."""
+    body = body[0] if isinstance(body, list) and body and isinstance(body[0], dict) else body
+    return body["error"] if isinstance(body, dict) and isinstance(body.get("error"), dict) else body
+
+
+def _refusal(error: Any) -> Refusal:
+    """A validator that sends the request back with its words says nothing of its own there."""
+    fields = error if isinstance(error, dict) else {}
+    inner = fields["message"] if isinstance(fields.get("message"), dict) else fields
+    detail = inner.get("detail")
+    places = [d["loc"][-1] for d in detail if isinstance(d, dict) and d.get("loc")] if isinstance(detail, list) else []
+    param = fields.get("param") or (places[0] if places else None)
+    words = re.split(r"['\"]input['\"]\s*:|input_value=", _message_of(error))[0]
+    return Refusal(words[:1000], param if isinstance(param, str) else None)
 
 
 def of_payload(payload: Any, key: str, settings: Endpoint) -> AttemptError | None:

@@ -2,58 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import math
-import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dualign.annotate import extract
+from dualign.annotate import extract, forms
 from dualign.annotate.base import Item
-from dualign.annotate.client import Client, Payload, Request
-from dualign.annotate.endpoints import JudgeReward, JudgeSampling
+from dualign.annotate.checklist import Checklist, Criterion, of_row, told, total, yes_or_no
+from dualign.annotate.client import Client
+from dualign.annotate.endpoints import ROOM, JudgeReward, JudgeSampling
+from dualign.annotate.expected import expected_score
 from dualign.annotate.reply import read_reply
-from dualign.annotate.rubric import Rubric, load
+from dualign.annotate.request import Payload, Request
+from dualign.annotate.rubric import LackingError, Rubric, load, of_tree, parse
+from dualign.common.errors import UserError
 from dualign.common.types import Label, Message, Prompt
 
 Row = TypeVar("Row")
 Asked = TypeVar("Asked")
 
 
-class JudgeAnnotator:
-    """A label is sign * score, averaged over the samples that gave one; its note is the judge's own words."""
+@dataclass(frozen=True)
+class Scored:
+    """One completion that is being scored."""
 
-    def __init__(self, settings: JudgeReward, *, ledger: Path | None = None) -> None:
-        self.rubric = load(settings.rubric)
-        self.name = settings.name or self.rubric.name
-        self.settings = settings
-        self.client = Client(settings, ledger=ledger)
+    name: str
+    samples: Sequence[Future[Label]]
 
-    def open(self) -> JudgeSession:
-        return JudgeSession(self)
-
-    def close(self) -> None:
-        self.client.close()
-
-    def ask(self, item: Item) -> list[Future[Label]]:
-        """Starts asking for one completion: a future per sample."""
-        messages = self.rubric.reward_messages(item.prompt, item.completion)
-        expected = self.settings.expected_score
-        more = {"logprobs": True, "top_logprobs": 20} if expected else {}
-
-        def read(payload: Payload) -> Label:
-            return read_score(payload, self.rubric, item.completion, item.prompt, expected=expected)
-
-        return [
-            self.client.submit(chat(self.settings, messages, self.rubric.name, sample, more), read)
-            for sample in range(self.settings.samples)
-        ]
-
-    def combine(self, asked: list[Future[Label]]) -> Label:
-        """The mean of the samples' scores as one label. Raises what ended the run."""
-        labels = [future.result() for future in asked]
+    def label(self) -> Label:
+        """Waits. The mean of the samples' scores as one label. Raises what ended the run."""
+        labels = [future.result() for future in self.samples]
         values = [label.value for label in labels if label.value is not None]
         note = "\n---\n".join(label.note for label in labels if label.note) or None
         if not values:
@@ -62,10 +45,130 @@ class JudgeAnnotator:
         return Label(value, parts={self.name: value}, note=note)
 
 
+@dataclass(frozen=True)
+class Checked:
+    """One completion that is held against a checklist: what is asked for each criterion."""
+
+    name: str
+    sign: int
+    criteria: Sequence[Criterion]
+    asked: Sequence[Scored]
+
+    def label(self) -> Label:
+        """Waits. Criteria without a verdict do not count; without any, the label is absent."""
+        verdicts = [each.label() for each in self.asked]
+        value, note = total(self.criteria, verdicts), told(self.criteria, verdicts)
+        if value is None:
+            reasons = [verdict.reason for verdict in verdicts if verdict.reason]
+            why = reasons[0] if reasons else "no criterion with a weight above 0 has a verdict"
+            return Label.absent(why, note=note, parts={self.name: None})
+        return Label(self.sign * value, parts={self.name: self.sign * value}, note=note)
+
+
+class JudgeAnnotator:
+    """A label is sign * score, averaged over the samples that gave one, or sign * the share of a checklist that is met;
+    its note is the judge's own words."""
+
+    def __init__(self, settings: JudgeReward, *, ledger: Path | None = None) -> None:
+        self.rubric = load(settings.rubric)
+        self.name = settings.name or self.rubric.name
+        self.settings = settings
+        self._rubrics = Rubrics(settings.rubric_column, self.rubric)
+        self.client = Client(settings, ledger=ledger)
+
+    def open(self) -> JudgeSession:
+        return JudgeSession(self)
+
+    def close(self) -> None:
+        self.client.close()
+
+    def ask(self, item: Item) -> Scored | Checked:
+        """Starts asking for one completion. Raises UserError for a row that does not fit the rubric."""
+        try:
+            rubric = self._rubrics.of(item.prompt)
+            if rubric.checklist:
+                criteria = criteria_of(rubric.checklist, item.prompt)
+                asked = [self._verdict(rubric, item, criterion) for criterion in criteria]
+                return Checked(self.name, rubric.sign, criteria, asked)
+            return self._score(rubric, item)
+        except LackingError as lacking:
+            absent: Future[Label] = Future()
+            absent.set_result(Label.absent(str(lacking)))
+            return Scored(self.name, [absent])
+
+    def combine(self, asked: Scored | Checked) -> Label:
+        return asked.label()
+
+    def _score(self, rubric: Rubric, item: Item) -> Scored:
+        expected, form = self.settings.expected_score, self.settings.reply
+        more = wants_of("score", form, rubric) | ({"top_logprobs": 20} if expected else {})
+
+        def read(payload: Payload) -> Label:
+            return read_score(payload, rubric, item.completion, item.prompt, expected=expected, form=form)
+
+        return self._submit(rubric.reward_messages(item.prompt, item.completion, form), rubric, more, read)
+
+    def _verdict(self, rubric: Rubric, item: Item, criterion: Criterion) -> Scored:
+        form = self.settings.reply
+        echoes = (item.completion, criterion.text, *item.prompt.texts)
+
+        def read(payload: Payload) -> Label:
+            reply = read_reply(payload)
+            found = yes_or_no(reply.text, reply.cut, echoes)
+            if found.value is None:
+                return Label.absent(found.reason or "no verdict in the reply", note=reply.note)
+            return Label(found.value, note=reply.note)
+
+        messages = rubric.criterion_messages(item.prompt, item.completion, criterion, form)
+        return self._submit(messages, rubric, wants_of("criterion", form, rubric), read)
+
+    def _submit(
+        self, messages: list[Message], rubric: Rubric, more: Mapping[str, Any], read: Callable[[Payload], Label]
+    ) -> Scored:
+        requests = [chat(self.settings, messages, rubric.name, i, more) for i in range(self.settings.samples)]
+        return Scored(self.name, [self.client.submit(request, read) for request in requests])
+
+
+class Rubrics:
+    """The rubric of each row: the one that its `column` names or holds, else the common one."""
+
+    def __init__(self, column: str | None, common: Rubric) -> None:
+        self.column, self.common = column, common
+        self._known: dict[str, Rubric] = {}
+
+    def of(self, prompt: Prompt) -> Rubric:
+        """Raises UserError, with the row, for what is no rubric."""
+        value = prompt.columns.get(self.column) if self.column else None
+        if value is None:
+            return self.common
+        key = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        if key not in self._known:
+            where = f"{prompt}, column {self.column}"
+            if isinstance(value, str) and "\n" not in value:
+                self._known[key] = load(value)
+            else:
+                self._known[key] = parse(value, where) if isinstance(value, str) else of_tree(value, where)
+        return self._known[key]
+
+
+def criteria_of(checklist: Checklist, prompt: Prompt) -> list[Criterion]:
+    """The checklist's own criteria, then the row's."""
+    if checklist.column is None:
+        return checklist.criteria
+    if checklist.column not in prompt.columns:
+        have = ", ".join(sorted(prompt.columns)) or "none"
+        raise UserError(f"checklist.column: {checklist.column!r} is no column of the data ({prompt}; it has: {have})")
+    value = prompt.columns[checklist.column]
+    own = [] if value is None else of_row(value, f"{prompt}, column {checklist.column}")
+    if not checklist.criteria and not own:
+        raise LackingError(f"the row has no criteria in {checklist.column!r}")
+    return [*checklist.criteria, *own]
+
+
 class JudgeSession:
     def __init__(self, annotator: JudgeAnnotator) -> None:
         self._annotator = annotator
-        self._asked: dict[int, list[Future[Label]]] = {}
+        self._asked: dict[int, Scored | Checked] = {}
 
     def add(self, item: Item) -> None:
         self._asked[item.index] = self._annotator.ask(item)
@@ -92,46 +195,39 @@ def chat(
     sample: int = 0,
     more: Mapping[str, Any] | None = None,
 ) -> Request:
-    sampling = {"temperature": settings.temperature, "max_tokens": settings.max_tokens, **(more or {})}
+    """`more`: wants of this request beside the settings' own (see `dialect`)."""
+    wants = {"temperature": settings.temperature, "max_tokens": settings.reply_tokens, **(more or {})}
+    wants |= {"thinking": settings.thinking} if settings.thinking else {}
+    wants |= {"stop": settings.stop} if settings.stop else {}
+    body = {"messages": messages, **settings.extra_body}
     if settings.chat_template_kwargs:
-        sampling["chat_template_kwargs"] = settings.chat_template_kwargs
-    return Request("chat/completions", {"messages": messages, **sampling}, rubric, sample)
+        body["chat_template_kwargs"] = {**body.get("chat_template_kwargs", {}), **settings.chat_template_kwargs}
+    return Request("chat/completions", body, rubric, sample, wants, 0 if settings.max_tokens else ROOM)
+
+
+def wants_of(question: forms.Question, form: forms.Form, rubric: Rubric) -> dict[str, Any]:
+    """What a reply in this form asks of the server. Raises UserError where the rubric's scale has no list of choices."""
+    try:
+        return forms.wants(question, form, rubric.scale)
+    except ValueError as error:
+        raise UserError(f"rubric {rubric.name}: {error}") from None
 
 
 def read_score(
-    payload: Payload, rubric: Rubric, completion: str, prompt: Prompt | None = None, *, expected: bool = False
+    payload: Payload,
+    rubric: Rubric,
+    completion: str,
+    prompt: Prompt | None = None,
+    *,
+    expected: bool = False,
+    form: forms.Form = "text",
 ) -> Label:
-    text, cut, tokens = read_reply(payload)
+    """The label of a reply; absent, with the reason, for one that states no score."""
+    reply = read_reply(payload)
     low, high = rubric.scale
-    found = extract.score(text, low=low, high=high, cut=cut, echo=completion, echoes=prompt.texts if prompt else ())
+    echoes = prompt.texts if prompt else ()
+    found = extract.score(reply.text, low=low, high=high, cut=reply.cut, echo=completion, echoes=echoes)
     if found.value is None:
-        return Label.absent(found.reason or "no score in the reply", note=text)
-    mean = expected_score(tokens, found.value, low, high) if expected else None
-    return Label(rubric.sign * (found.value if mean is None else mean), note=text)
-
-
-def expected_score(tokens: list[Mapping[str, Any]], written: float, low: float, high: float) -> float | None:
-    """Σ score · p(score) over the integers in low..high, at the token where the judge wrote its score; None where the
-    server gave no log-probs, where the number stands in several places and none of them begins the reply, or where a
-    token "1" may be the start of "10" and nothing tells how often it was."""
-    if written != int(written):
-        return None
-    at = [i for i, token in enumerate(tokens) if _integer(token["token"]) == written]
-    first = next((i for i, token in enumerate(tokens) if token["token"].strip()), None)
-    if not at or (len(at) > 1 and at[0] != first):
-        return None
-    mass: dict[int, float] = {}
-    for candidate in tokens[at[0]].get("top_logprobs") or []:
-        number = _integer(candidate["token"])
-        if number is not None and low <= number <= high:
-            mass[number] = mass.get(number, 0.0) + math.exp(candidate["logprob"])
-    whole_tokens = int(high) < 10 or int(high) in mass  # the tokenizer has "10" as one token
-    if not mass or (not whole_tokens and mass.get(1, 0.0) > 0.001):
-        return None
-    total = math.fsum(mass.values())
-    return math.fsum(number * p for number, p in mass.items()) / total if total > 0.5 else None
-
-
-def _integer(token: str) -> int | None:
-    match = re.fullmatch(r"[\s:*▁Ġ]*(\d{1,2})[\s*]*", token)
-    return int(match[1]) if match else None
+        return Label.absent(found.reason or "no score in the reply", note=reply.note)
+    mean = expected_score(reply.tokens, found.value, low, high, guided=form != "text") if expected else None
+    return Label(rubric.sign * (found.value if mean is None else mean), note=reply.note)

@@ -14,10 +14,11 @@ from typing import Literal
 
 from dualign.annotate import extract
 from dualign.annotate.base import Item
-from dualign.annotate.client import Client, Payload
+from dualign.annotate.client import Client
 from dualign.annotate.endpoints import PreferenceReward
-from dualign.annotate.judge import chat
+from dualign.annotate.judge import chat, wants_of
 from dualign.annotate.reply import read_reply
+from dualign.annotate.request import Payload
 from dualign.annotate.rubric import load
 from dualign.common.types import Label, Prompt
 
@@ -74,6 +75,7 @@ class PreferenceAnnotator:
         self.rubric = load(settings.rubric)
         self.name = settings.name or self.rubric.name
         self.settings = settings
+        self.asks = self.rubric.check(settings.type).preference_answer
         self.client = Client(settings, ledger=ledger)
 
     def open(self) -> PreferenceSession:
@@ -84,21 +86,22 @@ class PreferenceAnnotator:
 
     def compare(self, prompt: Prompt, a: str, b: str) -> Asked:
         """Starts asking which of `a` and `b` is better, in both orders."""
-        return Asked(self._order(prompt, a, b), self._order(prompt, b, a), self.rubric.preference.answer)
+        return Asked(self._order(prompt, a, b), self._order(prompt, b, a), self.asks)
 
     def _order(self, prompt: Prompt, first: str, second: str) -> list[Future[Label]]:
-        messages = self.rubric.preference_messages(prompt, first, second)
-        asks = self.rubric.preference.answer
+        form = self.settings.reply
+        messages = self.rubric.preference_messages(prompt, first, second, form)
+        asks, more = self.asks, wants_of("pair", form, self.rubric)
 
         def read(payload: Payload) -> Label:
-            text, cut, _ = read_reply(payload)
-            found = extract.choice(text, asks=asks, cut=cut, echoes=(first, second, *prompt.texts))
+            reply = read_reply(payload)
+            found = extract.choice(reply.text, asks=asks, cut=reply.cut, echoes=(first, second, *prompt.texts))
             if found.value is None:
-                return Label.absent(found.reason or "no choice in the reply", note=text)
-            return Label(found.value if asks == "winner" else 3 - found.value, note=text)
+                return Label.absent(found.reason or "no choice in the reply", note=reply.note)
+            return Label(found.value if asks == "winner" else 3 - found.value, note=reply.note)
 
         return [
-            self.client.submit(chat(self.settings, messages, f"{self.rubric.name} (pairs)", sample), read)
+            self.client.submit(chat(self.settings, messages, f"{self.rubric.name} (pairs)", sample, more), read)
             for sample in range(self.settings.samples)
         ]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dualign.annotate.faults import FILTER, MalformedError, NoAnswerError
 
 Payload = Mapping[str, Any]
+CUT_THINKING = "cut off while reasoning"
 CUT = {"length", "max_tokens", "model_length"}
 FILTERED = {
     "content_filter", "content_filtered", "safety", "recitation", "blocklist", "prohibited_content", "spii", "sensitive",
@@ -16,9 +18,24 @@ FILTERED = {
 REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks")
 
 
-def read_reply(payload: Payload) -> tuple[str, bool, list[Mapping[str, Any]]]:
-    """(text, cut off?, tokens with log-probs) of a chat completion. Raises NoAnswerError for a reply that holds no
-    answer and would not if it were asked for again, MalformedError for what is no reply."""
+@dataclass(frozen=True)
+class Reply:
+    """A chat completion: what the judge said, and what it thought before that."""
+
+    text: str
+    cut: bool = False  # whether it was cut off
+    tokens: tuple[Mapping[str, Any], ...] = ()  # with log-probs, where the server gives them
+    reasoning: str = ""
+
+    @property
+    def note(self) -> str:
+        """The judge's words, for people."""
+        return f"{self.reasoning.strip()}\n\n{self.text}" if self.reasoning.strip() else self.text
+
+
+def read_reply(payload: Payload) -> Reply:
+    """Raises NoAnswerError for a reply that holds no answer and would not if it were asked for again, MalformedError
+    for what is no reply."""
     choice = first_choice(payload)
     message = choice.get("message")
     if message is None and isinstance(choice.get("text"), str):  # as completions without chat have it
@@ -33,9 +50,12 @@ def read_reply(payload: Payload) -> tuple[str, bool, list[Mapping[str, Any]]]:
     text, refusal = text_of(message.get("content")), text_of(message.get("refusal")) or _refusal(message.get("content"))
     if refusal or finish == "refusal":
         raise NoAnswerError("refused", refusal or text)
+    reasoning = _reasoning(message)
     if not text.strip():
-        _explain(message, finish)
-    return text, finish in CUT, _tokens(choice)
+        text = _called(message)
+    if not text.strip():
+        _explain(message, finish, bool(reasoning) or _thought(payload), reasoning)
+    return Reply(text, finish in CUT, tuple(_tokens(choice)), reasoning)
 
 
 def first_choice(payload: Payload) -> Mapping[str, Any]:
@@ -63,14 +83,53 @@ def _refusal(content: Any) -> str:
     return "".join(text_of(p.get("refusal")) for p in parts if isinstance(p, dict) and p.get("type") == "refusal")
 
 
-def _explain(message: Mapping[str, Any], finish: str) -> None:
+def _reasoning(message: Mapping[str, Any]) -> str:
+    """What a judge thought, where the server tells it apart from the answer."""
+    content = message.get("content")
+    parts = [p for p in content if isinstance(p, dict)] if isinstance(content, list) else []
+    told = [message.get(key) for key in REASONING] + [p.get(key) for p in parts for key in REASONING]
+    texts = [words for each in told if each and (words := _words_in(each))]
+    return texts[0] if texts else ""
+
+
+def _words_in(thought: Any) -> str:
+    """Reasoning as a text, or as a list of parts in one of several forms."""
+    if isinstance(thought, list):
+        return "".join(map(_words_in, thought))
+    if isinstance(thought, dict):
+        return next(
+            (_words_in(thought[key]) for key in ("text", "thinking", "summary", "content") if thought.get(key)), ""
+        )
+    return thought if isinstance(thought, str) else ""
+
+
+def _thought(payload: Payload) -> bool:
+    """Whether tokens were paid for that nobody sees: told as reasoning, or in the total alone."""
+    counts = payload.get("usage")
+    if not isinstance(counts, dict):
+        return False
+    details = counts.get("completion_tokens_details")
+    hidden = details.get("reasoning_tokens") if isinstance(details, dict) else None
+    told = [n for of in ("total", "prompt", "completion") if isinstance(n := counts.get(f"{of}_tokens"), int)]
+    return (isinstance(hidden, int) and hidden > 0) or (len(told) == 3 and told[0] > told[1] + told[2])
+
+
+def _called(message: Mapping[str, Any]) -> str:
+    """The arguments of the one function that a judge called instead of speaking: JSON, read as any other."""
+    calls = [call.get("function") for call in message.get("tool_calls") or () if isinstance(call, dict)]
+    calls += [message["function_call"]] if isinstance(message.get("function_call"), dict) else []
+    given = [call.get("arguments") for call in calls if isinstance(call, dict)]
+    return given[0] if len(given) == 1 and isinstance(given[0], str) else ""
+
+
+def _explain(message: Mapping[str, Any], finish: str, thought: bool, words: str) -> None:
     """Raises what an empty message stands for. Asked again, a judge would say the same, unless nothing explains it."""
     content = message.get("content")
-    thought = any(message.get(key) for key in REASONING) or (isinstance(content, list) and bool(content))
+    thought = thought or any(message.get(key) for key in REASONING) or (isinstance(content, list) and bool(content))
     if finish in CUT:
-        raise NoAnswerError("cut off while reasoning" if thought else "cut off before an answer")
+        raise NoAnswerError(CUT_THINKING if thought else "cut off before an answer", words or None)
     if thought:
-        raise NoAnswerError("reasoning without an answer")
+        raise NoAnswerError("reasoning without an answer", words or None)
     if message.get("tool_calls") or message.get("function_call"):
         raise NoAnswerError("a tool call instead of an answer")
     raise MalformedError("an empty message")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dualign.annotate.base import Item
-from dualign.annotate.client import Client, Payload, Request
+from dualign.annotate.client import Client
 from dualign.annotate.endpoints import ServedReward
 from dualign.annotate.faults import MalformedError
+from dualign.annotate.request import Payload, Request
 from dualign.common.errors import UserError
 from dualign.common.types import Label
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dualign.annotate.client import Client, Payload
+from dualign.annotate.client import Client
 from dualign.annotate.endpoints import JudgeSampling
 from dualign.annotate.judge import chat
 from dualign.annotate.reply import read_reply
+from dualign.annotate.request import Payload
 from dualign.common.errors import UserError
 from dualign.common.intervals import bracket
 from dualign.common.types import Label, Message, Prompt, user_prompt
@@ -112,12 +113,15 @@ def messages(
 
 def read_rating(payload: Payload) -> Label:
     """FastChat's rule: [[rating]], else [rating]. Anything else, or a number outside 1-10, is absent (never -1)."""
-    text, _, _ = read_reply(payload)
+    reply = read_reply(payload)
+    text = reply.text
     found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
     if not found:
-        return Label.absent("no [[rating]] in the reply", note=text)
+        return Label.absent("no [[rating]] in the reply", note=reply.note)
     value = float(found[1])
-    return Label(value, note=text) if 1 <= value <= 10 else Label.absent(f"a rating of {value:g}", note=text)
+    return (
+        Label(value, note=reply.note) if 1 <= value <= 10 else Label.absent(f"a rating of {value:g}", note=reply.note)
+    )
 
 
 def grade(
