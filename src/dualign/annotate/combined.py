@@ -150,7 +150,7 @@ def _normalised(term: Term, at: int, values: Sequence[Bounded]) -> dict[int, flo
     if term.normalise == "none":
         return {}
     scope = {index: group if term.normalise == "group" else 0 for index, group, _ in values}
-    return normalised({index: x[at] for index, _, x in values if x[at] is not None}, scope)
+    return normalised({index: x for index, _, each in values if (x := each[at]) is not None}, scope)
 
 
 def _timed_close(session: Session) -> tuple[dict[int, Label], float]:
@@ -183,7 +183,9 @@ def combine(
     if needed or len(counted) < least:
         why = needed or [reason for _, reason in reasons]
         few = f"{len(counted)} of its rewards have a label here, and it needs {least}"
-        return Label.absent("; ".join(why or [few if least > 1 else "no reward but gates applies to this row"]), parts=parts)
+        return Label.absent(
+            "; ".join(why or [few if least > 1 else "no reward but gates applies to this row"]), parts=parts
+        )
     labelled = [(t, x, z) for t, x, z in there if x.value is not None]
     value = _joined([(t, x.value if z is None else z, z is None) for t, x, z in labelled], join)
     raw = _joined([(t, parts[t.name], True) for t, *_ in labelled], join)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import replace
 
 from dualign.common.intervals import all_equal
+from dualign.common.types import Label
 
 RAW = "unnormalised"  # of a label's parts: the reward as it is without any normalisation
 
@@ -21,6 +23,13 @@ def normalised(values: Mapping[int, float], scope: Mapping[int, Hashable]) -> di
         for indices in members.values()
         for index, z in zip(indices, _standing([values[i] for i in indices]), strict=True)
     }
+
+
+def unnormalised(label: Label) -> Label:
+    """For whoever compares one batch with another: normalised, the mean of each is 0."""
+    if label.value is None or RAW not in label.parts:
+        return label
+    return replace(label, value=label.parts[RAW], parts={k: v for k, v in label.parts.items() if k != RAW})
 
 
 def _standing(values: list[float]) -> Iterable[float]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LATER = {"normalise": "none", "gate": None}  # keys that came later, with what they say where they are missing
 
+
 class Gate(Settings):
     """What a reward's value must be for the others to count."""
 
