@@ -133,8 +133,6 @@ def test_a_win_rate_under_known_errors_comes_back():
         pytest.approx(0.6), pytest.approx(0.5), pytest.approx(0.7), 9
     ), "a judge without errors changes nothing"
     assert Errors(0.6, 4000).corrected(Estimate(0.9, 0.88, 0.92, 100)).value == 1.0, "no rate is above 1"
-    with pytest.raises(UserError, match="may be chance"):
-        Errors(0.55, 50).corrected(Estimate(0.6, 0.5, 0.7, 9))
 
 
 def test_the_corrected_interval_holds_what_it_promises():
@@ -153,11 +151,16 @@ def test_the_corrected_interval_holds_what_it_promises():
 
 def test_errors_are_those_of_this_judge():
     known = [{"labellers": [{"labeller": "AI preference (m)", "rubric": "helpfulness", "share": 0.8, "pairs": 30},
-                            {"labeller": "head mine", "share": 0.6, "pairs": 90}]},
+                            {"labeller": "head mine", "share": 0.7, "pairs": 91},
+                            {"labeller": "head poor", "share": 0.6, "pairs": 20}]},
              {"labellers": [{"labeller": "AI preference (m)", "rubric": "helpfulness", "share": 0.6, "pairs": 10}]}]  # fmt: skip
     judge = {"type": "preference", "model": "m", "rubric": "helpfulness"}
     assert errors_of(known, [judge], "f") == Errors(pytest.approx(0.75), 40)
-    assert errors_of(known, [{"type": "head", "path": "a/mine.safetensors"}], "f").n == 90
+    assert errors_of(known, [{"type": "head", "path": "a/mine.safetensors"}], "f").n == 91
+    with pytest.raises(UserError, match=r"60.0% of 20 pairs, which may be chance"):
+        errors_of(known, [{"type": "head", "path": "poor.safetensors"}], "f")
+    with pytest.raises(UserError, match="several rewards judge here"):
+        errors_of(known, [judge, judge], "f")
     for other in (judge | {"rubric": "harmlessness"}, judge | {"type": "judge"}, judge | {"model": "n"}):
         with pytest.raises(UserError, match=r"knows nothing of .* it has AI preference \(m\) with rubric helpfulness"):
             errors_of(known, [other], "f")
@@ -287,10 +290,10 @@ def rows_of(count, prefers):
 
 
 def test_a_good_judge_is_usable(tmp_path):
-    found, said, page = biased(rows_of(60, lambda i: "ab"[i % 2]), tmp_path, fault_server.true_choice)
+    found, said, page = biased(rows_of(32, lambda i: "ab"[i % 2]), tmp_path, fault_server.true_choice)
     assert (found["share"], found["alpha"]["value"], found["named_first"]["value"]) == (1, 1, 0.5)
     assert found["length_bias"]["value"] == found["own_bias"]["value"] == 0
-    assert found["over_longer"]["value"] == 0.5
+    assert found["over_length"]["value"] == 0.5
     assert "AI preference (m): usable: it agrees with people on 100.0%" in said and "usable" in page
     assert "bias:" not in said and "<script" not in page
 
@@ -302,11 +305,16 @@ def test_a_judge_that_goes_by_length(tmp_path):
         first = text.find("the other one, longer")
         return 1 if 0 <= first < text.rfind("quality-8") or 0 <= first < text.rfind("quality-3") else 2
 
-    found, said, page = biased(rows_of(60, lambda i: "ab"[i % 3 == 0]), tmp_path, longer)
-    assert found["length_bias"]["value"] == pytest.approx(40 / 60) and found["length_bias"]["low"] > 0.5
-    assert found["own_bias"]["value"] == pytest.approx(-40 / 60) and found["share"] == pytest.approx(1 / 3)
+    found, said, page = biased(rows_of(30, lambda i: "ab"[i % 3 == 0]), tmp_path, longer)
+    assert found["length_bias"]["value"] == pytest.approx(20 / 30) and found["length_bias"]["low"] > 0.4
+    assert found["own_bias"]["value"] == pytest.approx(-20 / 30) and found["share"] == pytest.approx(1 / 3)
     assert "do not use" in said and "length bias: +66.7" in said and "self-preference" not in said
     assert "do not use" in page
+
+
+def test_length_alone_is_the_better_of_two_rules():
+    assert bias.length_rule([pair("a"), pair("b"), pair("b")]) == ("longer", [-1.0, -1.0, -1.0])
+    assert bias.length_rule([pair("a"), pair("a"), pair("b")]) == ("shorter", [1.0, 1.0, 1.0])
 
 
 def test_a_judge_that_names_the_first(tmp_path):
@@ -317,22 +325,26 @@ def test_a_judge_that_names_the_first(tmp_path):
         return 1 if number % 2 == 0 else fault_server_choice(text)
 
     fault_server_choice = fault_server.true_choice
-    found, said, _ = biased(rows_of(80, lambda i: "aabb"[i % 4]), tmp_path, first_on_even)
-    assert found["named_first"]["value"] == pytest.approx(0.75) and found["named_first"]["low"] > 0.65
-    assert found["confusion"]["a"] == {"a": 20, "b": 0, "tie": 20, "absent": 0}
+    found, said, _ = biased(rows_of(40, lambda i: "aabb"[i % 4]), tmp_path, first_on_even)
+    assert found["named_first"]["value"] == pytest.approx(0.75) and found["named_first"]["low"] > 0.6
+    assert found["confusion"]["a"] == {"a": 10, "b": 0, "tie": 10, "absent": 0}
     assert found["share"] == pytest.approx(0.75) and "position bias: 75.0%" in said and "usable" in said
 
 
 def test_a_verdict_needs_pairs_and_says_what_is_missing():
-    few = {"labeller": "x", "pairs": 19, "over_longer": {"value": 0.5, "low": 0.1, "high": 0.9, "n": 19}}
+    few = {"labeller": "x", "pairs": 19, "over_length": {"value": 0.5, "low": 0.1, "high": 0.9, "n": 19}}
     assert verdict(few, 19) == ["x: 19 pairs are too few for a verdict (20 are needed)"]
     nothing = dict.fromkeys(["named_first", "length_bias", "own_bias"])
-    some = few | nothing | {"pairs": 100, "share": 0.6, "low": 0.51, "high": 0.7, "absent": 20}
+    some = few | nothing | {"pairs": 100, "share": 0.6, "low": 0.51, "high": 0.7, "absent": 20, "rule": "longer"}
     assert verdict(some, 120) == [
         "x: usable: it agrees with people on 60.0% [51.0%, 70.0%], +50.0 [+10.0, +90.0] points over the longer answer",
         "x: 17% of the pairs have no label from it; what it says is of the rest",
     ]
-    level = some | {"absent": 0, "over_longer": {"value": 0.01, "low": -0.1, "high": 0.1, "n": 99}}
+    level = some | {"absent": 0, "over_length": {"value": 0.01, "low": -0.1, "high": 0.1, "n": 99}}
     assert "use with care" in verdict(level, 120)[0] and len(verdict(level, 120)) == 1
+    below = level | {"rule": "shorter", "over_length": {"value": -0.1, "low": -0.2, "high": -0.05, "n": 99}}
+    assert (
+        "do not use" in verdict(below, 120)[0] and "less often than the shorter answer does" in verdict(below, 120)[0]
+    )
     assert "no better than a coin" in verdict(level | {"low": 0.49}, 120)[0]
     assert verdict({"labeller": "one person", "pairs": 99}, 120) == []

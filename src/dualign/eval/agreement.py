@@ -53,7 +53,8 @@ def measure_file(
     else:
         pairs = [row.pair for row in choices if row.pair]
     found = list(_labelled(pairs, choices, heads, judge, preference))
-    records = [_record(each, pairs, found[0].values) for each in found]
+    rule, by_length = bias.length_rule(pairs)
+    records = [_record(each, pairs, by_length) | {"rule": rule} for each in found]
     if ceiling := agreement.human_ceiling(pairs):
         person = asdict(ceiling) | {"alpha": bias.people_alpha(pairs).record()}
         records.insert(1, person)
@@ -132,16 +133,16 @@ def _verdicts(settings: PreferenceReward, pairs: Sequence[agreement.Pair]) -> li
         judge.close()
 
 
-def _record(each: Labelled, pairs: Sequence[agreement.Pair], longer: Values) -> Report:
+def _record(each: Labelled, pairs: Sequence[agreement.Pair], by_length: Values) -> Report:
     """A labeller's agreement, what it confuses, and its biases; None where there are no pairs to say it of."""
     found = asdict(agreement.measure(each.name, pairs, each.values))
     found |= {
         "alpha": bias.nominal_alpha(pairs, each.values).record(),
         "confusion": bias.confusion(pairs, each.values),
-        "over_longer": None, "length_bias": None, "own_bias": None, "named_first": None,
+        "over_length": None, "length_bias": None, "own_bias": None, "named_first": None,
     }  # fmt: skip
     if each.name != LONGER:
-        found["over_longer"] = bias.over(pairs, each.values, longer).record()
+        found["over_length"] = bias.over(pairs, each.values, by_length).record()
         found["length_bias"] = bias.length(pairs, each.values).record()
     if each.judge:
         found["rubric"] = each.judge.rubric
@@ -156,7 +157,7 @@ COLUMNS = [
     Column("kappa", "{:.3f}"), Column("alpha [95 %]", "{:.3f}", "{:.2f}"), Column("absent"),
 ]  # fmt: skip
 BIASES = [
-    Column("labeller"), Column("over the longer answer [95 %]", "{:+.1%}"), Column("names the first [95 %]", "{:.1%}"),
+    Column("labeller"), Column("over length alone [95 %]", "{:+.1%}"), Column("names the first [95 %]", "{:.1%}"),
     Column("length bias [95 %]", "{:+.1%}"), Column("bias to its own [95 %]", "{:+.1%}"),
 ]  # fmt: skip
 CONFUSED = [
@@ -181,8 +182,8 @@ def _tables(report: Report) -> Iterator[Table]:
     left_out = [f"{count} of {report['rows']} pairs cannot be compared: {reason}"
                 for reason, count in report["left_out"].items()]  # fmt: skip
     yield Table(name, COLUMNS, rows, [*left_out, *([_by_order(report["orders"])] if report["orders"] else [])])
-    judged = [r for r in labellers if r.get("over_longer")]
-    keys = ("over_longer", "named_first", "length_bias", "own_bias")
+    judged = [r for r in labellers if r.get("over_length")]
+    keys = ("over_length", "named_first", "length_bias", "own_bias")
     if judged:
         yield Table(
             f"{name}: beside people's own preferences", BIASES, [[r["labeller"], *(r[k] for k in keys)] for r in judged]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dualign.annotate.agreement import Pair, side_of, wilson
+from dualign.annotate.agreement import Pair, longer, measure, side_of, wilson
 from dualign.annotate.preference import Verdict
 from dualign.common.errors import UserError
 from dualign.eval.reliability import alpha, coincidences
@@ -84,6 +84,15 @@ def _same(name: str | None, model: str) -> bool:
     return name is not None and name.rpartition("/")[2].lower() == model.rpartition("/")[2].lower()
 
 
+def length_rule(pairs: Sequence[Pair]) -> tuple[str, list[float | None]]:
+    """The better of two rules that read nothing, by its name and its values: the longer answer, or where that sides
+    with people on less than half of the pairs, the shorter one."""
+    values = longer(pairs)
+    if measure("", pairs, values).share < 0.5:
+        return "shorter", [None if value is None else -value for value in values]
+    return "longer", values
+
+
 def over(pairs: Sequence[Pair], values: Values, others: Values) -> Estimate:
     """How much more often the labeller sides with people than another does, over the pairs that both labelled and on
     which people have a preference; a tie counts half."""
@@ -112,13 +121,8 @@ class Errors:
     def corrected(self, rate: Estimate) -> Estimate:
         """The win rate that people would give, of what the judge gives: (p + sp − 1)/(se + sp − 1), Rogan and Gladen
         (1978), within 0 and 1. Where ties count half it holds as well. The interval is the delta method's, of the win
-        rate's own error and of that of `agrees`. Raises UserError for a judge that may be no better than chance."""
+        rate's own error and of that of `agrees`, which must be above 1/2."""
         s, d = self.agrees, 2 * self.agrees - 1
-        if not wilson(s * self.n, self.n)[0] > 0.5:
-            raise UserError(
-                f"the judge sides with people on {s:.1%} of {self.n} pairs, which may be chance: no win rate of people's "
-                "follows from its own"
-            )
         value = (rate.value + s - 1) / d
         of_rate = ((rate.high - rate.low) / (2 * Z)) ** 2
         half = Z * math.sqrt(of_rate + (1 - 2 * value) ** 2 * s * (1 - s) / self.n) / d
@@ -136,7 +140,7 @@ def read_errors(path: Path) -> Any:
 
 def errors_of(reports: Any, judge: Sequence[Mapping[str, Any]], where: str) -> Errors:
     """What `dualign agreement --json` found of the judge with these settings, over all its files. Raises UserError where
-    it is not among them."""
+    it is not among them, and where it may be no better than chance."""
     if len(judge) != 1:
         raise UserError(f"{where}: the errors of one judge are known, and several rewards judge here")
     name = labeller_of(judge[0])
@@ -150,7 +154,13 @@ def errors_of(reports: Any, judge: Sequence[Mapping[str, Any]], where: str) -> E
         have = ", ".join(dict.fromkeys(_told(labeller, rubric) for labeller, rubric, *_ in known))
         raise UserError(f"{where}: knows nothing of {_told(*name)}, which judges here; it has {have}")
     n = sum(count for _, count in mine)
-    return Errors(sum(rate * count for rate, count in mine) / n, n)
+    found = Errors(sum(rate * count for rate, count in mine) / n, n)
+    if not wilson(found.agrees * n, n)[0] > 0.5:
+        raise UserError(
+            f"{where}: {_told(*name)} sides with people on {found.agrees:.1%} of {n} pairs, which may be chance: no win "
+            "rate of people's follows from its own"
+        )
+    return found
 
 
 def labeller_of(settings: Mapping[str, Any]) -> tuple[str, str | None]:

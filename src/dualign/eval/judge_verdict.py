@@ -13,7 +13,7 @@ ABSENT = 0.05  # of the pairs, above which missing labels are named
 def verdict(record: dict[str, Any], rows: int) -> list[str]:
     """Of one labeller of `dualign agreement`, a line for each thing that a person should know; the first says whether
     to use it. Nothing of the longer answer and of people."""
-    gain = record.get("over_longer")
+    gain = record.get("over_length")
     if gain is None:
         return []
     name, n = record["labeller"], record["pairs"]
@@ -24,12 +24,14 @@ def verdict(record: dict[str, Any], rows: int) -> list[str]:
 
 def _use(record: dict[str, Any], gain: dict[str, Any]) -> str:
     share = f"agrees with people on {bracket(record | {'value': record['share']}, '{:.1%}')}"
-    beside = f"{_points(gain)} points over the longer answer"
+    rule = f"the {record['rule']} answer"
     if not record["low"] > 0.5:
         return f"do not use: it {share}, no better than a coin"
     if known(gain["low"]) and gain["low"] > 0:
-        return f"usable: it {share}, {beside}"
-    return f"use with care: it {share}, but not clearly more often than the longer answer does ({beside})"
+        return f"usable: it {share}, {_points(gain)} points over {rule}"
+    if known(gain["high"]) and gain["high"] < 0:
+        return f"do not use: it {share}, less often than {rule} does ({_points(gain)} points)"
+    return f"use with care: it {share}, but not clearly more often than {rule} does ({_points(gain)} points)"
 
 
 def _warnings(record: dict[str, Any], rows: int) -> list[str]:
