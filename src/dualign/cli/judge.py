@@ -232,7 +232,7 @@ def _settings(more: list[str] | None) -> dict[str, Any]:
         if not equals:
             raise UserError(f"--set {text}: expected key=value")
         settings[key.strip()] = parse_yaml(value, f"--set {text}")
-    if idle := settings.keys() & {"type", "weight", "clip", "where", "optional"}:
+    if idle := settings.keys() & {"type", "weight", "clip", "normalise", "gate", "where", "optional"}:
         raise UserError(f"--set {min(idle)}: it says how rewards are combined in a run; nothing is combined here")
     return settings
 
