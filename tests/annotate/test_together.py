@@ -118,6 +118,40 @@ def test_a_sum_with_rows_of_its_own_is_that_of_one_process() -> None:
     assert {i: label for part in parts for i, label in part.items()} == expected
 
 
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_is_normalised_over_the_batch_is_that_of_one_process_to_the_bit(world: int, nested: bool) -> None:
+    """Of an annotator that each process asks for its own share, and of one within another."""
+
+    class Own:
+        name = "own"
+
+        def open(self) -> BatchSession:
+            return BatchSession(lambda items: [Label(0.1 * len(i.completion) ** 0.5) for i in items])
+
+        def close(self) -> None:
+            pass
+
+    def summed(processes: Processes) -> CombinedAnnotator:
+        terms = [Term("own", Own(), 3.0, normalise="batch"), Term("per prompt", Own(), normalise="group")]
+        found = CombinedAnnotator(terms, min, processes=processes)
+        return CombinedAnnotator([Term("in", found, normalise="batch")], processes=processes) if nested else found
+
+    session = summed(Processes()).open()
+    for item in ITEMS:
+        session.add(item)
+    expected = session.close()
+    parts = Group(world).run(lambda member: labels(summed(member), member, by_prompts(world)))
+    assert {i: label for part in parts for i, label in part.items()} == expected
+    assert len({label.value for label in expected.values()}) >= 6  # not all alike
+
+
+def by_prompts(world: int) -> list[Item]:
+    """In an order in which each of `world` processes, which take turns, gets whole prompts."""
+    shares = [[item for item in ITEMS if item.group % world == rank] for rank in range(world)]
+    return [shares[i % world][i // world] for i in range(len(ITEMS))]
+
+
 def test_what_a_function_raises_is_raised_in_all() -> None:
     def broken(completions: list[str]) -> list[float]:
         raise ValueError("no such column")
@@ -135,6 +169,31 @@ class Memory:
 
     def add_labels(self, annotator: str, labels: dict[int, Label]) -> None:
         self.added |= labels
+
+
+def test_an_error_before_the_batch_is_normalised_is_raised_in_all() -> None:
+    class Spent:
+        name = "spent"
+
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def open(self) -> BatchSession:
+            return BatchSession(self.label)
+
+        def label(self, items: Any) -> list[Label]:
+            if self.rank:
+                raise StopRun("the budget is spent")
+            return [Label(1.0) for _ in items]
+
+        def close(self) -> None:
+            pass
+
+    def work(member: Member) -> Any:
+        combined = CombinedAnnotator([Term("spent", Spent(member.rank), normalise="batch")], processes=member)
+        return labels(combined, member, ITEMS)
+
+    assert [str(error) for error in Group(2).run(work)] == ["the budget is spent"] * 2
 
 
 def test_what_is_remembered_stands_and_the_rest_is_labelled_with_all_of_the_batch() -> None:

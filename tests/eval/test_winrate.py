@@ -258,3 +258,23 @@ def test_plain_prompts_are_asked_as_chat_where_said_so_and_kept_apart(tiny, tmp_
     assert [len(files) for files in said] == [1, 2, 2]
     first, second = (next(said[1][n] for n in names) for names in (said[0], set(said[1]) - set(said[0])))
     assert first != second
+
+
+def test_a_corrected_win_rate_stands_beside_the_raw_one(tmp_path):
+    """The judge prefers the policy on 18 of 24 prompts, and is known to side with people on 80 % of 200 pairs."""
+    for name, quality in (("policy", lambda i: 9 if i < 18 else 1), ("other", lambda i: 5)):
+        outputs(tmp_path, name, [f"{name} {i} quality-{quality(i)}" for i in range(24)])
+    rows = [{"labeller": "AI preference (m)", "rubric": "helpfulness", "share": 0.8, "pairs": 200}]
+    (tmp_path / "errors.json").write_text(json.dumps([{"labellers": rows}]))
+    with FaultServer() as server:
+        judge = {"type": "preference", "rubric": "helpfulness", "base_url": server.url, "model": "m",
+                 "cache": str(tmp_path / "c.sqlite")}  # fmt: skip
+        asks = ["eval", "winrate", tmp_path / "policy.jsonl", "--against", tmp_path / "other.jsonl", "--out",
+                tmp_path / "w.json", "--judge-errors", tmp_path / "errors.json", "--judge"]  # fmt: skip
+        said = run_cli(*asks, json.dumps(judge))
+        with pytest.raises(UserError, match=r"knows nothing of AI preference \(m\) with rubric harmlessness"):
+            run_cli(*asks, json.dumps(judge | {"rubric": "harmlessness"}))
+    assert said.exit_code == 0 and "corrected for the judge's errors" in said.output
+    point = json.loads((tmp_path / "w.json").read_text())["systems"][0]["points"][-1]
+    assert point["win_rate"]["value"] == 0.75 and point["corrected"]["value"] == pytest.approx((0.75 - 0.2) / 0.6)
+    assert point["corrected"]["high"] - point["corrected"]["low"] > point["win_rate"]["high"] - point["win_rate"]["low"]

@@ -28,6 +28,7 @@ class Pair:
     b: str
     human: Human
     votes: Mapping[str, int] | None = None  # how many people voted a, b, tie
+    models: tuple[str | None, str | None] = (None, None)  # who wrote a and b, where the file says so
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Orders:
 
 def measure(labeller: str, pairs: Sequence[Pair], values: Sequence[float | None]) -> Agreement:
     """Agreement of `values` (one per pair: a's advantage) with people."""
-    judged = [(pair.human, _side(value)) for pair, value in zip(pairs, values, strict=True) if value is not None]
+    judged = [(pair.human, side_of(value)) for pair, value in zip(pairs, values, strict=True) if value is not None]
     decided = [(human, side) for human, side in judged if human != "tie"]
     credit = math.fsum(0.5 if side == "tie" else float(side == human) for human, side in decided)
     low, high = wilson(credit, len(decided))
@@ -198,5 +199,5 @@ def pearson(x: Iterable[float], y: Iterable[float]) -> float:
     return float(np.corrcoef(xs, ys)[0, 1])
 
 
-def _side(value: float) -> Human:
+def side_of(value: float) -> Human:
     return "tie" if value == 0 else "a" if value > 0 else "b"

@@ -9,17 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from dualign.annotate.agreement import Pair
+from dualign.annotate.judge_sets import Choice, choice, is_judgebench, is_rewardbench2, judgebench_pair, some
 from dualign.common.durable import durable
 from dualign.common.errors import UserError
-from dualign.data.responses import load_responses
+from dualign.data.responses import Responses, load_responses
+from dualign.data.rows import read_rows
 from dualign.data.settings import DataConfig
 from dualign.models.template import arguments_as_json
 
 
 def load_pairs(source: str, limit: int | None = None, prompt_column: str = "prompt") -> tuple[list[Pair], Counter[str]]:
     """Pairs that people labelled: response_a, response_b with `label` (a, b, tie) and perhaps `votes`, or chosen and
-    rejected; and why others were left out, which lack a response. Raises UserError naming the row."""
+    rejected, or JudgeBench's rows; and why others were left out, which lack a response. Who wrote them is in model_a and
+    model_b, or chosen_model and rejected_model. Raises UserError naming the row."""
     pairs = []
+    rows, _ = read_rows(source, DataConfig(train=source, prompt_column=prompt_column))
+    if is_judgebench(rows[0].values):
+        return [judgebench_pair(row) for row in some(rows, limit)], Counter()
     absent: Counter[str] = Counter()
     for row in load_responses(source, limit, DataConfig(train=source, prompt_column=prompt_column)):
         if len(row.texts) != 2:
@@ -29,7 +35,7 @@ def load_pairs(source: str, limit: int | None = None, prompt_column: str = "prom
             continue
         a, b = (text or "" for text in row.texts.values())
         if "chosen" in row.texts:
-            pairs.append(Pair(row.id, row.prompt, a, b, "a"))
+            pairs.append(Pair(row.id, row.prompt, a, b, "a", models=_models(row, "chosen_model", "rejected_model")))
             continue
         label = row.prompt.columns.get("label")
         if label not in ("a", "b", "tie"):
@@ -40,10 +46,21 @@ def load_pairs(source: str, limit: int | None = None, prompt_column: str = "prom
             and all(side in ("a", "b", "tie") and isinstance(n, int | None) for side, n in votes.items())
         ):
             raise UserError(f"{source}: row {row.id}: votes: expected counts of a, b and tie, found {votes!r}")
-        pairs.append(Pair(row.id, row.prompt, a, b, label, votes))
+        pairs.append(Pair(row.id, row.prompt, a, b, label, votes, _models(row, "model_a", "model_b")))
     if not pairs:
         raise UserError(f"{source}: no row has both responses: {next(iter(absent))}")
     return pairs, absent
+
+
+def load_choices(source: str, limit: int | None = None) -> list[Choice] | None:
+    """The rows of a file in RewardBench 2's layout; None for any other."""
+    rows, _ = read_rows(source, DataConfig(train=source, format="prompt"))
+    return [choice(row) for row in some(rows, limit)] if is_rewardbench2(rows[0].values) else None
+
+
+def _models(row: Responses, *keys: str) -> tuple[str | None, str | None]:
+    one, two = (row.prompt.columns.get(key) for key in keys)
+    return (one, two) if isinstance(one, str) and isinstance(two, str) else (None, None)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, SerializeAsAny, ValidationError, ValidationInfo
 
+from dualign.annotate.composite import EnsembleReward, MinimumReward, ProductReward
 from dualign.annotate.endpoints import JudgeReward, PreferenceReward, ServedReward
 from dualign.annotate.settings import ClassifierReward, FunctionReward, HeadReward, RewardSettings
 from dualign.common.errors import UserError
@@ -24,6 +25,9 @@ REWARDS: dict[str, type[RewardSettings]] = {
     "served": ServedReward,
     "judge": JudgeReward,
     "preference": PreferenceReward,
+    "minimum": MinimumReward,
+    "product": ProductReward,
+    "ensemble": EnsembleReward,
 }
 
 
@@ -48,17 +52,20 @@ def settings_class(kind: Any) -> type[RewardSettings]:
     return class_of(str(kind), REWARDS, RewardSettings, hint=function)
 
 
-def _of_its_type(tree: Any, info: ValidationInfo) -> RewardSettings:
+def of_its_type(tree: Any, info: ValidationInfo) -> RewardSettings:
     """Settings by the class of their `type`. With {"stored": True} as context, what cannot be had is a StaleReward."""
     if isinstance(tree, RewardSettings):
-        if REWARDS.get(tree.type) is not type(tree) and not is_place(tree.type):
-            raise ValueError(f"{type(tree).__name__} has no place to be found again: give it to train(..., reward=...)")
+        for each in tree.all_rewards:
+            if REWARDS.get(each.type) is not type(each) and not is_place(each.type):
+                raise ValueError(
+                    f"{type(each).__name__} has no place to be found again: give it to train(..., reward=...)"
+                )
         return tree
     if not isinstance(tree, Mapping):
         raise ValueError(f"expected a mapping with a type ({', '.join(REWARDS)}, or FILE.py:NAME), not {tree!r}")
     kind = tree.get("type")
     try:
-        return settings_class(kind).model_validate(tree)
+        return settings_class(kind).model_validate(tree, context=info.context)
     except ValueError as error:  # a ValidationError is one, too
         if is_place(str(kind)) and (info.context or {}).get("stored"):
             return StaleReward.model_validate(tree)
@@ -67,4 +74,4 @@ def _of_its_type(tree: Any, info: ValidationInfo) -> RewardSettings:
         raise fault_at("type", kind, error) from None
 
 
-RewardConfig = Annotated[SerializeAsAny[RewardSettings], BeforeValidator(_of_its_type)]
+RewardConfig = Annotated[SerializeAsAny[RewardSettings], BeforeValidator(of_its_type)]

@@ -4,11 +4,11 @@ here: what a method needs is imported when it is called, so that an API judge do
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dualign.common.digests import Digests, of_code, of_file
 from dualign.common.errors import UserError
@@ -17,6 +17,26 @@ from dualign.common.settings import Settings
 
 if TYPE_CHECKING:
     from dualign.annotate.base import Annotator
+
+LATER = {"normalise": "none", "gate": None}  # keys that came later, with what they say where they are missing
+
+
+class Gate(Settings):
+    """What a reward's value must be for the others to count."""
+
+    at_least: float | None = Field(None, description="it passes from this value on")
+    at_most: float | None = Field(None, description="it passes up to this value")
+    otherwise: float = Field(0.0, description="the row's reward where it does not pass")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Gate:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("give it at_least, at_most or both: {at_least: 0.5}")
+        return self
+
+    def passes(self, value: float) -> bool:
+        low, high = self.at_least, self.at_most
+        return (low is None or value >= low) and (high is None or value <= high)
 
 
 class RewardSettings(Settings):
@@ -32,6 +52,12 @@ class RewardSettings(Settings):
     clip: list[float] | None = Field(
         None, min_length=2, max_length=2, description="[low, high]: its value is held within these, then weighted"
     )
+    normalise: Literal["none", "group", "batch"] = Field(
+        "none",
+        description="after clip and before weight, less the mean and in standard deviations of its values: those of the "
+        "same prompt, or of the online batch",
+    )
+    gate: Gate | None = Field(None, description="adds nothing: where its value does not pass, the others do not count")
     where: dict[str, str | int | bool] = Field(
         default_factory=dict,
         description="only rows whose data columns have these values; the other rewards decide the rest",
@@ -46,6 +72,24 @@ class RewardSettings(Settings):
         if clip is not None and not clip[0] < clip[1]:
             raise ValueError(f"[low, high] with low < high, not {clip}")
         return clip
+
+    @model_validator(mode="after")
+    def _adds_or_gates(self) -> Self:
+        if self.gate and (self.weight != 1 or self.clip or self.normalise != "none"):
+            raise ValueError("gate: its own value decides and is not added: leave out its weight, clip and normalise")
+        return self
+
+    @property
+    def member_rewards(self) -> Sequence[RewardSettings]:
+        """The rewards that it is made of, where it is."""
+        return ()
+
+    @property
+    def all_rewards(self) -> Iterator[RewardSettings]:
+        """Itself and all that it is made of."""
+        yield self
+        for member in self.member_rewards:
+            yield from member.all_rewards
 
     def build(self, run_dir: Path | None = None) -> Annotator | Callable[..., Any]:
         """What labels: an annotator, or a function in TRL's convention. `run_dir`: where a run keeps its files; None
@@ -70,7 +114,10 @@ class RewardSettings(Settings):
 
     def describe(self, labels: int) -> str:
         """A line of the plan of a run that needs so many labels."""
-        return f"{self.type}, weight {self.weight}"
+        if self.gate:
+            return f"{self.type}, a gate: {self.gate.model_dump(exclude_none=True)}"
+        over = f", normalised per {self.normalise}" if self.normalise != "none" else ""
+        return f"{self.type}, weight {self.weight}{over}"
 
     def made_of(self) -> dict[str, Digests]:
         """What its labels come from beside the settings, by the setting that names it. Recorded when a run begins; a
@@ -79,7 +126,8 @@ class RewardSettings(Settings):
 
     def decides(self) -> dict[str, Any]:
         """The settings that decide a label; of what it is made of, no place."""
-        told = self.model_dump(mode="json", exclude={"name", *self.ASKING, *self.made_of()})
+        later = {key for key, default in LATER.items() if getattr(self, key) == default}  # as runs of before had it
+        told = self.model_dump(mode="json", exclude={"name", *later, *self.ASKING, *self.made_of()})
         return told if "type" in told else told | {"class": self.type.rpartition(":")[2]}
 
 

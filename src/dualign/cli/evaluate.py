@@ -81,6 +81,10 @@ def winrate(
     k: K = 1,
     seed: Seed = 0,
     function: Functions = None,
+    judge_errors: Annotated[
+        Path | None,
+        typer.Option(help="what `dualign agreement --json` found of this judge: also the corrected win rate"),
+    ] = None,
     out: Out = None,
 ) -> None:
     """Win rate of each source against π_0 or another, over a run's checkpoints and the labels it bought."""
@@ -89,7 +93,7 @@ def winrate(
     from dualign.eval.show import show
 
     asking = Asking(prompts, limit, max_new_tokens, temperature, k, seed, chat, system_prompt, prompt_column)
-    show(win_rate(sources, judge, against, asking, loaded(function), out))
+    show(win_rate(sources, judge, against, asking, loaded(function), out, judge_errors))
 
 
 @app.command()

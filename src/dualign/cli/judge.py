@@ -146,7 +146,11 @@ def labels(
 
 def agreement(
     files: Annotated[
-        list[str], typer.Argument(help="pairs that people labelled: chosen/rejected, or response_a/_b and label")
+        list[str],
+        typer.Argument(
+            help="pairs that people labelled: chosen/rejected, or response_a/_b and label; or a file of JudgeBench or "
+            "RewardBench 2 as it is"
+        ),
     ],
     rubric: Annotated[str | None, typer.Option(help="of the judge")] = None,
     base_url: Annotated[str | None, typer.Option(help="of the judge")] = None,
@@ -159,8 +163,9 @@ def agreement(
     more: More = None,
     json_out: Json = None,
     plot: Annotated[Path | None, typer.Option(help="draw the shares to this file (.png, .svg, .pdf)")] = None,
+    page: Annotated[Path | None, typer.Option(help="write verdict and tables to this .html file")] = None,
 ) -> None:
-    """How often AI rewards, AI preferences and reward heads agree with people, beside the longer answer and people."""
+    """Is this judge any good? AI rewards, AI preferences and reward heads beside people and the longer answer."""
     from dualign.common.errors import UserError
     from dualign.eval.agreement import measure_file, result, write_plot
     from dualign.eval.show import show
@@ -172,12 +177,19 @@ def agreement(
         )
     if plot and plot.suffix not in (".png", ".svg", ".pdf"):  # said before anything is bought
         raise UserError(f"--plot {plot}: a figure ends in .png, .svg or .pdf")
+    if page and page.suffix != ".html":
+        raise UserError(f"--page {page}: a page is an .html file")
     settings = {**given, **_settings(more)}
     reward, preference = (_validated(kind, settings) if model else None for kind in ("judge", "preference"))
     reports = [measure_file(file, limit, head or [], reward, preference, prompt_column) for file in files]
-    show(result(reports))
+    found = result(reports)
+    show(found)
     if json_out:
         _write_json(json_out, reports)
+    if page:
+        from dualign.eval.report.judge_page import write_page
+
+        write_page(found, files, page)
     if plot:
         write_plot(reports, plot)
 
@@ -220,7 +232,7 @@ def _settings(more: list[str] | None) -> dict[str, Any]:
         if not equals:
             raise UserError(f"--set {text}: expected key=value")
         settings[key.strip()] = parse_yaml(value, f"--set {text}")
-    if idle := settings.keys() & {"type", "weight", "clip", "where", "optional"}:
+    if idle := settings.keys() & {"type", "weight", "clip", "normalise", "gate", "where", "optional"}:
         raise UserError(f"--set {min(idle)}: it says how rewards are combined in a run; nothing is combined here")
     return settings
 

@@ -64,7 +64,7 @@ class Config(Settings):
             raise ValueError("model.lora.quantize: 4 bits cannot be divided (train.shard) or be a value model (PPO)")
         if self.rollout.importance_cap is not None:
             self._corrects(algo)
-        if self.data.eval is not None and any(reward.compares for reward in self.reward):
+        if self.data.eval is not None and any(each.compares for reward in self.reward for each in reward.all_rewards):
             raise ValueError(
                 "data.eval: an AI preference compares the completions of one prompt with each other, so its mean on held-out "
                 "prompts never changes; set data.eval: null, and hold checkpoints against π_0 with `dualign eval winrate`"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dualign.annotate.normalised import RAW
 from dualign.common.errors import UserError
 from dualign.common.types import Label
 from dualign.eval.judges import Judge, score
@@ -38,7 +39,8 @@ def independent(run: Path) -> str:
     """A built-in reward that the run was not trained on."""
     from dualign.config import load
 
-    used = [getattr(r, "path", None) for r in load(run / "config.yaml").reward]
+    rewards = load(run / "config.yaml").reward
+    used = [getattr(each, "path", None) for reward in rewards for each in reward.all_rewards]
     for name in ("builtin:helpful", "builtin:harmless"):
         if name not in used and "builtin:hh" not in used:  # hh is made of the two
             return name
@@ -52,7 +54,7 @@ def trace(run: Path, second: Judge, until: int | None = None) -> list[Json]:
 
     opened = Run.open(run)
     config = load(opened.config_file)
-    if config.algo.source != "online" or any(r.compares for r in config.reward):
+    if config.algo.source != "online" or any(each.compares for r in config.reward for each in r.all_rewards):
         raise UserError(
             f"{run}: its batches do not say whether it cheated: they are a fixed set's, or compared with each other; "
             "`dualign eval winrate` and `eval reward` look at its checkpoints"
@@ -81,8 +83,12 @@ def trace(run: Path, second: Judge, until: int | None = None) -> list[Json]:
 
 
 def unpenalised(label: Label) -> float | None:
-    """The reward itself, without what rollout.missing_eos_penalty took from a completion that was cut off."""
-    return None if label.value is None else label.value - (label.parts.get(PENALTY) or 0.0)
+    """The reward itself, without what rollout.missing_eos_penalty took from a completion that was cut off, and without
+    the normalisation that makes every batch's mean 0."""
+    if label.value is None:
+        return None
+    raw = label.parts.get(RAW)
+    return label.value - (label.parts.get(PENALTY) or 0.0) if raw is None else raw
 
 
 def _mean_sd(values: Sequence[float | None]) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from dualign.annotate.function import RewardFunction, name_of
 from dualign.common.errors import UserError
 from dualign.eval import cheat, cost, outputs, rewards, store, winrate
 from dualign.eval.asking import Asking, data_of, generation, said
+from dualign.eval.bias import errors_of, read_errors
 from dualign.eval.judges import Judges, open_judge
 from dualign.eval.outputs import Generation, Outputs
 from dualign.eval.places import named, place, slug
@@ -32,9 +33,12 @@ def win_rate(
     asking: Asking | None = None,
     reward: Reward = (),
     out: Path | None = None,
+    judge_errors: Path | None = None,
 ) -> Result:
-    """Win rate of each source (runs, checkpoints, models, files of outputs) against each run's π_0, or `against`."""
+    """Win rate of each source (runs, checkpoints, models, files of outputs) against each run's π_0, or `against`.
+    `judge_errors`: what `dualign agreement --json` found of the judge: also the win rate that people would give."""
     asking = asking or Asking()
+    known = read_errors(judge_errors) if judge_errors else None
     path = place("winrate", sources, judge, asking, out, against)
     functions = _functions(reward, sources, judge)
     how = generation([*sources, *([against] if against else [])], asking, path.parent / "outputs")
@@ -44,7 +48,8 @@ def win_rate(
         for source, judged in zip(sources, judges, strict=True):
             as_asked = replace(how, data=how.data or data_of(source) or data_of(against))  # for files of outputs
             points, b = winrate.sides(source, _points(source, as_asked), _opponent(against, as_asked))
-            table, pairs = winrate.curve(judged, points, b, asking.seed)
+            errors = errors_of(known, judged.settings, str(judge_errors)) if known is not None else None
+            table, pairs = winrate.curve(judged, points, b, asking.seed, errors)
             systems.append({
                 "source": source, "run": store.away(source, path), "judge": judged.record(),
                 "against": {"source": against, "name": b.name}, "sampling": said(source, how, asking),

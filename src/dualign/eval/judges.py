@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from dualign.annotate.base import Annotator, Item, label_all
 from dualign.annotate.endpoints import JudgeSampling
 from dualign.annotate.function import RewardFunction, name_of
+from dualign.annotate.normalised import unnormalised
 from dualign.annotate.registry import RewardConfig
 from dualign.common.errors import UserError
 from dualign.common.types import Label, Prompt
@@ -247,7 +248,7 @@ def score(judge: Judge, answers: Sequence[Answer]) -> list[Label]:
     _mention_columns(judge, answers)
     items = [Item(i, i, a.prompt, a.text, a.ids) for i, a in enumerate(answers) if not a.absent]
     labels = dict(zip([item.index for item in items], label_all(judge.annotator, items), strict=True))
-    return [labels[i] if i in labels else Label.absent(a.absent or "") for i, a in enumerate(answers)]
+    return [unnormalised(labels[i]) if i in labels else Label.absent(a.absent or "") for i, a in enumerate(answers)]
 
 
 def _mention_columns(judge: Judge, answers: Sequence[Answer]) -> None:

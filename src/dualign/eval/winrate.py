@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from dualign.common.errors import UserError
 from dualign.common.intervals import FEW, bracket, too_few
 from dualign.eval.asking import in_words
+from dualign.eval.bias import Errors
 from dualign.eval.judges import Judge, Pair, judge_pairs
 from dualign.eval.length import by_length, length_controlled
 from dualign.eval.outputs import Outputs
@@ -37,18 +39,24 @@ def per_prompt(pairs: Sequence[Pair]) -> dict[str, float]:
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 
-def measure(a: Outputs, b: Outputs, pairs: Sequence[Pair], seed: int = 0) -> dict[str, Any]:
+def measure(
+    a: Outputs, b: Outputs, pairs: Sequence[Pair], seed: int = 0, errors: Errors | None = None
+) -> dict[str, Any]:
     """One point: the win rate of a over b, raw and (from FEW prompts on) length-controlled and by length, and how
-    consistent the judge was."""
+    consistent the judge was; with the judge's `errors` also the win rate that people would give."""
     judged = [p for p in pairs if p.value is not None]
     score = per_prompt(pairs)
     chars_a, chars_b = (_mean_chars(judged, side) for side in ("a", "b"))
     values, long_a, long_b = ([d[k] for k in score] for d in (score, chars_a, chars_b))
     control = length_controlled(values, long_a, long_b, seed)
+    rate = share(values, seed)
+    corrected = (
+        {"corrected": errors.corrected(rate).record(), "judge_errors": asdict(errors)} if errors and score else {}
+    )
     won, lost = (sum(p.value == v for p in judged) for v in (1.0, 0.0))
     return {
         "a": a.name, "b": b.name, "batches": a.batches, "labels": a.labels,
-        "win_rate": share(values, seed).record(),
+        "win_rate": rate.record(), **corrected,
         "length_controlled": control.win_rate.record(), "length_slope": control.slope.record(),
         "won": won, "tied": len(judged) - won - lost, "lost": lost, "absent": len(pairs) - len(judged),
         "absent_reasons": sorted({p.reason for p in pairs if p.reason})[:5],
@@ -76,11 +84,11 @@ def _mean_chars(pairs: Sequence[Pair], side: str) -> dict[str, float]:
 
 
 def curve(
-    judge: Judge, points: Sequence[Outputs], b: Outputs, seed: int
+    judge: Judge, points: Sequence[Outputs], b: Outputs, seed: int, errors: Errors | None = None
 ) -> tuple[list[dict[str, Any]], list[list[Pair]]]:
     """Every point against b."""
     pairs = [judge_pairs(judge, a, b) for a in points]
-    return [measure(a, b, found, seed) for a, found in zip(points, pairs, strict=True)], pairs
+    return [measure(a, b, found, seed, errors) for a, found in zip(points, pairs, strict=True)], pairs
 
 
 def across_seeds(pairs_Sp: Sequence[Sequence[Pair]]) -> dict[str, Any]:
@@ -124,6 +132,8 @@ def tables(record: Json, what: str = "Win rate") -> list[Table]:
         few = too_few(last["win_rate"]["n"])
         notes = [*([f"no length control: {few}"] if few else []), *_cost(system), in_words(system)]
         found.append(Table(f"{what} against {last['b']}", COLUMNS, rows, notes, over="policy", plot=PLOT, **whose))
+        if "corrected" in last:
+            found.append(_corrected(f"{what} against {last['b']}", system["points"], whose))
         if last["by_length"]:
             lengths = [[f"{r['longer_from']:+d} .. {r['longer_to']:+d}", r, r["n"]] for r in last["by_length"]]
             columns = [Column("longer by"), Column("win rate [95 %]", *SHARE), Column("prompts")]
@@ -133,6 +143,14 @@ def tables(record: Json, what: str = "Win rate") -> list[Table]:
         row = [len(record["systems"]), record["seeds"]["over_seeds"], record["seeds"]["over_prompts"]]
         found.append(Table(f"{what}, mean over the sources", columns, [row]))
     return found
+
+
+def _corrected(title: str, points: Sequence[Json], whose: Json) -> Table:
+    columns = [Column("policy"), Column("by the judge [95 %]", *SHARE), Column("by people, estimated [95 %]", *SHARE)]
+    rows = [[p["a"], p["win_rate"], p.get("corrected")] for p in points]
+    errors = points[-1]["judge_errors"]
+    note = f"the judge sides with people on {errors['agrees']:.1%} of {errors['n']:,} pairs (--judge-errors)"
+    return Table(f"{title}, corrected for the judge's errors", columns, rows, [note], over="policy", **whose)
 
 
 def headline(record: Json) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dualign import assets
 from dualign.algos import ALGORITHMS, Algorithm
+from dualign.annotate.composite import CompositeReward
 from dualign.annotate.registry import REWARDS
 from dualign.annotate.settings import RewardSettings
 from dualign.common.durable import write_text
@@ -39,8 +40,7 @@ def with_given(
     tree = config.model_dump()
     named = algo and algo.model_copy(update={"name": _name("algo", algo, algo.name, ALGORITHMS)})
     tree["algo"] = named or config.algo
-    own = [r.model_copy(update={"type": _name("reward", r, r.type, REWARDS)}) for r in rewards]
-    tree["reward"] = [*config.reward, *own]
+    tree["reward"] = [*config.reward, *map(_named, rewards)]
     if data is not None:
         tree["data"]["train"] = _rows(data, "data")
     if eval_data is not None:
@@ -48,6 +48,14 @@ def with_given(
     if model is not None:
         tree["model"] |= {"name": _model(model, tokenizer), "revision": None}
     return build(tree)
+
+
+def _named(reward: RewardSettings) -> RewardSettings:
+    """The reward with a type by which it is found again, and so what it is made of."""
+    named: dict[str, Any] = {"type": _name("reward", reward, reward.type, REWARDS)}
+    if isinstance(reward, CompositeReward):
+        named["of"] = [_named(member) for member in reward.of]
+    return reward.model_copy(update=named)
 
 
 def _name(key: str, given: object, name: str, ours: Mapping[str, type]) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from dualign.annotate.normalised import unnormalised
 from dualign.common.intervals import all_equal, half_width, none_for_nan
 from dualign.config import Config
 from dualign.rollout.base import Request, Sampling
@@ -56,7 +57,7 @@ def evaluate(
     clock = Clock()
     seed = (config.run.seed, SEED_SHIFT)
     rows = engine.processes.everyones(lambda: labeller.rows(engine.processes.mine(chosen), sampling, seed, clock))
-    b = labelled(done, rows)
+    b = labelled(done, [replace(row, label=unnormalised(row.label)) for row in rows])
     every = tokens_of(b.rows)  # how far the policy is from π_0 needs no label
     with clock("score"):
         if at_pi_0(config, done):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dualign import assets, data
+from dualign.annotate import ONLY_GATES
 from dualign.common.errors import UserError
 from dualign.common.types import Prompt
 from dualign.config import Config
@@ -74,6 +75,7 @@ def print_plan(config: Config, gpus: int | None = None, nodes: int = 1, gpu_memo
             reward.check()
         except UserError as error:
             faults.append(f"reward.{i}: {error}")
+    faults += [ONLY_GATES] if c.reward and all(reward.gate for reward in c.reward) else []
     if (Path(c.run.dir) / "config.yaml").exists():
         faults.append(f"run.dir: {c.run.dir} already holds a run")
     faults += [f"run.trackers: {name} is not installed" for name in c.run.trackers if find_spec(name) is None]

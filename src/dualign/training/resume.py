@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from dualign import config as configs
 from dualign.annotate import Reward
 from dualign.annotate.function import name_of
+from dualign.annotate.settings import RewardSettings
 from dualign.common.errors import UserError
 from dualign.common.named import is_place, same_name
 from dualign.config import Config
@@ -59,7 +60,7 @@ def resumed_config(folder: Path, overrides: Iterable[str]) -> Config:
 def check_changes(run: Run, config: Config) -> None:
     """Raises UserError, by name, for a key of `config` that may not differ from the run's own."""
     stored = _stored(run, config)
-    allowed = [*ALLOWED, *(f"reward.{i}.{key}" for i, r in enumerate(config.reward) for key in sorted(r.ASKING))]
+    allowed = [*ALLOWED, *asking(config.reward, "reward")]
     for key, (old, new) in configs.differences(stored, config).items():
         if key not in allowed and key != "run.dir" and not _moved(run, config, key, str(old), str(new)):
             raise UserError(
@@ -77,11 +78,26 @@ def _stored(run: Run, config: Config) -> Config:
     whether it is the same, its digest says."""
     tree, path = configs.read(run.config_file)
     own = [(tree.get("algo"), "name", config.algo.name), (tree.get("rollout"), "engine", config.rollout.engine)]
-    own += [(held, "type", r.type) for held, r in zip(tree.get("reward", ()), config.reward, strict=False)]
+    own += [(held, "type", r.type) for held, r in _beside(tree.get("reward", ()), config.reward)]
     for held, key, now in own:
         if isinstance(held, dict) and same_name(held.get(key), now):
             held[key] = now
     return configs.build(tree, str(path), stored=True)
+
+
+def asking(rewards: Sequence[RewardSettings], key: str) -> Iterator[str]:
+    """The settings of rewards, and of what they are made of, that change no label."""
+    for i, reward in enumerate(rewards):
+        yield from (f"{key}.{i}.{name}" for name in sorted(reward.ASKING))
+        yield from asking(reward.member_rewards, f"{key}.{i}.of")
+
+
+def _beside(tree: Any, rewards: Sequence[RewardSettings]) -> Iterator[tuple[Any, RewardSettings]]:
+    """Rewards as they are written, and those that they are now; what they are made of, too."""
+    for held, reward in zip(tree, rewards, strict=False):
+        yield held, reward
+        if isinstance(held, dict) and isinstance(held.get("of"), list):
+            yield from _beside(held["of"], reward.member_rewards)
 
 
 def _moved(run: Run, config: Config, key: str, old: str, new: str) -> bool:

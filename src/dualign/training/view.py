@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dualign.algos import Algorithm
+from dualign.annotate.normalised import RAW
 from dualign.common.cpu import bf16_units
 from dualign.common.errors import clean
 from dualign.common.intervals import bracket, known, plus_minus, too_few
@@ -29,6 +30,7 @@ COLLAPSED = 0.5  # of the share of different answers at π_0: a person should be
 COLUMNS = {  # column: (key, format); shown when the key is there
     "batch": ("step", "{:d}"),
     "reward": ("reward", "{:+.3f}"),
+    RAW: (f"{RAW}/mean", "{:+.3f}"),
     "KL to π_0": ("kl", "{:z.2f}"),
     "clipped": ("clip_rate", "{:.0%}"),
     "ess": ("ess", "{:.0%}"),

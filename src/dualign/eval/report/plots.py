@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dualign.annotate.normalised import RAW
 from dualign.eval.report.data import Json, RunData, evenly, heldout_kl_name
 from dualign.eval.report.style import COLOURS, Plot, Rows, legend, series, style_of
 from dualign.training.heldout import kl_name
@@ -67,15 +68,17 @@ def reward(figure: Figure, runs: Sequence[RunData]) -> Rows:
 
 
 def _reward_itself(run: RunData) -> Series:
-    """The mean reward of training batches, without the penalty for a missing EOS. A run of before logged it with the
-    penalty alone, from which it follows where every completion had its label."""
+    """The mean reward of training batches, without normalisation and the penalty for a missing EOS. A run of before
+    logged it with the penalty alone, from which it follows where every completion had its label."""
     penalty = run.sampling.get("missing_eos_penalty") or 0.0
     found = []
     for m in run.metrics:
         cut = penalty * m["truncated"]
-        value = m.get("reward_unpenalised", m.get("reward"))
-        if value is not None and ("reward_unpenalised" in m or not (cut and m["absent"])):
-            found.append((m["step"], value if "reward_unpenalised" in m else value + cut))
+        itself = m.get(f"{RAW}/mean", m.get("reward_unpenalised"))
+        if itself is None and m.get("reward") is not None and not (cut and m["absent"]):
+            itself = m["reward"] + cut
+        if itself is not None:
+            found.append((m["step"], itself))
     return np.array([s for s, _ in found]), np.array([float(v) for _, v in found])
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
-from dualign.eval.report.data import RunData
 from dualign.eval.result import Table
+
+if TYPE_CHECKING:
+    from dualign.eval.report.data import RunData
 
 Texts = Sequence[Sequence[str]]
 
@@ -47,5 +50,8 @@ def _together(members: Sequence[tuple[str, Table]]) -> str:
             f"<details><summary>every {escape(first.over)}</summary>{html(header, rows(last=False))}</details>"
         )
     notes = [f"{run}: {note}" if len(members) > 1 else note for run, table in members for note in table.notes]
-    parts += [f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>'] if notes else []
-    return "".join(parts)
+    return "".join([*parts, notes_of(notes)])
+
+
+def notes_of(notes: Sequence[str]) -> str:
+    return f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>' if notes else ""
