@@ -2,26 +2,34 @@
 
 Where both orders name the same completion it is the winner; where they name the same *position* the judge follows
 position and not content, and the pair is a tie, kept as such. A rubric whose question asks for the loser (which is
-more harmful?) is turned round.
+more harmful?) is turned round. Here neighbours meet; the designs in which all of a prompt's completions do, and one
+request that asks for their order, are in `contest`.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from dualign.annotate import extract
-from dualign.annotate.base import Item
+from dualign.annotate.base import Item, Session
 from dualign.annotate.client import Client, Payload
+from dualign.annotate.contest import ALONE, ContestSession
 from dualign.annotate.endpoints import PreferenceReward
 from dualign.annotate.judge import chat
+from dualign.annotate.ranking import ranking
 from dualign.annotate.reply import read_reply
 from dualign.annotate.rubric import load
 from dualign.common.types import Label, Prompt
 
 Side = Literal["a", "b"]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,13 +79,15 @@ class Asked:
 
 class PreferenceAnnotator:
     def __init__(self, settings: PreferenceReward, *, ledger: Path | None = None) -> None:
-        self.rubric = load(settings.rubric)
+        self.rubric = load(settings.rubric, ranking=settings.pairs == "ranking")
         self.name = settings.name or self.rubric.name
         self.settings = settings
         self.client = Client(settings, ledger=ledger)
+        self.whole_groups = settings.pairs != "neighbours"
+        self.named_first: float | None = None  # share of the last batch's comparisons that named what stood earlier
 
-    def open(self) -> PreferenceSession:
-        return PreferenceSession(self)
+    def open(self) -> Session:
+        return ContestSession(self) if self.whole_groups else PreferenceSession(self)
 
     def close(self) -> None:
         self.client.close()
@@ -85,6 +95,30 @@ class PreferenceAnnotator:
     def compare(self, prompt: Prompt, a: str, b: str) -> Asked:
         """Starts asking which of `a` and `b` is better, in both orders."""
         return Asked(self._order(prompt, a, b), self._order(prompt, b, a), self.rubric.preference.answer)
+
+    def rank(self, prompt: Prompt, responses: Sequence[str], sample: int = 0) -> Future[Label]:
+        """Starts asking for the order of `responses`, shown as they stand. Of the label that is not absent, `parts`
+        holds each response's tier by its number, from 1: 0 is the best, equals share one."""
+        messages = self.rubric.ranking_messages(prompt, responses)
+
+        def read(payload: Payload) -> Label:
+            text, cut, _ = read_reply(payload)
+            found = ranking(text, len(responses), cut=cut, echoes=(*responses, *prompt.texts))
+            if found.tiers is None:
+                return Label.absent(found.reason or "no ranking in the reply", note=text)
+            parts = {str(number): float(at) for at, tier in enumerate(found.tiers) for number in tier}
+            return Label(1.0, parts=parts, note=text)
+
+        return self.client.submit(chat(self.settings, messages, f"{self.rubric.name} (ranking)", sample), read)
+
+    def count(self, first: Iterable[Sequence[float]]) -> None:
+        """Takes how many comparisons there were, and how many named what stood earlier."""
+        asked, named = np.sum([[0.0, 0.0], *first], axis=0)
+        if asked:
+            self.named_first = float(named / asked)
+            log.info(
+                "%s: %.0f %% of %d comparisons named what was shown earlier", self.name, 100 * named / asked, asked
+            )
 
     def _order(self, prompt: Prompt, first: str, second: str) -> list[Future[Label]]:
         messages = self.rubric.preference_messages(prompt, first, second)
@@ -128,9 +162,7 @@ class PreferenceSession:
                 waiting[item.group] = item
             else:
                 self._meet(other, item)
-        labels = {
-            item.index: self._label(None, "no second completion to compare with", None) for item in waiting.values()
-        }
+        labels = {item.index: self._label(None, ALONE, None) for item in waiting.values()}
         for a, b, asked in self._asked:
             verdict = asked.verdict()
             other_value = None if verdict.value is None else 1 - verdict.value

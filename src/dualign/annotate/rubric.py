@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from dualign.common.digests import Digests
 from dualign.common.errors import UserError
 from dualign.common.settings import Settings
 from dualign.common.types import Message, Prompt, text_of
@@ -37,6 +38,10 @@ class PreferencePrompt(Settings):
     answer: Literal["winner", "loser"] = Field(description="which of the two the question asks for")
 
 
+class RankingPrompt(Settings):
+    template: str = Field(description="the prompt, with {context} and {responses}; it asks for the best first")
+
+
 class Rubric(Settings):
     name: str
     sign: Literal[1, -1] = Field(description="-1 where a high score is bad: the reward is sign * score")
@@ -44,6 +49,7 @@ class Rubric(Settings):
     system: str | None = Field(None, description="a system message; none for judges that take none")
     reward: RewardPrompt
     preference: PreferencePrompt
+    ranking: RankingPrompt | None = None
 
     def reward_messages(self, prompt: Prompt, response: str) -> list[Message]:
         return self._messages(self.reward.template, {"context": context_text(prompt), "response": response})
@@ -51,6 +57,14 @@ class Rubric(Settings):
     def preference_messages(self, prompt: Prompt, first: str, second: str) -> list[Message]:
         texts = {"context": context_text(prompt), "response_1": first, "response_2": second}
         return self._messages(self.preference.template, texts)
+
+    def ranking_messages(self, prompt: Prompt, responses: Sequence[str]) -> list[Message]:
+        """All responses in one request, numbered from 1 in the order given."""
+        assert self.ranking is not None
+        names = [f"response_{i}" for i in range(1, len(responses) + 1)]
+        listed = "\n\n".join(f"Response {i}:\n{{{name}}}" for i, name in enumerate(names, 1))
+        texts = {"context": context_text(prompt), **dict(zip(names, responses, strict=True))}
+        return self._messages(self.ranking.template.replace("{responses}", listed), texts)
 
     def _messages(self, template: str, texts: Mapping[str, str]) -> list[Message]:
         user = {"role": "user", "content": f"{NOTICE}\n\n{fill(template, texts)}"}
@@ -77,12 +91,19 @@ def fence(name: str, text: str, digest: str) -> str:
     return f"<<<{mark}>>>\n{safe}\n<<<END {mark}>>>"
 
 
-def load(name: str) -> Rubric:
-    """A built-in rubric by name, or a YAML file. Raises UserError with file, key and what to do."""
+def load(name: str, ranking: bool = False) -> Rubric:
+    """A built-in rubric by name, or a YAML file. Raises UserError with file, key and what to do, also for one without
+    the prompt for a `ranking` where that is to be asked."""
     file = file_of(name)
     if not file.is_file():
         raise UserError(f"rubric {name!r}: neither a file nor one of {', '.join(BUILT_IN)}")
-    return parse(file.read_text("utf-8"), f"rubric {name}" if name in BUILT_IN else name)
+    rubric = parse(file.read_text("utf-8"), f"rubric {name}" if name in BUILT_IN else name)
+    if ranking and rubric.ranking is None:
+        raise UserError(
+            f"{name}: pairs: ranking needs a prompt of its own: add `ranking: {{template: ...}}` with {{context}} and "
+            "{responses}; the built-in rubrics have one to start from"
+        )
+    return rubric
 
 
 def file_of(name: str) -> Path:
@@ -90,6 +111,15 @@ def file_of(name: str) -> Path:
     return (
         Path(str(resources.files("dualign.annotate") / "rubrics" / f"{name}.yaml")) if name in BUILT_IN else Path(name)
     )
+
+
+def digest_without_ranking(name: str) -> Digests:
+    """Of a rubric's file as it was before it could have a `ranking`: what is not asked decides no label."""
+    file = file_of(name)
+    if not file.is_file():
+        return {}
+    asked = re.sub(rb"(?ms)^ranking:.*?(?=^\S|\Z)", b"", file.read_bytes())
+    return {file.name: hashlib.sha256(asked).hexdigest()}
 
 
 def parse(text: str, where: str) -> Rubric:
@@ -105,9 +135,11 @@ def parse(text: str, where: str) -> Rubric:
         raise UserError(f"{where}: {problems}") from None
     if not rubric.scale[0] < rubric.scale[1]:
         raise UserError(f"{where}: scale: the lowest score must be below the highest, not {rubric.scale}")
+    ranking = [("ranking.template", rubric.ranking.template, {"context", "responses"})] if rubric.ranking else []
     for key, template, names in (
         ("reward.template", rubric.reward.template, {"context", "response"}),
         ("preference.template", rubric.preference.template, {"context", "response_1", "response_2"}),
+        *ranking,
     ):
         found = re.findall(r"\{(\w+)\}", template)
         if set(found) != names or len(found) != len(names):
