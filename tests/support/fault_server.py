@@ -2,7 +2,8 @@
 
 True answers are a function of the judged text alone, so a test can say of every label whether it is right:
 a text that holds `quality-N` is worth N; the first of two is better when its N is larger; a prompt that ends with
-"Ranking:" is answered with the order by N; anything else is worth 1 + sha256(user message) mod 10. `GET /stats` tells what was asked, bought and how much ran at once.
+"Ranking:" is answered with the order by N; anything else is worth 1 + sha256(user message) mod 10.
+`GET /stats` tells what was asked, bought and how much ran at once.
 
     python tests/support/fault_server.py --faults 0.3 --latency 0.05     # prints its base URL, then serves
 """

@@ -36,16 +36,15 @@ def tournament_pairs(k: int, rounds: int) -> int:
 def next_round(met: np.ndarray, strength: Floats, rng: np.random.Generator) -> list[Pair]:
     """One round of a Swiss tournament: completions of like strength meet, each at most once, none that have `met`
     before. Who sat out most comes first; chance decides between equals. met: (K, K) bool, strength: (K,)."""
-    k = len(strength)
-    games, chance = met.sum(1), rng.random((k, k))
-    free = [(i, j) for i, j in all_pairs(k) if not met[i, j]]
-    free.sort(key=lambda p: (games[p[0]] + games[p[1]], round(abs(strength[p[0]] - strength[p[1]]), 6), chance[p]))
+    i, j = np.nonzero(np.triu(~met, 1))
+    games, gap = met.sum(1), np.round(np.abs(strength[i] - strength[j]), DIGITS)
+    order = np.lexsort((rng.random(len(i)), gap, games[i] + games[j]))  # the last key comes first
     busy: set[int] = set()
     pairs: list[Pair] = []
-    for pair in free:
-        if not busy & set(pair):
-            busy |= set(pair)
-            pairs.append(pair)
+    for a, b in zip(i[order].tolist(), j[order].tolist(), strict=True):
+        if a not in busy and b not in busy:
+            busy |= {a, b}
+            pairs.append((a, b))
     return sorted(pairs)
 
 
