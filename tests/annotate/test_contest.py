@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from dualign.annotate.endpoints import PreferenceReward
 from dualign.annotate.preference import PreferenceAnnotator
 from dualign.annotate.remembered import Remembered
 from dualign.common.errors import StopRun
+from dualign.common.processes import Processes
 from dualign.common.types import Label, Prompt
 from fault_server import FaultServer, true_choice, true_ranking
 
@@ -202,6 +204,21 @@ def test_a_group_with_an_absent_label_is_asked_again_as_a_whole(tmp_path: Path) 
         annotator.close()
         assert server.stats.calls == 6
     assert [label.value for label in labels] == [0, 1, 0.5, 0.25, 0.25, 0.25]
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_processes_that_deal_out_prompts_label_as_one_does(design: str, tmp_path: Path) -> None:
+    """Groups are whole in each process; in which order completions are finished does not matter."""
+    work = items(QUALITIES, 4)
+    with FaultServer() as server:
+        alone = run(settings(server, tmp_path, pairs=design), work)
+        calls = server.stats.calls
+        for rank in (0, 1):
+            groups = Processes(rank, 2).mine(range(4))
+            mine = [item for item in work if item.group in groups]
+            Random(rank).shuffle(mine)
+            assert run(settings(server, tmp_path, pairs=design), mine) == [alone[item.index] for item in mine]
+        assert server.stats.calls == calls
 
 
 def test_the_server_ranks_as_the_texts_say() -> None:

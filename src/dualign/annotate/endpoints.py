@@ -157,6 +157,12 @@ class PreferenceReward(RubricReward):
     score: Literal["wins", "bradley_terry"] = Field(
         "wins", description="share of comparisons won, a tie half; or Bradley-Terry strengths, of mean zero per prompt"
     )
+    samples: int = Field(
+        1,
+        ge=1,
+        description="replies for each order of a pair, of which the majority counts (needs temperature > 0 to differ); "
+        "orders in which a ranking shows the completions, every second one the reverse of that before",
+    )
     _k: int = PrivateAttr(2)  # completions per prompt, for the price
 
     @model_validator(mode="after")
