@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 import common
-from dualign.annotate.designs import all_pairs, bradley_terry, next_round, win_shares
+from dualign.annotate.designs import all_pairs, bradley_terry, default_rounds, next_round, win_shares
 
 KS, TARGETS = (4, 8, 16), (0.6, 0.7, 0.8)
 SHARED, RESPONSE = 300, 150  # tokens: rubric and context, and each response that a request shows
@@ -106,18 +106,15 @@ def neighbours(q: np.ndarray, judge: Judge, rng: np.random.Generator) -> Iterato
         yield point("neighbours", f"{samples} samples", q, score, q.shape[1] * samples, 2)
 
 
-def scored(wins: np.ndarray) -> dict[str, np.ndarray]:
-    return {"wins": win_shares(wins), "bradley_terry": bradley_terry(wins)}
-
-
 def every_pair(q: np.ndarray, judge: Judge, rng: np.random.Generator) -> Iterator[Point]:
     i, j = np.array(all_pairs(q.shape[1])).T
     for samples in (1, 3):
         wins = np.zeros((*q.shape, q.shape[1]))
         wins[:, i, j] = judge.both_orders(q[:, i] - q[:, j], rng, samples)
         wins[:, j, i] = 1 - wins[:, i, j]
-        for name, score in scored(wins).items():
-            yield point(f"all, {name}", f"{samples} samples", q, score, 2 * len(i) * samples, 2)
+        yield point(
+            "all", f"{samples} samples", q, win_shares(wins), 2 * len(i) * samples, 2
+        )  # strengths: the same order
 
 
 Verdict = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -137,8 +134,9 @@ def tournament(
         wins[p, i, j], wins[p, j, i] = value, 1 - value
         met[p, i, j] = met[p, j, i] = True
         asked += orders * len(pairs)
-        for by, score in scored(wins).items():
-            yield point(f"{name}, {by}", f"{round_} rounds", q, score, asked / n, 2)
+        yield point(name, f"{round_} rounds", q, bradley_terry(wins), asked / n, 2)
+        if name == "tournament":
+            yield point("tournament, by wins", f"{round_} rounds", q, win_shares(wins), asked / n, 2)
 
 
 def ranking(q: np.ndarray, judge: Judge, rng: np.random.Generator, noise: float, name: str) -> Iterator[Point]:
@@ -210,8 +208,9 @@ def needed(curve: list[Point], target: float) -> str:
     return f"{least}{requests[0]:.1f} ({low}-{high}), {tokens / 1000:.1f}k"
 
 
-def designs_of(found: list[Point]) -> list[str]:
-    return list(dict.fromkeys(p.design for p in found))
+def needed_by_design(curve: list[Point]) -> dict[str, list[str]]:
+    designs = dict.fromkeys(p.design for p in curve)
+    return {design: [needed([p for p in curve if p.design == design], t) for t in TARGETS] for design in designs}
 
 
 def page(found: dict[tuple[int, str], list[Point]], prompts: int) -> str:
@@ -224,23 +223,35 @@ def page(found: dict[tuple[int, str], list[Point]], prompts: int) -> str:
         "target, linear between budgets. ≤: the smallest budget has it. -: the largest has not.",
     ]
     for (k, judge), curve in found.items():
-        rows = [
-            [design, *(needed([p for p in curve if p.design == design], t) for t in TARGETS)]
-            for design in designs_of(curve)
-        ]
+        rows = [[design, *cells] for design, cells in needed_by_design(curve).items()]
         parts += [f"### K = {k}, {judge}", common.table(["design", *(f"τ-b {t}" for t in TARGETS)], rows)]
-    parts += ["## Each design at its default, and at other budgets", "τ-b ± half its 95 % interval, and ρ."]
-    for (k, judge), curve in found.items():
+    parts += [
+        "## Each design at its defaults",
+        "τ-b ± half its 95 % interval, ρ. A tournament has ⌈log2 K⌉ rounds and is scored by strengths, or by wins.",
+    ]
+    names = [judge.name for judge in JUDGES]
+    for k in KS:
         rows = [
-            [p.design, p.budget, f"{p.requests:.1f}", f"{p.tokens / 1000:.1f}k", f"{p.tau:.3f} ± {p.tau_ci:.3f}",
-             f"{p.rho:.3f}"] for p in curve if shown(p)
-        ]  # fmt: skip
-        parts += [f"### K = {k}, {judge}", common.table(["design", "budget", "requests", "tokens", "τ-b", "ρ"], rows)]
+            [design, budget, f"{first.requests:.1f}", f"{first.tokens / 1000:.1f}k", *(cell(p) for p in across)]
+            for design, budget in defaults(k)
+            for across in [[p for name in names for p in found[k, name] if (p.design, p.budget) == (design, budget)]]
+            for first in across[:1]
+        ]
+        parts += [f"### K = {k}", common.table(["design", "budget", "requests", "tokens", *names], rows)]
     return "\n\n".join(parts)
 
 
-def shown(p: Point) -> bool:
-    return p.budget.split()[0] in ("1", "2", "3", "4") and p.design not in ("random rounds, wins", "one order, wins")
+def cell(p: Point) -> str:
+    return f"{p.tau:.2f} ± {p.tau_ci:.2f}, {p.rho:.2f}"
+
+
+def defaults(k: int) -> list[tuple[str, str]]:
+    rounds = f"{default_rounds(k)} rounds"
+    return [
+        ("neighbours", "1 samples"), ("all", "1 samples"), ("tournament", rounds), ("tournament, by wins", rounds),
+        ("ranking", "1 orders"), ("ranking", "2 orders"), ("ranking, noise × 2", "1 orders"),
+        ("ranking, noise × 2", "2 orders"), ("1-10 scores", "1 samples"),
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -254,8 +265,13 @@ def main() -> None:
         for judge in JUDGES:
             found[k, judge.name] = points(k, judge, options.prompts, options.seed)
             print(f"K = {k}, {judge.name}: {time.perf_counter() - start:.0f} s", flush=True)
-    curves = [{"k": k, "judge": name, "points": [asdict(p) for p in ps]} for (k, name), ps in found.items()]
-    record: dict[str, Any] = {"machine": machine, "options": vars(options), "curves": curves}
+    reached = [{"k": k, "judge": name} | needed_by_design(curve) for (k, name), curve in found.items()]
+    record: dict[str, Any] = {
+        "machine": machine,
+        "options": vars(options),
+        "tau_b": TARGETS,
+        "requests_needed": reached,
+    }
     print(common.save("pairs", record, page(found, options.prompts)))
 
 

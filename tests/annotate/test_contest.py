@@ -223,3 +223,35 @@ def test_processes_that_deal_out_prompts_label_as_one_does(design: str, tmp_path
 
 def test_the_server_ranks_as_the_texts_say() -> None:
     assert true_ranking("quality-3 quality-8 quality-3") == "2 > 1 = 3"
+
+
+def test_the_plan_tells_the_price_of_each_design() -> None:
+    asked = {"base_url": "http://localhost/v1", "model": "m", "rubric": "helpfulness"}
+    told = {}
+    for design in ("neighbours", *DESIGNS):
+        reward = PreferenceReward(**asked, pairs=design, price_prompt=1.0, price_completion=2.0).of_groups(8)  # type: ignore[arg-type]
+        told[design] = reward.describe(80).removeprefix("preference, weight 1.0, at most about ")
+    assert told == {
+        "neighbours": "0.09 dollars for 80 calls (assuming 600 prompt tokens each)",
+        "all": "0.62 dollars for 560 calls (assuming 600 prompt tokens each), pairs: all (K = 8)",
+        "tournament": "0.27 dollars for 240 calls (assuming 600 prompt tokens each), pairs: tournament (K = 8)",
+        "ranking": "0.02 dollars for 10 calls (assuming 1500 prompt tokens each), pairs: ranking (K = 8)",
+    }
+    free = PreferenceReward(**asked, pairs="all", rounds=None).of_groups(4)
+    assert free.describe(8) == "preference, weight 1.0, at most 24 calls, pairs: all (K = 4)"
+
+
+def test_runs_of_before_are_told_by_what_they_had() -> None:
+    asked = {"base_url": "http://localhost/v1", "model": "m", "rubric": "helpfulness"}
+    plain = {"clip", "max_tokens", "model", "optional", "samples", "temperature", "type", "weight", "where"}
+    assert set(PreferenceReward(**asked).decides()) == plain
+    assert set(PreferenceReward(**asked, pairs="tournament", rounds=3, score="bradley_terry").decides()) == plain | {
+        "pairs", "rounds", "score",
+    }  # fmt: skip
+    built_in = PreferenceReward(**asked).made_of()["rubric"]["helpfulness.yaml"]
+    ranked = PreferenceReward(**asked, pairs="ranking").made_of()["rubric"]["helpfulness.yaml"]
+    assert built_in != ranked
+    for wrong in ({"rounds": 2}, {"score": "bradley_terry"}, {"pairs": "all", "rounds": 2}, {"samples": 3}):
+        with pytest.raises(ValueError, match=r"tournament has rounds|neighbours meet once|samples > 1"):
+            PreferenceReward(**asked, **wrong)  # type: ignore[arg-type]
+    assert PreferenceReward(**asked, pairs="ranking", samples=3).samples == 3  # other orders, at any temperature
