@@ -91,9 +91,7 @@ def test_the_harm_questions_answer_is_turned_round(tmp_path: Path) -> None:
     assert [label.value for label in labels] == [0, 1, 0.5]
 
 
-def test_a_judge_that_goes_by_position_makes_ties_or_averages_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_judge_that_goes_by_position_makes_ties_or_averages_out(tmp_path: Path) -> None:
     work = items([3, 8, 5, 1], 4)
     with FaultServer(reply="1") as server:
         for design in ("all", "tournament"):
@@ -107,6 +105,21 @@ def test_a_judge_that_goes_by_position_makes_ties_or_averages_out(
         assert [label.value for label in label_all(two, work)] == [0.5] * 4  # each order and its reverse
         assert one.named_first == two.named_first == 1.0
         one.close(), two.close()
+
+
+def test_a_judge_that_goes_by_position_is_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    work = [Item(i, i // 4, Prompt(str(i // 4), f"q{i // 4}"), f"quality-{i % 4}", (), 4) for i in range(80)]
+    with FaultServer(reply="1 > 2 > 3 > 4") as server:
+        annotator = PreferenceAnnotator(settings(server, tmp_path, pairs="ranking"))
+        label_all(annotator, work[:40])  # 60 comparisons say too little
+        assert not caplog.records
+        label_all(annotator, work), label_all(annotator, work)
+        annotator.close()
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("dualign")]
+    assert told == [
+        "warning: helpfulness: 100% of 120 comparisons named what was shown earlier; this judge goes by position "
+        "(samples: 2 shows each order and its reverse)"
+    ]
 
 
 def test_what_is_shown_where_differs_by_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from dualign.common.types import Label, Prompt
 
 Side = Literal["a", "b"]
 log = logging.getLogger(__name__)
+COUNTED, BIASED = 100, 0.2  # comparisons from which a share of more than so much beside a half is told
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class PreferenceAnnotator:
         self.client = Client(settings, ledger=ledger)
         self.whole_groups = settings.pairs != "neighbours"
         self.named_first: float | None = None  # share of the last batch's comparisons that named what stood earlier
+        self._told = False
 
     def open(self) -> Session:
         return ContestSession(self) if self.whole_groups else PreferenceSession(self)
@@ -112,13 +114,16 @@ class PreferenceAnnotator:
         return self.client.submit(chat(self.settings, messages, f"{self.rubric.name} (ranking)", sample), read)
 
     def count(self, first: Iterable[Sequence[float]]) -> None:
-        """Takes how many comparisons there were, and how many named what stood earlier."""
+        """Takes how many comparisons a batch had, and how many named what stood earlier; says once where that decides."""
         asked, named = np.sum([[0.0, 0.0], *first], axis=0)
-        if asked:
-            self.named_first = float(named / asked)
-            log.info(
-                "%s: %.0f %% of %d comparisons named what was shown earlier", self.name, 100 * named / asked, asked
-            )
+        if not asked:
+            return
+        self.named_first = float(named / asked)
+        if asked >= COUNTED and abs(self.named_first - 0.5) > BIASED and not self._told:
+            self._told = True
+            counted = f"{self.named_first:.0%} of {asked:.0f} comparisons named what was shown earlier"
+            cure = " (samples: 2 shows each order and its reverse)" if self.settings.pairs == "ranking" else ""
+            log.warning("warning: %s: %s; this judge goes by position%s", self.name, counted, cure)
 
     def _order(self, prompt: Prompt, first: str, second: str) -> list[Future[Label]]:
         messages = self.rubric.preference_messages(prompt, first, second)

@@ -1,4 +1,5 @@
-"""What a judge is asked: a YAML file with a reward prompt (one response, a score) and a preference prompt (two).
+"""What a judge is asked: a YAML file with a reward prompt (one response, a score) and a preference prompt (two); a
+ranking prompt (any number) is optional.
 
 The judged text is data. Every text that comes from outside stands between marks that hold a digest of all texts of
 the request: a text cannot contain its own digest, so it cannot close its fence; marks that it imitates are defaced.
