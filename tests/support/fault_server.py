@@ -1,8 +1,9 @@
 """A judge that lies about nothing but fails in every way: an OpenAI-compatible server with injected faults.
 
 True answers are a function of the judged text alone, so a test can say of every label whether it is right:
-a text that holds `quality-N` is worth N; the first of two is better when its N is larger; anything else is worth
-1 + sha256(user message) mod 10. `GET /stats` tells what was asked, bought and how much ran at once.
+a text that holds `quality-N` is worth N; the first of two is better when its N is larger; a prompt that ends with
+"Ranking:" is answered with the order by N; anything else is worth 1 + sha256(user message) mod 10.
+`GET /stats` tells what was asked, bought and how much ran at once.
 
     python tests/support/fault_server.py --faults 0.3 --latency 0.05     # prints its base URL, then serves
 """
@@ -39,6 +40,13 @@ def true_score(text: str) -> int:
 def true_choice(text: str) -> int:
     first, second = (int(n) for n in re.findall(r"quality-(\d+)", text)[:2])
     return 1 if first > second else 2
+
+
+def true_ranking(text: str) -> str:
+    """As "2 > 1 = 3": the numbers of the responses shown, by their qualities."""
+    shown = [int(n) for n in re.findall(r"quality-(\d+)", text)]
+    tiers = [[str(i) for i, n in enumerate(shown, 1) if n == quality] for quality in sorted({*shown}, reverse=True)]
+    return " > ".join(" = ".join(tier) for tier in tiers)
 
 
 @dataclass
@@ -179,6 +187,7 @@ class FaultServer:
             pair = len(re.findall(r"quality-\d+", text)) == 2
             shape = REPLIES[len(text) % len(REPLIES)]
             reply = str(true_choice(text)) if pair else shape.format(true_score(text))
+            reply = true_ranking(text) if text.rstrip().endswith("Ranking:") else reply
             body = json.loads(self._chat(request, self.reply or reply, "stop"))
         body.setdefault("usage", {"prompt_tokens": 40, "completion_tokens": 0})
         self.stats.tokens += 0 if "choices" in body else 40

@@ -15,7 +15,8 @@ from dualign.algos.base import Algorithm, Batch, Columns, Stats
 class Pairs(Algorithm):
     """A group's best completion is chosen, its worst rejected (the first of equals); a group without a difference is
     left out. AI-preference labels (1 won, 0 lost, 0.5 undecided; neighbours compared) take the same way: the first
-    decided pair's winner is the first 1, its loser the first 0, so the two were indeed compared with each other."""
+    decided pair's winner is the first 1, its loser the first 0, so the two were indeed compared with each other. Scores
+    of all pairs, a tournament or a ranking are rewards like any other: the highest is chosen, the lowest rejected."""
 
     beta: float
 

@@ -12,18 +12,20 @@ from dualign.common.types import Label, Prompt, Rollout
 @dataclass(frozen=True)
 class Item:
     """One completion to be labelled. `index` orders the answers; items of one `group` share a prompt.
-    `completion_ids`: its tokens; None where they are not known."""
+    `completion_ids`: its tokens; None where they are not known. `group_size`: how many items its group has, where
+    that is known."""
 
     index: int
     group: int
     prompt: Prompt
     completion: str
     completion_ids: tuple[int, ...] | None = ()
+    group_size: int | None = None
 
     @staticmethod
-    def of(rollout: Rollout) -> Item:
-        """A sampled completion, with all that a reward may read of it."""
-        return Item(rollout.index, rollout.group, rollout.prompt, rollout.text, rollout.completion_ids)
+    def of(rollout: Rollout, k: int | None = None) -> Item:
+        """A sampled completion, one of `k` of its prompt, with all that a reward may read of it."""
+        return Item(rollout.index, rollout.group, rollout.prompt, rollout.text, rollout.completion_ids, k)
 
 
 class Session(Protocol):
@@ -39,7 +41,8 @@ class Session(Protocol):
 class Annotator(Protocol):
     """Opens one session per online batch. Raises UserError for what the user must fix (a reward function that
     raises or returns the wrong length), StopRun for what ends the run cleanly (a spent budget, a dead judge). One whose
-    labels depend on the rest of the batch says `whole_batch = True`: several processes then ask once, for all."""
+    labels depend on the rest of the batch says `whole_batch = True`: several processes then ask once, for all. One whose
+    labels depend on the rest of a prompt's completions says `whole_groups = True`: they are asked for together."""
 
     name: str
 

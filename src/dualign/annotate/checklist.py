@@ -32,8 +32,9 @@ RESPONSE:
 CRITERION:
 {criterion}
 
+Does the RESPONSE meet the CRITERION?
+Reply with yes or no alone.
 """
-ENDING = "Does the RESPONSE meet the CRITERION? Reply yes or no alone."
 
 
 class Criterion(Settings):
@@ -53,7 +54,6 @@ class Checklist(Settings):
     criteria: list[Criterion] = Field(default_factory=list, description="texts, or {text, weight, name}")
     column: str | None = Field(None, description="the data's column with the row's own criteria, after these")
     template: str = Field(TEMPLATE, description="the prompt, with {context}, {response} and {criterion}")
-    ending: str = Field(ENDING, description="how to reply; left out where JSON is asked for")
 
     @field_validator("criteria", mode="before")
     @classmethod

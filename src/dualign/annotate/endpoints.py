@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from dualign.annotate.designs import all_pairs, default_rounds, tournament_pairs
 from dualign.annotate.forms import Form
 from dualign.annotate.settings import RewardSettings
 from dualign.common.digests import Digests, of_file
-from dualign.common.settings import VariableName
+from dualign.common.settings import VariableName, fault_at
 
 if TYPE_CHECKING:
     from dualign.annotate.base import Annotator
@@ -27,6 +29,7 @@ OWN_FIELDS = {  # of a request; each with the setting that it is
     **dict.fromkeys(("logprobs", "top_logprobs"), "set expected_score"),
     "messages": "what is asked is the rubric's", "n": "set samples", "stream": "replies are read in one piece",
 }  # fmt: skip
+RESPONSE = 150  # of each response beyond two
 SPENT = "spent.sqlite"  # a run's account of what it bought
 
 
@@ -66,16 +69,20 @@ class Endpoint(RewardSettings):
     def dollars(self, labels: int) -> float:
         """Replies at their ceiling."""
         calls, reply_tokens = self._asked(labels)
-        return calls * (PROMPT * self.price_prompt + reply_tokens * self.price_completion) / 1e6
+        return calls * (self._prompt_tokens() * self.price_prompt + reply_tokens * self.price_completion) / 1e6
 
     def describe(self, labels: int) -> str:
-        dollars = self.dollars(labels)
-        about = f"about {dollars:.2f} dollars for {self._asked(labels)[0]} calls (assuming {PROMPT} prompt tokens each)"
+        dollars, tokens = self.dollars(labels), self._prompt_tokens()
+        about = f"about {dollars:.2f} dollars for {self._asked(labels)[0]} calls (assuming {tokens} prompt tokens each)"
         return super().describe(labels) + (f", at most {about}" if dollars else "")
 
     def _asked(self, labels: int) -> tuple[int, int]:
         """Calls, and the longest reply's tokens."""
         return labels, 0
+
+    def _prompt_tokens(self) -> int:
+        """Of one call, about."""
+        return PROMPT
 
 
 class ServedReward(Endpoint):
@@ -121,7 +128,7 @@ class JudgeSampling(Endpoint):
 
     @model_validator(mode="after")
     def _samples_differ(self) -> JudgeSampling:
-        if self.samples > 1 and self.temperature == 0:
+        if self._repeats():
             raise ValueError("samples > 1 at temperature 0 would buy the same reply again: set temperature above 0")
         return self
 
@@ -129,6 +136,10 @@ class JudgeSampling(Endpoint):
     def reply_tokens(self) -> int:
         """The most tokens of a reply that is asked for."""
         return self.max_tokens or (ROOM if self.thinking == "on" else REPLY)
+
+    def _repeats(self) -> bool:
+        """Whether one request would be sent several times, to the same reply."""
+        return self.samples > 1 and self.temperature == 0
 
     def decides(self) -> dict[str, Any]:
         """As runs of before had it, where nothing new is set."""
@@ -154,9 +165,9 @@ class RubricReward(JudgeSampling):
         load(self.rubric).check(self.type)
 
     def made_of(self) -> dict[str, Digests]:
-        from dualign.annotate.rubric import file_of
+        from dualign.annotate.rubric import digest_without_ranking
 
-        return super().made_of() | {"rubric": of_file(file_of(self.rubric))}
+        return super().made_of() | {"rubric": digest_without_ranking(self.rubric)}
 
 
 class JudgeReward(RubricReward):
@@ -175,11 +186,84 @@ class JudgeReward(RubricReward):
 
 
 class PreferenceReward(RubricReward):
-    """AI preference: which of two completions is better, asked in both orders. A completion's value is 1 where it
-    won, 0 where it lost, 0.5 for a tie; with K > 2 the K completions of a prompt meet as neighbours (1-2, 3-4, ...)."""
+    """AI preference: an LLM judge compares the K completions of a prompt, pairs of them in both orders or all of them
+    at once. With `pairs: neighbours` (1-2, 3-4, ...) a completion's value is 1 where it won, 0 where it lost, 0.5 for a
+    tie."""
 
     compares: ClassVar[bool] = True
     type: str = "preference"
+    pairs: Literal["neighbours", "all", "tournament", "ranking"] = Field(
+        "neighbours",
+        description="which of a prompt's completions meet: 1-2, 3-4, ...; every two; those of like strength, in rounds; "
+        "or all in one request that asks for their order",
+    )
+    rounds: int | None = Field(None, ge=1, description="of a tournament; default: ⌈log2 K⌉")
+    score: Literal["wins", "bradley_terry"] = Field(
+        "wins", description="share of comparisons won, a tie half; or Bradley-Terry strengths, of mean zero per prompt"
+    )
+    samples: int = Field(
+        1,
+        ge=1,
+        description="replies for each order of a pair, of which the majority counts (needs temperature > 0 to differ); "
+        "orders in which a ranking shows the completions, every second one the reverse of that before",
+    )
+    _k: int = PrivateAttr(2)  # completions per prompt, for the price
+
+    @model_validator(mode="after")
+    def _fits_its_pairs(self) -> PreferenceReward:
+        if self.rounds is not None and self.pairs != "tournament":
+            raise fault_at("rounds", self.rounds, ValueError("only pairs: tournament has rounds"))
+        if self.score != "wins" and self.pairs == "neighbours":
+            fault = ValueError(
+                "neighbours meet once: their strengths say no more than wins; set pairs: all, for instance"
+            )
+            raise fault_at("score", self.score, fault)
+        return self
+
+    def _repeats(self) -> bool:
+        return super()._repeats() and self.pairs != "ranking"  # each sample of it is another order
+
+    def check(self) -> None:
+        from dualign.annotate.rubric import load
+
+        ranking = self.pairs == "ranking"
+        load(self.rubric, ranking).check("ranking" if ranking else self.type)
+
+    def made_of(self) -> dict[str, Digests]:
+        from dualign.annotate.rubric import file_of
+
+        ranking = {"rubric": of_file(file_of(self.rubric))} if self.pairs == "ranking" else {}
+        return super().made_of() | ranking
+
+    def decides(self) -> dict[str, Any]:
+        plain = {"pairs": "neighbours", "rounds": None, "score": "wins"}.items()  # as runs of before had it
+        return {key: value for key, value in super().decides().items() if (key, value) not in plain}
+
+    def of_groups(self, k: int) -> PreferenceReward:
+        copy = self.model_copy()
+        copy._k = k
+        return copy
+
+    def describe(self, labels: int) -> str:
+        told = super().describe(labels)
+        if self.pairs == "neighbours":
+            return told
+        calls = "" if self.dollars(labels) else f", at most {self._asked(labels)[0]} calls"
+        return f"{told}{calls}, pairs: {self.pairs} (K = {self._k})"
+
+    def _asked(self, labels: int) -> tuple[int, int]:
+        k, (calls, reply_tokens) = self._k, super()._asked(labels)
+        groups = math.ceil(labels / k)
+        if self.pairs == "ranking":
+            calls = groups * self.samples * (k > 1)
+        elif self.pairs != "neighbours":
+            every = self.pairs == "all"
+            met = len(all_pairs(k)) if every else tournament_pairs(k, self.rounds or default_rounds(k))
+            calls = groups * met * 2 * self.samples  # both orders
+        return calls, reply_tokens
+
+    def _prompt_tokens(self) -> int:
+        return PROMPT + (RESPONSE * max(0, self._k - 2) if self.pairs == "ranking" else 0)
 
     def build(self, run_dir: Path | None = None) -> Annotator:
         from dualign.annotate.preference import PreferenceAnnotator

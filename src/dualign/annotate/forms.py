@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 Form = Literal["text", "json", "choice"]
-Question = Literal["score", "pair", "criterion"]
+Question = Literal["score", "pair", "criterion", "ranking"]
 REASON = 400  # characters of a reason at most, where the server can hold a judge to it
 CHOICES = 101  # values that a scale may have to be chosen from
 
@@ -16,6 +16,8 @@ def wants(question: Question, form: Form, scale: Sequence[float]) -> dict[str, A
     ValueError for a scale that has no list of choices."""
     if form == "text":
         return {}
+    if form == "choice" and question == "ranking":
+        raise ValueError("reply: choice has no place for a ranking: use json or text")
     if form == "choice":
         return {"choice": [str(v) if question != "criterion" else v for v in _values(question, scale, needed=True)]}
     key, value = _answer(question, scale)
@@ -32,6 +34,7 @@ def in_words(question: Question, form: Form, scale: Sequence[float]) -> str | No
         "score": f'"score": a {"whole " if _whole(scale) else ""}number from {scale[0]:g} to {scale[1]:g}',
         "pair": '"choice": 1 or 2',
         "criterion": '"met": true or false',
+        "ranking": '"ranking": the list of their numbers, the best first',
     }[question]
     return f'Reply with one JSON object and nothing else: {{"reason": one or two sentences, {said}}}.'
 
@@ -39,6 +42,8 @@ def in_words(question: Question, form: Form, scale: Sequence[float]) -> str | No
 def _answer(question: Question, scale: Sequence[float]) -> tuple[str, Mapping[str, Any]]:
     if question == "criterion":
         return "met", {"type": "boolean"}
+    if question == "ranking":
+        return "ranking", {"type": "array", "items": {"type": "integer"}}
     key = "score" if question == "score" else "choice"
     values = _values(question, scale)
     return key, {"type": "integer", "enum": values} if values else {"type": "number"}

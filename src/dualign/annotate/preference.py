@@ -2,27 +2,36 @@
 
 Where both orders name the same completion it is the winner; where they name the same *position* the judge follows
 position and not content, and the pair is a tie, kept as such. A rubric whose question asks for the loser (which is
-more harmful?) is turned round.
+more harmful?) is turned round. Here neighbours meet; the designs in which all of a prompt's completions do, and one
+request that asks for their order, are in `contest`.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from dualign.annotate import extract
-from dualign.annotate.base import Item
+from dualign.annotate.base import Item, Session
 from dualign.annotate.client import Client
+from dualign.annotate.contest import ALONE, ContestSession
 from dualign.annotate.endpoints import PreferenceReward
 from dualign.annotate.judge import chat, wants_of
+from dualign.annotate.ranking import ranking
 from dualign.annotate.reply import read_reply
 from dualign.annotate.request import Payload
 from dualign.annotate.rubric import load
 from dualign.common.types import Label, Prompt
 
 Side = Literal["a", "b"]
+log = logging.getLogger(__name__)
+COUNTED, BIASED = 100, 0.2  # comparisons from which a share of more than so much beside a half is told
 
 
 @dataclass(frozen=True)
@@ -72,14 +81,17 @@ class Asked:
 
 class PreferenceAnnotator:
     def __init__(self, settings: PreferenceReward, *, ledger: Path | None = None) -> None:
-        self.rubric = load(settings.rubric)
+        self.rubric = load(settings.rubric, ranking=settings.pairs == "ranking")
         self.name = settings.name or self.rubric.name
         self.settings = settings
-        self.asks = self.rubric.check(settings.type).preference_answer
+        self.asks = self.rubric.check("ranking" if settings.pairs == "ranking" else settings.type).preference_answer
         self.client = Client(settings, ledger=ledger)
+        self.whole_groups = settings.pairs != "neighbours"
+        self.named_first: float | None = None  # share of the last batch's comparisons that named what stood earlier
+        self._told = False
 
-    def open(self) -> PreferenceSession:
-        return PreferenceSession(self)
+    def open(self) -> Session:
+        return ContestSession(self) if self.whole_groups else PreferenceSession(self)
 
     def close(self) -> None:
         self.client.close()
@@ -87,6 +99,34 @@ class PreferenceAnnotator:
     def compare(self, prompt: Prompt, a: str, b: str) -> Asked:
         """Starts asking which of `a` and `b` is better, in both orders."""
         return Asked(self._order(prompt, a, b), self._order(prompt, b, a), self.asks)
+
+    def rank(self, prompt: Prompt, responses: Sequence[str], sample: int = 0) -> Future[Label]:
+        """Starts asking for the order of `responses`, shown as they stand. Of the label that is not absent, `parts`
+        holds each response's tier by its number, from 1: 0 is the best, equals share one."""
+        form = self.settings.reply
+        messages, more = self.rubric.ranking_messages(prompt, responses, form), wants_of("ranking", form, self.rubric)
+
+        def read(payload: Payload) -> Label:
+            reply = read_reply(payload)
+            found = ranking(reply.text, len(responses), cut=reply.cut, echoes=(*responses, *prompt.texts))
+            if found.tiers is None:
+                return Label.absent(found.reason or "no ranking in the reply", note=reply.note)
+            parts = {str(number): float(at) for at, tier in enumerate(found.tiers) for number in tier}
+            return Label(1.0, parts=parts, note=reply.note)
+
+        return self.client.submit(chat(self.settings, messages, f"{self.rubric.name} (ranking)", sample, more), read)
+
+    def count(self, first: Iterable[Sequence[float]]) -> None:
+        """Takes how many comparisons a batch had, and how many named what stood earlier; says once where that decides."""
+        asked, named = np.sum([[0.0, 0.0], *first], axis=0)
+        if not asked:
+            return
+        self.named_first = float(named / asked)
+        if asked >= COUNTED and abs(self.named_first - 0.5) > BIASED and not self._told:
+            self._told = True
+            counted = f"{self.named_first:.0%} of {asked:.0f} comparisons named what was shown earlier"
+            cure = " (samples: 2 shows each order and its reverse)" if self.settings.pairs == "ranking" else ""
+            log.warning("warning: %s: %s; this judge goes by position%s", self.name, counted, cure)
 
     def _order(self, prompt: Prompt, first: str, second: str) -> list[Future[Label]]:
         form = self.settings.reply
@@ -131,9 +171,7 @@ class PreferenceSession:
                 waiting[item.group] = item
             else:
                 self._meet(other, item)
-        labels = {
-            item.index: self._label(None, "no second completion to compare with", None) for item in waiting.values()
-        }
+        labels = {item.index: self._label(None, ALONE, None) for item in waiting.values()}
         for a, b, asked in self._asked:
             verdict = asked.verdict()
             other_value = None if verdict.value is None else 1 - verdict.value

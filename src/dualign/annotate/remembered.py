@@ -19,10 +19,12 @@ class Memory(Protocol):
 
 class Remembered:
     """An annotator with a memory. `key` tells it apart from the run's other annotators. What labels a batch as a
-    `whole` is asked for all of it or not at all; what is remembered stands."""
+    `whole` is asked for all of it or not at all; what is remembered stands. What compares the completions of a prompt is
+    asked for the whole of a group in which any has no label, and says all of it anew."""
 
     def __init__(self, annotator: Annotator, key: str, memory: Memory, whole: bool = False) -> None:
         self.annotator, self.key, self.memory, self.whole = annotator, key, memory, whole
+        self.whole_groups = getattr(annotator, "whole_groups", False)
         self.name = annotator.name
 
     def open(self) -> Session:
@@ -35,10 +37,12 @@ class Remembered:
 class _RememberedSession:
     def __init__(self, remembered: Remembered) -> None:
         self._key, self._memory, self._whole = remembered.key, remembered.memory, remembered.whole
+        self._groups = remembered.whole_groups
         self._known = self._memory.labels(self._key)
         self._session = remembered.annotator.open()
         self._labels: dict[int, Label] = {}
         self._fresh = False  # whether there is anything to ask for
+        self._open_groups: set[int] = set()  # in which something is asked for
         self._settled: list[Item] = []  # what is known; a whole batch is asked for with it
 
     def add(self, item: Item) -> None:
@@ -48,10 +52,13 @@ class _RememberedSession:
             return
         self._session.add(item)
         self._fresh = True
+        self._open_groups.add(item.group)
 
     def close(self) -> dict[int, Label]:
-        if self._whole and self._fresh:
-            for item in self._settled:
+        for item in self._settled:
+            if self._groups and item.group in self._open_groups:
+                del self._labels[item.index]
+            if item.index not in self._labels or (self._whole and self._fresh):
                 self._session.add(item)
         given = self._session.close()
         fresh = {index: label for index, label in given.items() if index not in self._labels}

@@ -103,6 +103,10 @@ class RewardSettings(Settings):
 
         annotator_of(self).close()
 
+    def of_groups(self, k: int) -> RewardSettings:
+        """Itself, for prompts with `k` completions each: what `dollars` and `describe` say may depend on that."""
+        return self
+
     def dollars(self, labels: int) -> float:
         """What so many labels cost at most, about."""
         return 0.0

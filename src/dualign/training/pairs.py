@@ -32,7 +32,7 @@ def make_pairs(config: Config, out: Path, limit: int | None = None) -> str:
     rollouts = sample_from(config.model, prompts, sampling, config.run.seed, data_config=d, count=limit)
     annotator = annotate.build(config.reward)
     try:
-        labels = label_all(annotator, [Item.of(o) for o in rollouts])
+        labels = label_all(annotator, [Item.of(o, sampling.k) for o in rollouts])
     finally:
         annotator.close()
     rows = [penalised(Row(o, label), r.missing_eos_penalty) for o, label in zip(rollouts, labels, strict=True)]

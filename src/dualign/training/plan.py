@@ -70,7 +70,7 @@ def print_plan(config: Config, gpus: int | None = None, nodes: int = 1, gpu_memo
     except UserError as error:
         faults.append(str(error))
     for i, reward in enumerate(c.reward):
-        print(f"reward.{i}: {reward.describe(labels + evaluated)}")
+        print(f"reward.{i}: {reward.of_groups(c.group).describe(labels + evaluated)}")
         try:
             reward.check()
         except UserError as error:

@@ -140,7 +140,7 @@ class Labeller:
 
         def take(rollout: Rollout) -> None:
             rollouts.append(rollout)
-            session.add(Item.of(rollout))
+            session.add(Item.of(rollout, sampling.k))
 
         def done(rollout: Rollout) -> None:
             self.check()

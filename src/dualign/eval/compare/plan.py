@@ -44,7 +44,7 @@ def plan_lines(grid: Grid, jobs: int = 1) -> list[str]:
 
 def dollars(config: Config) -> float:
     """An upper estimate of what a run's labels cost."""
-    return sum(reward.dollars(sum(config.labels)) for reward in config.reward)
+    return sum(reward.of_groups(config.group).dollars(sum(config.labels)) for reward in config.reward)
 
 
 def _time(todo: Sequence[Cell], finished: Sequence[Cell], jobs: int) -> str:
