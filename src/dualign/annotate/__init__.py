@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dualign.annotate import serve
 from dualign.annotate.base import Annotator, BatchSession, Item
 from dualign.annotate.combined import CombinedAnnotator, Term
 from dualign.annotate.registry import REWARDS
@@ -33,7 +34,8 @@ def build(
     """The annotator of `rewards` and of those that are `given` in Python: their weighted sum, or a single one as it is.
     What paid annotators buy is recorded under `run_dir`; what `memory` holds is not asked for. Where there are several
     `processes`, Python functions label the completions of all in one call. Raises UserError for what cannot be loaded."""
-    terms = [_term(reward, run_dir) for reward in (*rewards, *given)]
+    with serve.held((*rewards, *given), run_dir, processes):
+        terms = [_term(reward, run_dir) for reward in (*rewards, *given)]
     if not terms:
         raise UserError("no reward: give the run a `reward` section, or train(..., reward=function)")
     whole = [getattr(term.annotator, "whole_batch", False) for term in terms]

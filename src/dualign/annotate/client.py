@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dualign.annotate import serve
 from dualign.annotate.budget import Hold, Ledger, Spent, prompt_bound
 from dualign.annotate.cache import Cache, Row, canonical, default_path, key_of
 from dualign.annotate.endpoints import Endpoint
@@ -80,10 +81,11 @@ class Client:
     payload that is no answer. The future raises UserError or StopRun for what ends the run; one such ends all."""
 
     def __init__(self, settings: Endpoint, *, ledger: Path | None = None) -> None:
+        settings, self._server = serve.join(settings, ledger and ledger.parent)
         if not re.match(r"https?://", settings.base_url):
             raise UserError(f"base_url: {shown_url(settings.base_url)!r} is not a URL such as http://localhost:8000/v1")
         self.settings = settings
-        self._key = os.environ.get(settings.api_key_env, "").strip() or "none"
+        self._key = ("" if settings.serve else os.environ.get(settings.api_key_env, "").strip()) or "none"
         if not (self._key.isascii() and self._key.isprintable()):
             raise UserError(
                 f"{settings.api_key_env}: this key cannot be sent: it holds something but plain letters and signs"
@@ -125,6 +127,7 @@ class Client:
         self._loop.close()
         self._cache.close()
         self._ledger.close()
+        serve.leave(self._server)
 
     def _on_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -187,7 +190,8 @@ class Client:
             except AttemptError as fault:
                 tries += fault.wait is None
                 turns += 1
-                if not fault.passing or tries > self.settings.retries or waited > PATIENCE:
+                dead = self._server is not None and self._server.dead
+                if not fault.passing or tries > self.settings.retries or waited > PATIENCE or dead:
                     return self._give_up(fault, tries, answers)
                 if fault.wait is None:
                     await self._sleep(backoff(tries))
@@ -273,11 +277,13 @@ class Client:
                 raise self._end(UserError(str(fault)))
             return Label.absent(str(fault))
         self._given_up += 1
+        death = self._server and self._server.death()
         silent = self._answers == answers_before
-        if silent and (fault.down or self._given_up >= GIVEN_UP_IN_A_ROW):
+        if death or (silent and (fault.down or self._given_up >= GIVEN_UP_IN_A_ROW)):
             where = f"{self.settings.model} at {shown_url(self.settings.base_url)}"
             message = f"the judge {where} does not work: {fault} ({tries} attempts, no answer in between)"
-            raise self._end(StopRun(f"{message}. Resume when it is back: every label so far is kept"))
+            advice = f"{death}\nResume" if death else "Resume when it is back"
+            raise self._end(StopRun(f"{message}. {advice}: every label so far is kept"))
         return Label.absent(f"{fault} ({tries} attempts)" if tries else str(fault))
 
     def _end(self, error: StopRun | UserError) -> StopRun | UserError:

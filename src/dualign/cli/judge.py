@@ -11,8 +11,12 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 Rubric = Annotated[str, typer.Option(help="summarization, helpfulness, harmlessness, or a YAML file")]
-BaseUrl = Annotated[str, typer.Option(help="an OpenAI-compatible server, for example http://localhost:8000/v1")]
-Model = Annotated[str, typer.Option(help="the model's name at that server")]
+BaseUrl = Annotated[str | None, typer.Option(help="an OpenAI-compatible server, for example http://localhost:8000/v1")]
+Model = Annotated[str | None, typer.Option(help="the model's name at that server")]
+Serve = Annotated[
+    str | None,
+    typer.Option(help="instead of a server: a model to serve meanwhile, or a mapping such as {model: M, by: vllm}"),
+]
 More = Annotated[
     list[str] | None,
     typer.Option("--set", help="any other setting of the judge: --set max_dollars=5 --set concurrency=16"),
@@ -33,9 +37,10 @@ def judge(
         str, typer.Argument(help="rows with a prompt and completion, chosen/rejected or response_a/response_b")
     ],
     rubric: Rubric,
-    base_url: BaseUrl,
-    model: Model,
     out: Annotated[Path, typer.Option(help="a .jsonl or .parquet file")],
+    base_url: BaseUrl = None,
+    model: Model = None,
+    serve: Serve = None,
     pairs: Annotated[
         bool, typer.Option("--pairs", help="AI preferences: which of a row's two responses is better")
     ] = False,
@@ -49,7 +54,7 @@ def judge(
     from dualign.data.settings import DataConfig
 
     rows = load_responses(file, limit, DataConfig(train=file, prompt_column=prompt_column))
-    settings = {"rubric": rubric, "base_url": base_url, "model": model, **_settings(more)}
+    settings = {"rubric": rubric, **_server(base_url, model, serve), **_settings(more)}
     counts: Counter[str] = Counter()
     label = _compared(rows, settings, file) if pairs else _rewarded(rows, settings)
     total = len(rows) if pairs else sum(len(row.texts) for row in rows)
@@ -149,8 +154,9 @@ def agreement(
         list[str], typer.Argument(help="pairs that people labelled: chosen/rejected, or response_a/_b and label")
     ],
     rubric: Annotated[str | None, typer.Option(help="of the judge")] = None,
-    base_url: Annotated[str | None, typer.Option(help="of the judge")] = None,
-    model: Annotated[str | None, typer.Option(help="of the judge")] = None,
+    base_url: BaseUrl = None,
+    model: Model = None,
+    serve: Serve = None,
     head: Annotated[
         list[str] | None, typer.Option(help="a reward head: builtin:NAME or a file; may be repeated")
     ] = None,
@@ -161,20 +167,20 @@ def agreement(
     plot: Annotated[Path | None, typer.Option(help="draw the shares to this file (.png, .svg, .pdf)")] = None,
 ) -> None:
     """How often AI rewards, AI preferences and reward heads agree with people, beside the longer answer and people."""
+    from dualign.annotate.serve import held
     from dualign.common.errors import UserError
     from dualign.eval.agreement import measure_file, result, write_plot
     from dualign.eval.show import show
 
-    given = {"rubric": rubric, "base_url": base_url, "model": model}
-    if any(given.values()) and not all(given.values()):
-        raise UserError(
-            f"a judge needs all of --rubric, --base-url and --model; missing: {[k for k, v in given.items() if not v]}"
-        )
+    given = _server(base_url, model, serve) | ({"rubric": rubric} if rubric else {})
+    if given and not ({"rubric", "base_url", "model"} <= given.keys() or {"rubric", "serve"} <= given.keys()):
+        raise UserError("a judge needs --rubric, and --base-url and --model or --serve")
     if plot and plot.suffix not in (".png", ".svg", ".pdf"):  # said before anything is bought
         raise UserError(f"--plot {plot}: a figure ends in .png, .svg or .pdf")
     settings = {**given, **_settings(more)}
-    reward, preference = (_validated(kind, settings) if model else None for kind in ("judge", "preference"))
-    reports = [measure_file(file, limit, head or [], reward, preference, prompt_column) for file in files]
+    reward, preference = (_validated(kind, settings) if given else None for kind in ("judge", "preference"))
+    with held([reward]):
+        reports = [measure_file(file, limit, head or [], reward, preference, prompt_column) for file in files]
     show(result(reports))
     if json_out:
         _write_json(json_out, reports)
@@ -223,6 +229,14 @@ def _settings(more: list[str] | None) -> dict[str, Any]:
     if idle := settings.keys() & {"type", "weight", "clip", "where", "optional"}:
         raise UserError(f"--set {min(idle)}: it says how rewards are combined in a run; nothing is combined here")
     return settings
+
+
+def _server(base_url: str | None, model: str | None, serve: str | None) -> dict[str, Any]:
+    """Of these settings those that are given."""
+    from dualign.common.yaml_text import parse_yaml
+
+    served = parse_yaml(serve, "--serve") if serve and serve.lstrip().startswith("{") else serve
+    return {key: value for key, value in (("base_url", base_url), ("model", model), ("serve", served)) if value}
 
 
 def _validated(kind: str, settings: dict[str, Any]) -> Any:
