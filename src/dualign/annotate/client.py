@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dualign.annotate import serve
+from dualign.annotate import batch, serve
 from dualign.annotate.budget import Hold, Ledger, Spent, prompt_bound
 from dualign.annotate.cache import Cache, Row, canonical, default_path, key_of
 from dualign.annotate.endpoints import Endpoint
@@ -48,6 +48,11 @@ class Request:
     body: Mapping[str, Any]  # without the model
     rubric: str = ""
     sample: int = 0
+
+    def content(self, model: str) -> str:
+        """Canonical JSON of all that decides a reply."""
+        return canonical({"model": model, "rubric": self.rubric, "sample": self.sample,
+                          "path": self.path.rsplit("/", 1)[-1], **self.body})  # fmt: skip
 
     def bounds(self) -> tuple[int, int]:
         """The most prompt and completion tokens that it can take."""
@@ -90,7 +95,8 @@ class Client:
             raise UserError(
                 f"{settings.api_key_env}: this key cannot be sent: it holds something but plain letters and signs"
             )
-        self._ledger = Ledger(ledger, settings)
+        self._batches = batch.current()
+        self._ledger = Ledger(self._batches.account(ledger) if self._batches else ledger, settings)
         self._cache = Cache(settings.cache or default_path())
         self._requests, self._tokens = Pace(settings.requests_per_minute), Pace(settings.tokens_per_minute)
         self._waiting: dict[str, list[Future[Label]]] = {}  # by content: what is being asked is not asked again
@@ -106,6 +112,8 @@ class Client:
         self._on_loop(self._start()).result()
 
     def submit(self, request: Request, read: Callable[[Payload], Label]) -> Future[Label]:
+        if self._batches is not None:
+            return self._batches.submit(self, request, read)
         answer: Future[Label] = Future()
         self._loop.call_soon_threadsafe(self._begin, request, read, answer)
         return answer
@@ -157,8 +165,7 @@ class Client:
 
     def _begin(self, request: Request, read: Callable[[Payload], Label], answer: Future[Label]) -> None:
         """One task per content, however many ask for it."""
-        content = canonical({"model": self.settings.model, "rubric": request.rubric, "sample": request.sample,
-                             "path": request.path.rsplit("/", 1)[-1], **request.body})  # fmt: skip
+        content = request.content(self.settings.model)
         waiting = self._waiting.setdefault(content, [])
         waiting.append(answer)
         if len(waiting) == 1:
@@ -178,7 +185,7 @@ class Client:
     async def _label(self, content: str, request: Request, read: Callable[[Payload], Label]) -> Label:
         key = key_of(content)
         kept = self._cache.get(key)
-        if kept is not None and (label := _read_kept(kept, read)).value is not None:
+        if kept is not None and (label := read_kept(kept, read)).value is not None:
             self._cache.count_hit(key)
             self._remembered += 1
             return label
@@ -309,7 +316,7 @@ def _read(payload: Payload, read: Callable[[Payload], Label]) -> Label:
         return Label.absent(nothing.reason, note=nothing.words)
 
 
-def _read_kept(kept: Payload, read: Callable[[Payload], Label]) -> Label:
+def read_kept(kept: Payload, read: Callable[[Payload], Label]) -> Label:
     """The label of a reply in the cache; absent where it can no longer be read, and is asked for again."""
     try:
         return _read(kept, read)

@@ -92,9 +92,7 @@ def of_exception(error: Exception, key: str, settings: Endpoint) -> AttemptError
     if isinstance(error, openai.APIStatusError):
         said = re.sub(r"^Error code: \d+ - ", "", str(error.message))
         wait = retry_after(error.response.headers.get("retry-after"))
-        status = error.status_code
-        own = _own_words(error.body or said, settings.model)
-        return _of_status(status, f"HTTP {status}", _clean(said, key), own, settings, wait)
+        return of_answer(error.status_code, error.body, said, key, settings, wait)
     if isinstance(error, (TimeoutError, openai.APITimeoutError)):
         return AttemptError(f"no answer within {settings.timeout:g} s", passing=True)
     if isinstance(error, openai.APIConnectionError):
@@ -104,6 +102,14 @@ def of_exception(error: Exception, key: str, settings: Endpoint) -> AttemptError
     if isinstance(error, (MalformedError, json.JSONDecodeError, UnicodeDecodeError, openai.APIError)):
         return AttemptError(f"malformed reply: {_clean(str(error), key)}", passing=True)
     return None
+
+
+def of_answer(
+    status: int, body: Any, said: str, key: str, settings: Endpoint, wait: float | None = None
+) -> AttemptError:
+    """What a server says no with: an HTTP status, its error object and all of its words."""
+    own = _own_words(body or said, settings.model)
+    return _of_status(status, f"HTTP {status}", _clean(said, key), own, settings, wait)
 
 
 def of_payload(payload: Any, key: str, settings: Endpoint) -> AttemptError | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dualign.annotate import extract
+from dualign.annotate import batch, extract
 from dualign.annotate.base import Item
 from dualign.annotate.client import Client, Payload, Request
 from dualign.annotate.endpoints import JudgeReward, JudgeSampling
@@ -76,7 +77,9 @@ class JudgeSession:
 
 def windowed(rows: Iterable[Row], ask: Callable[[Row], Asked], window: int) -> Iterator[tuple[Row, Asked]]:
     """Each row with what was asked for it, in order, with at most `window` rows asked ahead of the one that is
-    yielded: however long the file, memory stays flat."""
+    yielded: however long the file, memory stays flat. A batch wants all that is to be asked."""
+    if batch.current() is not None:
+        window = sys.maxsize
     ahead: deque[tuple[Row, Asked]] = deque()
     for row in rows:
         ahead.append((row, ask(row)))

@@ -21,6 +21,9 @@ More = Annotated[
     list[str] | None,
     typer.Option("--set", help="any other setting of the judge: --set max_dollars=5 --set concurrency=16"),
 ]
+Batch = Annotated[
+    bool, typer.Option("--batch", help="by the server's batch API: about half the price, within a day (docs/judges.md)")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="so many rows, drawn at random, always the same ones")]
 PromptColumn = Annotated[str, typer.Option(help="the column that holds the prompt")]
 Json = Annotated[Path | None, typer.Option("--json", help="write the numbers to this file")]
@@ -46,9 +49,11 @@ def judge(
     ] = False,
     limit: Limit = None,
     prompt_column: PromptColumn = "prompt",
+    batch: Batch = False,
     more: More = None,
 ) -> None:
     """Label a file with an LLM judge. Run it again to continue: what was bought is in the cache."""
+    from dualign.annotate.batch import in_batches
     from dualign.annotate.labelled import write_rows
     from dualign.data.responses import load_responses
     from dualign.data.settings import DataConfig
@@ -58,7 +63,8 @@ def judge(
     counts: Counter[str] = Counter()
     label = _compared(rows, settings, file) if pairs else _rewarded(rows, settings)
     total = len(rows) if pairs else sum(len(row.texts) for row in rows)
-    write_rows(out, _count(_progress(label, total, "labels"), counts))
+    with in_batches(out.with_name(f"{out.name}.batch"), wanted=batch):
+        write_rows(out, _count(_progress(label, total, "labels"), counts))
     typer.echo(f"{counts.pop('', 0)} of {total} labelled, in {out}")
     for reason, count in counts.most_common():
         typer.echo(f"  {count} absent: {reason}")
