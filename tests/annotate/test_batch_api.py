@@ -100,6 +100,8 @@ def test_pairs_and_several_judges_go_out_together(server, tmp_path):
         assert len(server.batches) == 2 and server.online == 0
         with pytest.raises(UserError, match="chat requests"):
             label_all(ServedAnnotator(ServedReward(base_url=server.url, model="m")), items(1))
+        with pytest.raises(UserError, match="no batch API"):
+            JudgeAnnotator(JudgeReward(rubric="helpfulness", serve="smollm2-135m-instruct"))
 
 
 def test_what_is_not_answered_is_absent_with_its_reason(tmp_path):
@@ -121,6 +123,16 @@ def test_a_later_command_asks_again_for_what_is_absent_alone(tmp_path):
         assert sum(label.value is not None for label in bought(server, tmp_path, items(10))) == 5
         server.expires, server.ends = 0.0, "completed"
         assert [label.value for label in bought(server, tmp_path, items(10))] == [1 + i for i in range(10)]
+        assert len(server.batches) == 2 and set(server.asked.values()) == {1}
+
+
+def test_where_nothing_was_answered_the_command_stops_and_may_be_run_again(tmp_path):
+    file = write(tmp_path / "rows.jsonl", 4)
+    with BatchServer(key=KEY, expires=1.0, ends="expired") as server:
+        said = command("judge", file, *options(server, tmp_path), "--batch")
+        assert said.code == 3 and "never answered" in said.text and not (tmp_path / "out.jsonl").exists()
+        server.expires = 0.0
+        assert command("judge", file, *options(server, tmp_path), "--batch").code == 0
         assert len(server.batches) == 2 and set(server.asked.values()) == {1}
 
 
@@ -163,7 +175,7 @@ def test_a_batch_that_is_invalid_says_why(tmp_path):
         with pytest.raises(UserError, match=r"batch_0 for invalid: The provided model 'gpt-x' is not supported"):
             bought(server, tmp_path, items(3), max_calls=3)
         server.model = "gpt-x"
-        assert all(label.value for label in bought(server, tmp_path, items(3), max_calls=6))
+        assert all(label.value for label in bought(server, tmp_path, items(3), max_calls=3))  # nothing was asked before
     with BatchServer(key="another") as server, pytest.raises(UserError, match="refuses the key") as refused:
         bought(server, tmp_path, items(3, first=5))
     assert KEY not in str(refused.value)

@@ -95,6 +95,7 @@ class Batches:
         self._wanted: dict[str, Wanted] = {}  # by key
         self._mutex, self._buying = threading.Lock(), threading.Lock()
         self._most = MOST_ROWS
+        self._untouched = True  # the state holds nothing that a later command needs
         self._ahead = False
         self._full = False  # no room for another batch at the server until one has ended
 
@@ -104,7 +105,9 @@ class Batches:
         if self._state is None:
             if self._place is None and account is None:
                 raise UserError("in_batches(place): name the file of their state")
-            self._state = State(self._place or Path(account or "").with_name("batch.sqlite"))
+            path = self._place or Path(account or "").with_name("batch.sqlite")
+            self._untouched = not path.exists()
+            self._state = State(path)
         return account or self._state.path
 
     @property
@@ -179,6 +182,7 @@ class Batches:
                 break
             asked.append(Asked(key, body, prompt, completion, hold))
         if asked:
+            self._untouched = False
             return self.state.plan(f"dualign-{uuid.uuid4().hex}", client.settings.model, asked)
         if not self._awaited():
             raise StopRun(f"{client._ledger.reached()}. Raise it and run again: every label so far is kept")
@@ -251,7 +255,7 @@ class Batches:
         """Not begun: nothing was asked and nothing is billed."""
         errors = list((batch.errors and batch.errors.data) or [])
         others = len(self._awaited()) > 1
-        client._ledger.settle(self.state.forget(sent), 0, 0)
+        client._ledger.undo(self.state.forget(sent), sent.rows)
         if any(error.code == FULL for error in errors) and (others or sent.rows > 1):
             self._full = others
             self._most = self._most if others else max(1, sent.rows // 2)
@@ -305,7 +309,8 @@ class Batches:
         if fault is None:
             raise error
         if not fault.passing:
-            raise UserError(f"--batch: {fault}") from None
+            advice = f"what is on its way stands in {self.state.path}; without that file the command begins anew"
+            raise UserError(f"--batch: {fault} ({advice})") from None
         return fault
 
     def finish(self) -> None:
@@ -317,11 +322,13 @@ class Batches:
             self._state.close(remove=not left)
 
     def close(self) -> None:
-        if self._state is not None:
-            running = self._state.running()
-            self._state.close(remove=not running and not self._state.keys())
-            if running:
-                _say(f"{len(running)} batches go on at the server: run the same command again to wait for them")
+        """The command ends without a result. Its account stays, and so do batches that are on their way."""
+        if self._state is None:
+            return
+        running = self._state.forget_ended()
+        self._state.close(remove=self._untouched)
+        if running:
+            _say(f"{len(running)} batches go on at the server: run the same command again to wait for them")
 
 
 def _say(text: str) -> None:

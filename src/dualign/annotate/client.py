@@ -86,6 +86,9 @@ class Client:
     payload that is no answer. The future raises UserError or StopRun for what ends the run; one such ends all."""
 
     def __init__(self, settings: Endpoint, *, ledger: Path | None = None) -> None:
+        self._batches = batch.current()
+        if self._batches and settings.serve:
+            raise UserError("--batch: a model that is served here has no batch API; ask it without --batch")
         settings, self._server = serve.join(settings, ledger and ledger.parent)
         if not re.match(r"https?://", settings.base_url):
             raise UserError(f"base_url: {shown_url(settings.base_url)!r} is not a URL such as http://localhost:8000/v1")
@@ -95,7 +98,6 @@ class Client:
             raise UserError(
                 f"{settings.api_key_env}: this key cannot be sent: it holds something but plain letters and signs"
             )
-        self._batches = batch.current()
         self._ledger = Ledger(self._batches.account(ledger) if self._batches else ledger, settings)
         self._cache = Cache(settings.cache or default_path())
         self._requests, self._tokens = Pace(settings.requests_per_minute), Pace(settings.tokens_per_minute)
