@@ -42,7 +42,8 @@ def server() -> Iterator[BatchServer]:
 
 
 def settings(server: BatchServer, folder: Path, **more: Any) -> JudgeReward:
-    given = {"rubric": "helpfulness", "base_url": server.url, "model": "gpt-x", "cache": str(folder / "labels.sqlite")}
+    given: dict[str, Any] = {"rubric": "helpfulness", "base_url": server.url, "model": "gpt-x", "concurrency": 4}
+    given["cache"] = str(folder / "labels.sqlite")
     return JudgeReward(**{**given, **more})
 
 
@@ -72,7 +73,12 @@ def write(path: Path, count: int) -> Path:
 
 
 def options(server: BatchServer, folder: Path) -> list[str]:
-    judge = [f"--base-url={server.url}", "--model=gpt-x", f"--set=cache={folder / 'labels.sqlite'}"]
+    judge = [
+        f"--base-url={server.url}",
+        "--model=gpt-x",
+        f"--set=cache={folder / 'labels.sqlite'}",
+        "--set=concurrency=4",
+    ]
     return ["--rubric=helpfulness", *judge, f"--out={folder / 'out.jsonl'}"]
 
 
@@ -256,7 +262,7 @@ def test_an_evaluation_asks_for_all_at_once(server, tmp_path, monkeypatch):
         rows = [{"instruction": f"say {i}", "output": f"quality-{better} {i}", "generator": name} for i in range(4)]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     judge = {"type": "judge", "rubric": "helpfulness", "base_url": server.url, "model": "gpt-x",
-             "cache": str(tmp_path / "labels.sqlite")}  # fmt: skip
+             "cache": str(tmp_path / "labels.sqlite"), "concurrency": 4}  # fmt: skip
     said = command(
         "eval", "winrate", "a.json", "b.json", "--against", "c.json", "--judge", json.dumps(judge), "--batch"
     )
