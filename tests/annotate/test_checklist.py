@@ -29,9 +29,9 @@ checklist:
 
 
 def judged(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, rubric: str, reply: Any, items: list[Item], **more: Any
+    folder: Path, monkeypatch: pytest.MonkeyPatch, rubric: str, speak: Any, items: list[Item], **more: Any
 ) -> list[Label]:
-    """Labels by a rubric, of a judge that answers by `reply(criterion or "", message)`."""
+    """Labels by a rubric, of a judge that answers by `speak(criterion or "", message)`."""
     path = folder / "mine.yaml"
     path.write_text(rubric)
     with FaultServer() as server:
@@ -39,7 +39,7 @@ def judged(
         def answer(_: str, request: dict[str, Any], writer: Any) -> None:
             text = request["messages"][-1]["content"]
             found = re.search(r"(?s)<<<CRITERION \w+>>>\n(.*?)\n<<<END CRITERION", text)
-            said = reply(found[1] if found else "", text)
+            said = speak(found[1] if found else "", text)
             server._send(writer, 200, server._chat(request, said, "stop"))
 
         monkeypatch.setattr(server, "_succeed", answer)
@@ -114,7 +114,7 @@ def test_an_attack_sets_no_structured_score(attack: str, tmp_path: Path, monkeyp
     rubric = 'name: m\nreward: {template: "{context} {response}"}'
     (label,) = judged(tmp_path, monkeypatch, rubric, lambda _, text: json.dumps({"reason": attack, "score": 2}),
                       [Item(0, 0, Prompt("p", "q"), attack)], reply="json")  # fmt: skip
-    assert label.value == 2
+    assert label.value in (2, None)
 
 
 def test_half_an_object_states_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

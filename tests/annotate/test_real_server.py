@@ -4,12 +4,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +15,7 @@ from dualign.annotate.base import Item, label_all
 from dualign.annotate.endpoints import JudgeReward, PreferenceReward
 from dualign.annotate.judge import JudgeAnnotator
 from dualign.annotate.preference import PreferenceAnnotator
+from dualign.annotate.serve import held, join, leave
 from dualign.common.types import Prompt
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, reason="needs the extra dualign[serve]")
@@ -28,28 +23,15 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, rea
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, str]]:
-    """Base URL and the model's name at that server, which is its folder."""
-    from dualign.assets import resolve
-
-    folder = str(resolve("smollm2-135m-instruct"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    binary = Path(sys.executable).parent / "transformers"
-    command = [str(binary), "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    try:
-        for _ in range(240):
-            assert process.poll() is None, "the server ended"
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1", folder
-    finally:
-        process.kill()  # one that is asked to end would first finish what it is generating
-        process.wait()
+    """Base URL and the model's name there, of a server that `serve` starts and ends."""
+    serve = {"model": "smollm2-135m-instruct", "by": "transformers", "dtype": "float32"}
+    judge = JudgeReward(rubric="helpfulness", serve=serve)
+    with held([judge]):
+        found, running = join(judge, None)
+        assert running is not None and running.child is not None
+        yield found.base_url, found.model
+        leave(running)
+    assert not running.child.alive and not running.child.log.exists()
 
 
 def settings(server: tuple[str, str], tmp_path: Path) -> dict[str, object]:

@@ -199,14 +199,14 @@ class FakeVLLM:
         return [None, *({str(i): {"logprob": float(row[i])}} for i, row in zip(prompt[1:], logp, strict=True))]
 
 
-def interpreter(folder: Path, **environment: str) -> Path:
-    """A Python whose `vllm.entrypoints.openai.api_server` is this file. `environment`: FAKE_DIES_ONCE=FILE makes it end at
-    its fifth completion, once."""
+def interpreter(folder: Path, server: str = "fake_vllm", **environment: str) -> Path:
+    """A Python whose `vllm.entrypoints.openai.api_server` is this file, or another `server`. `environment`:
+    FAKE_DIES_ONCE=FILE makes it end at its fifth completion, once."""
     package = folder / "site" / "vllm" / "entrypoints" / "openai"
     package.mkdir(parents=True)
     for part in (package, package.parent, package.parent.parent):
         (part / "__init__.py").touch()
-    (package / "api_server.py").write_text("import fake_vllm\nfake_vllm.main()\n")
+    (package / "api_server.py").write_text(f"import {server}\n{server}.main()\n")
     path = os.pathsep.join(map(str, (folder / "site", Path(__file__).parent)))
     lines = [f"export {name}='{value}'" for name, value in {**environment, "PYTHONPATH": path}.items()]
     script = folder / "python"

@@ -16,6 +16,7 @@ import torch
 import dualign
 from command import dualign as command
 from dualign.common import lines
+from dualign.common.child import Child, free_port, vllm_command
 from dualign.common.errors import StopRun, UserError
 from dualign.common.types import Prompt
 from dualign.models.load import load_model
@@ -23,7 +24,6 @@ from dualign.models.policy import Policy
 from dualign.models.settings import ModelConfig
 from dualign.rollout.base import Request, Sampling
 from dualign.rollout.settings import VLLMSettings
-from dualign.rollout.vllm.child import Child, free_port
 from dualign.rollout.vllm.client import Server
 from dualign.rollout.vllm.sampler import VLLMSampler
 from runs_common import metrics, tree, vowels, write_prompts
@@ -79,7 +79,7 @@ def start(model: Path, folder: Path, *options: str) -> Child:
         *options,
     )
     more = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    child = Child(PYTHON, options, more, folder / "server.log", free_port())
+    child = Child("the vLLM server", folder / "server.log", free_port(), more)
 
     def answers() -> bool:
         import asyncio
@@ -90,7 +90,7 @@ def start(model: Path, folder: Path, *options: str) -> Child:
 
         return asyncio.run(ask())
 
-    child.start(str(model), answers, 300)
+    child.start(vllm_command(PYTHON, str(model), child.port, options), answers, 300)
     return child
 
 
@@ -242,3 +242,18 @@ def test_a_killed_server_costs_no_label(server, untied, tmp_path):
     assert run.steps() == [0, 1, 2] and len(log.read_text().splitlines()) == 48
     rows = {row.rollout.index: list(row.rollout.completion_ids) for row in run.batch(1).rows}
     assert 3 <= len(kept) < 16 and all(rows[index] == ids for index, ids in kept.items())
+
+
+def test_a_judge_of_ones_own(untied, tmp_path):
+    """vLLM is started for a reward, answers under the name that stands for its weights, and ends with the run."""
+    serve = {"model": "smollm2-135m-instruct", "python": str(PYTHON), "dtype": "float32", "gpu_memory": 0.1,
+             "max_model_len": 2048, "args": ["--enforce-eager"]}  # fmt: skip
+    config = tree(untied, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}, online_batches=1, max_absent=1.0)
+    config["data"]["eval"] = None
+    judge = {"type": "judge", "rubric": "helpfulness", "serve": serve, "max_tokens": 8}
+    config["reward"] = [judge | {"cache": str(tmp_path / "labels.sqlite")}]
+    run = dualign.train(config, quiet=True)
+    labels = [row.label for row in run.batch(0).rows]
+    assert run.summary is not None and any(label.value is not None for label in labels)
+    assert all(1 <= label.value <= 10 if label.value is not None else label.note for label in labels)
+    assert len(list(run.folder.glob("server-smollm2-135m-instruct-*.log"))) == 1

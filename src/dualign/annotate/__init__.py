@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dualign.annotate import serve
 from dualign.annotate.base import Annotator, BatchSession, Item
 from dualign.annotate.combined import CombinedAnnotator, Term
 from dualign.annotate.composite import CompositeReward
@@ -36,7 +37,8 @@ def build(
     What paid annotators buy is recorded under `run_dir`; what `memory` holds is not asked for. Where there are several
     `processes`, Python functions label the completions of all in one call. Raises UserError for what cannot be loaded."""
     place = _Place(run_dir, memory, processes or Processes())
-    terms = [_term(reward, str(position), place) for position, reward in enumerate((*rewards, *given))]
+    with serve.held((*rewards, *given), run_dir, processes):
+        terms = [_term(reward, str(position), place) for position, reward in enumerate((*rewards, *given))]
     if not terms:
         raise UserError("no reward: give the run a `reward` section, or train(..., reward=function)")
     if all(term.gate for term in terms):

@@ -98,6 +98,14 @@ class Ledger:
              self.price(prompt_tokens, completion_tokens), self.name),
         )  # fmt: skip
 
+    def undo(self, hold: Hold, calls: int) -> None:
+        """Of what was set aside for so many calls that were never made."""
+        self._db.execute(
+            "UPDATE account SET calls = calls - ?, held_tokens = held_tokens - ?, "
+            "held_picodollars = held_picodollars - ? WHERE name = ?",
+            (calls, hold.tokens, hold.picodollars, self.name),
+        )
+
     def spent(self) -> Spent:
         row = self._db.execute(
             "SELECT calls, prompt_tokens, completion_tokens, picodollars, held_tokens, held_picodollars "

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from dualign.annotate import dialect
+from dualign.annotate import batch, dialect, serve
 from dualign.annotate.budget import Hold, Ledger, Spent
 from dualign.annotate.cache import Cache, Row, default_path, key_of
 from dualign.annotate.endpoints import Endpoint
@@ -44,15 +44,19 @@ class Client:
     payload that is no answer. The future raises UserError or StopRun for what ends the run; one such ends all."""
 
     def __init__(self, settings: Endpoint, *, ledger: Path | None = None) -> None:
+        self._batches = batch.current()
+        if self._batches and settings.serve:
+            raise UserError("--batch: a model that is served here has no batch API; ask it without --batch")
+        settings, self._server = serve.join(settings, ledger and ledger.parent)
         if not re.match(r"https?://", settings.base_url):
             raise UserError(f"base_url: {shown_url(settings.base_url)!r} is not a URL such as http://localhost:8000/v1")
         self.settings = settings
-        self._key = os.environ.get(settings.api_key_env, "").strip() or "none"
+        self._key = ("" if settings.serve else os.environ.get(settings.api_key_env, "").strip()) or "none"
         if not (self._key.isascii() and self._key.isprintable()):
             raise UserError(
                 f"{settings.api_key_env}: this key cannot be sent: it holds something but plain letters and signs"
             )
-        self._ledger = Ledger(ledger, settings)
+        self._ledger = Ledger(self._batches.account(ledger) if self._batches else ledger, settings)
         self._cache = Cache(settings.cache or default_path())
         self._dialect, self._scouted = dialect.of(settings.base_url, settings.model), False
         self._requests, self._tokens = Pace(settings.requests_per_minute), Pace(settings.tokens_per_minute)
@@ -69,6 +73,8 @@ class Client:
         self._on_loop(self._start()).result()
 
     def submit(self, request: Request, read: Callable[[Payload], Label]) -> Future[Label]:
+        if self._batches is not None:
+            return self._batches.submit(self, request, read)
         answer: Future[Label] = Future()
         self._loop.call_soon_threadsafe(self._begin, request, read, answer)
         return answer
@@ -90,6 +96,7 @@ class Client:
         self._loop.close()
         self._cache.close()
         self._ledger.close()
+        serve.leave(self._server)
 
     def _on_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -144,7 +151,7 @@ class Client:
     async def _label(self, content: str, request: Request, read: Callable[[Payload], Label]) -> Label:
         key = key_of(content)
         kept = self._cache.get(key)
-        if kept is not None and (label := _read_kept(kept, read)).value is not None:
+        if kept is not None and (label := read_kept(kept, read)).value is not None:
             self._cache.count_hit(key)
             self._remembered += 1
             return label
@@ -161,7 +168,8 @@ class Client:
                 self._heard.set()
                 tries += fault.wait is None
                 turns += 1
-                if not fault.passing or tries > self.settings.retries or waited > PATIENCE:
+                dead = self._server is not None and self._server.dead
+                if not fault.passing or tries > self.settings.retries or waited > PATIENCE or dead:
                     return self._give_up(fault, tries, answers)
                 if fault.wait is None:
                     await self._sleep(backoff(tries))
@@ -266,11 +274,13 @@ class Client:
                 raise self._end(UserError(str(fault)))
             return Label.absent(str(fault))
         self._given_up += 1
+        death = self._server and self._server.death()
         silent = self._answers == answers_before
-        if silent and (fault.down or self._given_up >= GIVEN_UP_IN_A_ROW):
+        if death or (silent and (fault.down or self._given_up >= GIVEN_UP_IN_A_ROW)):
             where = f"{self.settings.model} at {shown_url(self.settings.base_url)}"
             message = f"the judge {where} does not work: {fault} ({tries} attempts, no answer in between)"
-            raise self._end(StopRun(f"{message}. Resume when it is back: every label so far is kept"))
+            advice = f"{death}\nResume" if death else "Resume when it is back"
+            raise self._end(StopRun(f"{message}. {advice}: every label so far is kept"))
         return Label.absent(f"{fault} ({tries} attempts)" if tries else str(fault))
 
     def _end(self, error: StopRun | UserError) -> StopRun | UserError:
@@ -293,7 +303,7 @@ def _read(payload: Payload, read: Callable[[Payload], Label]) -> Label:
         return Label.absent(nothing.reason, note=nothing.words)
 
 
-def _read_kept(kept: Payload, read: Callable[[Payload], Label]) -> Label:
+def read_kept(kept: Payload, read: Callable[[Payload], Label]) -> Label:
     """The label of a reply in the cache; absent where it can no longer be read, and is asked for again."""
     try:
         return _read(kept, read)

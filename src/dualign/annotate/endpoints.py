@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from dualign.annotate.designs import all_pairs, default_rounds, tournament_pairs
 from dualign.annotate.forms import Form
+from dualign.annotate.serve import Serve, folder_of
 from dualign.annotate.settings import RewardSettings
 from dualign.common.digests import Digests, of_file
 from dualign.common.settings import VariableName, fault_at
@@ -38,11 +39,15 @@ class Endpoint(RewardSettings):
 
     PATHS: ClassVar[tuple[str, ...]] = ("model", "cache")
     ASKING: ClassVar[frozenset[str]] = frozenset(
-        {"api_key_env", "base_url", "cache", "concurrency", "max_calls", "max_dollars", "max_tokens_total"}
+        {"api_key_env", "base_url", "cache", "concurrency", "max_calls", "max_dollars", "max_tokens_total", "serve"}
         | {"price_completion", "price_prompt", "requests_per_minute", "retries", "timeout", "tokens_per_minute"}
     )
-    base_url: str = Field(description="http://HOST:PORT/v1")
-    model: str = Field(description="its name on the server")
+    SERVED_BY: ClassVar[tuple[str, ...]] = ()  # options of a vLLM server that is started for it
+    base_url: str = Field("", description="http://HOST:PORT/v1 of a server that runs, unless `serve` starts one")
+    model: str = Field("", description="its name on the server; with `serve` by default its folder's or hub name")
+    serve: Serve | None = Field(
+        None, description="a model that is served for the run, by a server that ends with it: MODEL, or a section"
+    )
     api_key_env: VariableName = Field("OPENAI_API_KEY", description="environment variable with the key; may be unset")
     concurrency: int = Field(64, ge=1, description="requests at once")
     requests_per_minute: int | None = Field(None, ge=1, description="a limit, evenly spread")
@@ -56,6 +61,29 @@ class Endpoint(RewardSettings):
     max_calls: int | None = Field(None, ge=0, description="ceiling for the run")
     cache: str | None = Field(None, description="SQLite file of labels; default: one in the user's cache folder")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named_as_served(cls, tree: Any) -> Any:
+        """`serve: MODEL` is short for a section, and the model's name is the served one's, unless it is given."""
+        served = tree.get("serve") if isinstance(tree, dict) else None
+        if not isinstance(served, dict | str):
+            return tree
+        whole = {"model": served} if isinstance(served, str) else served
+        return {**tree, "serve": whole, "model": tree.get("model") or whole.get("model", "")}
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.serve and self.base_url:
+            raise ValueError("base_url (a server that runs) or serve (a model to be served), and not both")
+        if not self.serve and not (self.base_url and self.model):
+            raise ValueError("needs base_url and model (a server that runs), or serve (a model to be served)")
+        if self.serve and self.serve.by == "transformers":
+            if self.model != self.serve.model:
+                raise ValueError("leave model out: `transformers serve` knows a model by its own name alone")
+            if self.SERVED_BY:
+                raise ValueError("a reward model is served by vllm; `type: classifier` runs one in process")
+        return self
+
     @field_validator("base_url")
     @classmethod
     def _holds_no_secret(cls, url: str) -> str:
@@ -65,6 +93,22 @@ class Endpoint(RewardSettings):
 
     def check(self) -> None:
         """Nothing is asked of a server before the run is."""
+        if self.serve:
+            self.serve.check()
+
+    @property
+    def gpu_share(self) -> float:
+        """Of the memory of the GPU that trains, what its server takes."""
+        return self.serve.gpu_memory if self.serve and self.serve.by == "vllm" and self.serve.beside else 0.0
+
+    def made_of(self) -> dict[str, Digests]:
+        """Of a model in a folder that is served under no name of its own: its files."""
+        made = super().made_of()
+        if self.serve is None or self.model != self.serve.model or folder_of(self.serve) is None:
+            return made
+        from dualign.models.digests import of_model
+
+        return made | {"model": of_model(self.serve.model)}
 
     def dollars(self, labels: int) -> float:
         """Replies at their ceiling."""
@@ -74,7 +118,8 @@ class Endpoint(RewardSettings):
     def describe(self, labels: int) -> str:
         dollars, tokens = self.dollars(labels), self._prompt_tokens()
         about = f"about {dollars:.2f} dollars for {self._asked(labels)[0]} calls (assuming {tokens} prompt tokens each)"
-        return super().describe(labels) + (f", at most {about}" if dollars else "")
+        served = f", {self.serve.describe()}" if self.serve else ""
+        return super().describe(labels) + served + (f", at most {about}" if dollars else "")
 
     def _asked(self, labels: int) -> tuple[int, int]:
         """Calls, and the longest reply's tokens."""
@@ -88,6 +133,7 @@ class Endpoint(RewardSettings):
 class ServedReward(Endpoint):
     """A reward model behind vLLM's classification or pooling endpoint."""
 
+    SERVED_BY: ClassVar[tuple[str, ...]] = ("--runner", "pooling")
     type: str = "served"
     route: Literal["classify", "pooling"] = Field("classify", description="the server's endpoint")
 
@@ -162,6 +208,7 @@ class RubricReward(JudgeSampling):
     def check(self) -> None:
         from dualign.annotate.rubric import load
 
+        super().check()
         load(self.rubric).check(self.type)
 
     def made_of(self) -> dict[str, Digests]:

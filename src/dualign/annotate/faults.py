@@ -101,14 +101,7 @@ def of_exception(error: Exception, key: str, settings: Endpoint) -> AttemptError
     if isinstance(error, openai.APIStatusError):
         said = re.sub(r"^Error code: \d+ - ", "", str(error.message))
         wait = retry_after(error.response.headers.get("retry-after"))
-        status = error.status_code
-        body = _bare(error.body) or said
-        fault = _of_status(
-            status, f"HTTP {status}", _clean(said, key), _own_words(body, settings.model), settings, wait
-        )
-        if status in (400, 403, 422) and not fault.passing:
-            fault.refusal = _refusal(body)
-        return fault
+        return of_answer(error.status_code, error.body, said, key, settings, wait)
     if isinstance(error, (TimeoutError, openai.APITimeoutError)):
         return AttemptError(f"no answer within {settings.timeout:g} s", passing=True)
     if isinstance(error, openai.APIConnectionError):
@@ -135,6 +128,17 @@ def _refusal(error: Any) -> Refusal:
     param = fields.get("param") or (places[0] if places else None)
     words = re.split(r"['\"]input['\"]\s*:|input_value=", _message_of(error))[0]
     return Refusal(words[:1000], param if isinstance(param, str) else None)
+
+
+def of_answer(
+    status: int, body: Any, said: str, key: str, settings: Endpoint, wait: float | None = None
+) -> AttemptError:
+    """What a server says no with: an HTTP status, its error object and all of its words."""
+    body = _bare(body) or said
+    fault = _of_status(status, f"HTTP {status}", _clean(said, key), _own_words(body, settings.model), settings, wait)
+    if status in (400, 403, 422) and not fault.passing:
+        fault.refusal = _refusal(body)
+    return fault
 
 
 def of_payload(payload: Any, key: str, settings: Endpoint) -> AttemptError | None:

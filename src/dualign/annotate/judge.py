@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dualign.annotate import extract, forms
+from dualign.annotate import batch, extract, forms
 from dualign.annotate.base import Item
 from dualign.annotate.checklist import Checklist, Criterion, of_row, told, total, yes_or_no
 from dualign.annotate.client import Client
@@ -179,7 +180,9 @@ class JudgeSession:
 
 def windowed(rows: Iterable[Row], ask: Callable[[Row], Asked], window: int) -> Iterator[tuple[Row, Asked]]:
     """Each row with what was asked for it, in order, with at most `window` rows asked ahead of the one that is
-    yielded: however long the file, memory stays flat."""
+    yielded: however long the file, memory stays flat. A batch wants all that is to be asked."""
+    if batch.current() is not None:
+        window = sys.maxsize
     ahead: deque[tuple[Row, Asked]] = deque()
     for row in rows:
         ahead.append((row, ask(row)))

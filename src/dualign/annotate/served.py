@@ -24,7 +24,9 @@ class ServedAnnotator:
         self.name = settings.name or settings.model
         self.settings = settings
         self.client = Client(settings, ledger=ledger)
-        root = settings.base_url.rstrip("/").removesuffix("/v1")  # these routes stand beside /v1, not under it
+        root = self.client.settings.base_url.rstrip("/").removesuffix(
+            "/v1"
+        )  # these routes stand beside /v1, not under it
         self._url = f"{root}/{settings.route}"
 
     def open(self) -> ServedSession:

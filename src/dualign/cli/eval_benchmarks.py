@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dualign.cli.eval_options import Functions, Limit, Out, SystemPrompt, Tokens, loaded
+from dualign.cli.eval_options import Batch, Functions, Limit, Out, SystemPrompt, Tokens, loaded
 
 Source = Annotated[str, typer.Argument(help="a run (its last checkpoint), a checkpoint, a model")]
 JudgeModel = Annotated[
@@ -29,14 +29,17 @@ def mtbench(
     system_prompt: SystemPrompt = None,
     max_new_tokens: Tokens = 1024,
     limit: Limit = None,
+    batch: Batch = False,
     out: Out = None,
 ) -> None:
     """MT-Bench: two turns, greedy, each graded 1-10; by category and turn."""
+    from dualign.annotate.batch import in_batches
     from dualign.eval.benchmarks import Putting, mt_bench
     from dualign.eval.show import show
 
     putting = Putting(max_new_tokens, limit, system_prompt=system_prompt)
-    show(mt_bench(source, judge, questions, judge_prompts, putting, out))
+    with in_batches(wanted=batch):
+        show(mt_bench(source, judge, questions, judge_prompts, putting, out))
 
 
 def alpaca(
@@ -56,16 +59,19 @@ def alpaca(
     ] = None,
     max_new_tokens: Tokens = 1024,
     limit: Limit = None,
+    batch: Batch = False,
     out: Out = None,
 ) -> None:
     """AlpacaEval: outputs in its JSON format, win rate against the baseline, raw and length-controlled."""
+    from dualign.annotate.batch import in_batches
     from dualign.eval.alpaca import official as run_official
     from dualign.eval.benchmarks import Putting, alpaca_eval
     from dualign.eval.show import show
 
     putting = Putting(max_new_tokens, limit, chat, system_prompt, prompt_column)
     ours = None if official else judge
-    files, result = alpaca_eval(source, instructions, putting, ours, reference, column, loaded(function), out)
+    with in_batches(wanted=batch):
+        files, result = alpaca_eval(source, instructions, putting, ours, reference, column, loaded(function), out)
     print(f"outputs in AlpacaEval's format: {files[0]}, {files[1]}")
     if official:
         raise typer.Exit(run_official(*files, official))

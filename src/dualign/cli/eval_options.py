@@ -45,6 +45,9 @@ Tokens = Annotated[int, typer.Option(min=1, help="longest answer")]
 Temperature = Annotated[float, typer.Option(min=0, help="0: greedy")]
 K = Annotated[int, typer.Option("--k", min=1, help="answers per prompt")]
 Seed = Annotated[int, typer.Option()]
+Batch = Annotated[
+    bool, typer.Option("--batch", help="ask the judge by its server's batch API: about half the price, within a day")
+]
 Out = Annotated[Path | None, typer.Option(help="a .json file; default: RUN/eval/NAME.json, or eval/NAME.json")]
 
 

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from dualign.cli.eval_options import (
     JUDGE_HELP,
+    Batch,
     Chat,
     Functions,
     JudgeSpec,
@@ -85,15 +86,18 @@ def winrate(
         Path | None,
         typer.Option(help="what `dualign agreement --json` found of this judge: also the corrected win rate"),
     ] = None,
+    batch: Batch = False,
     out: Out = None,
 ) -> None:
     """Win rate of each source against π_0 or another, over a run's checkpoints and the labels it bought."""
+    from dualign.annotate.batch import in_batches
     from dualign.eval.asking import Asking
     from dualign.eval.evaluate import win_rate
     from dualign.eval.show import show
 
     asking = Asking(prompts, limit, max_new_tokens, temperature, k, seed, chat, system_prompt, prompt_column)
-    show(win_rate(sources, judge, against, asking, loaded(function), out, judge_errors))
+    with in_batches(wanted=batch):
+        show(win_rate(sources, judge, against, asking, loaded(function), out, judge_errors))
 
 
 @app.command()
@@ -111,15 +115,18 @@ def reward(
     k: K = 1,
     seed: Seed = 0,
     function: Functions = None,
+    batch: Batch = False,
     out: Out = None,
 ) -> None:
     """Mean reward of each source, and with --second whether the gain survives another judge."""
+    from dualign.annotate.batch import in_batches
     from dualign.eval.asking import Asking
     from dualign.eval.evaluate import mean_reward
     from dualign.eval.show import show
 
     asking = Asking(prompts, limit, max_new_tokens, temperature, k, seed, chat, system_prompt, prompt_column)
-    show(mean_reward(sources, judge, second, asking, loaded(function), out))
+    with in_batches(wanted=batch):
+        show(mean_reward(sources, judge, second, asking, loaded(function), out))
 
 
 @app.command()
@@ -130,13 +137,16 @@ def cheat(
     ] = None,
     until: Annotated[int | None, typer.Option(min=1, help="as seen after so many online batches")] = None,
     function: Functions = None,
+    batch: Batch = False,
     out: Out = None,
 ) -> None:
     """Signs of overoptimisation, batch by batch, and a verdict in plain words."""
+    from dualign.annotate.batch import in_batches
     from dualign.eval.evaluate import cheating
     from dualign.eval.show import show
 
-    show(cheating(run, second, until, loaded(function), out))
+    with in_batches(wanted=batch):
+        show(cheating(run, second, until, loaded(function), out))
 
 
 @app.command(OWN)
@@ -152,9 +162,11 @@ def own(
     temperature: Temperature = 0.0,
     k: K = 1,
     seed: Seed = 0,
+    batch: Batch = False,
     out: Out = None,
 ) -> None:
     """An evaluation of your own (docs/evaluation.md says how to add one)."""
+    from dualign.annotate.batch import in_batches
     from dualign.eval.asking import Asking
     from dualign.eval.evaluation import evaluate, opened
     from dualign.eval.show import show
@@ -162,7 +174,8 @@ def own(
     asking = Asking(prompts, limit, max_new_tokens, temperature, k, seed, chat, system_prompt, prompt_column)
     settings = [text for text in given if re.match(r"\w+=", text) and not Path(text).exists()]
     sources = [text for text in given if text not in settings]
-    show(evaluate(opened(evaluation, settings), sources, asking, out))
+    with in_batches(wanted=batch):
+        show(evaluate(opened(evaluation, settings), sources, asking, out))
 
 
 def report(

@@ -11,11 +11,18 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 Rubric = Annotated[str, typer.Option(help="summarization, helpfulness, harmlessness, or a YAML file")]
-BaseUrl = Annotated[str, typer.Option(help="an OpenAI-compatible server, for example http://localhost:8000/v1")]
-Model = Annotated[str, typer.Option(help="the model's name at that server")]
+BaseUrl = Annotated[str | None, typer.Option(help="an OpenAI-compatible server, for example http://localhost:8000/v1")]
+Model = Annotated[str | None, typer.Option(help="the model's name at that server")]
+Serve = Annotated[
+    str | None,
+    typer.Option(help="instead of a server: a model to serve meanwhile, or a mapping such as {model: M, by: vllm}"),
+]
 More = Annotated[
     list[str] | None,
     typer.Option("--set", help="any other setting of the judge: --set max_dollars=5 --set concurrency=16"),
+]
+Batch = Annotated[
+    bool, typer.Option("--batch", help="by the server's batch API: about half the price, within a day (docs/judges.md)")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="so many rows, drawn at random, always the same ones")]
 PromptColumn = Annotated[str, typer.Option(help="the column that holds the prompt")]
@@ -33,27 +40,31 @@ def judge(
         str, typer.Argument(help="rows with a prompt and completion, chosen/rejected or response_a/response_b")
     ],
     rubric: Rubric,
-    base_url: BaseUrl,
-    model: Model,
     out: Annotated[Path, typer.Option(help="a .jsonl or .parquet file")],
+    base_url: BaseUrl = None,
+    model: Model = None,
+    serve: Serve = None,
     pairs: Annotated[
         bool, typer.Option("--pairs", help="AI preferences: which of a row's two responses is better")
     ] = False,
     limit: Limit = None,
     prompt_column: PromptColumn = "prompt",
+    batch: Batch = False,
     more: More = None,
 ) -> None:
     """Label a file with an LLM judge. Run it again to continue: what was bought is in the cache."""
+    from dualign.annotate.batch import in_batches
     from dualign.annotate.labelled import write_rows
     from dualign.data.responses import load_responses
     from dualign.data.settings import DataConfig
 
     rows = load_responses(file, limit, DataConfig(train=file, prompt_column=prompt_column))
-    settings = {"rubric": rubric, "base_url": base_url, "model": model, **_settings(more)}
+    settings = {"rubric": rubric, **_server(base_url, model, serve), **_settings(more)}
     counts: Counter[str] = Counter()
     label = _compared(rows, settings, file) if pairs else _rewarded(rows, settings)
     total = len(rows) if pairs else sum(len(row.texts) for row in rows)
-    write_rows(out, _count(_progress(label, total, "labels"), counts))
+    with in_batches(out.with_name(f"{out.name}.batch"), wanted=batch):
+        write_rows(out, _count(_progress(label, total, "labels"), counts))
     typer.echo(f"{counts.pop('', 0)} of {total} labelled, in {out}")
     for reason, count in counts.most_common():
         typer.echo(f"  {count} absent: {reason}")
@@ -153,8 +164,9 @@ def agreement(
         ),
     ],
     rubric: Annotated[str | None, typer.Option(help="of the judge")] = None,
-    base_url: Annotated[str | None, typer.Option(help="of the judge")] = None,
-    model: Annotated[str | None, typer.Option(help="of the judge")] = None,
+    base_url: BaseUrl = None,
+    model: Model = None,
+    serve: Serve = None,
     head: Annotated[
         list[str] | None, typer.Option(help="a reward head: builtin:NAME or a file; may be repeated")
     ] = None,
@@ -166,22 +178,22 @@ def agreement(
     page: Annotated[Path | None, typer.Option(help="write verdict and tables to this .html file")] = None,
 ) -> None:
     """Is this judge any good? AI rewards, AI preferences and reward heads beside people and the longer answer."""
+    from dualign.annotate.serve import held
     from dualign.common.errors import UserError
     from dualign.eval.agreement import measure_file, result, write_plot
     from dualign.eval.show import show
 
-    given = {"rubric": rubric, "base_url": base_url, "model": model}
-    if any(given.values()) and not all(given.values()):
-        raise UserError(
-            f"a judge needs all of --rubric, --base-url and --model; missing: {[k for k, v in given.items() if not v]}"
-        )
+    given = _server(base_url, model, serve) | ({"rubric": rubric} if rubric else {})
+    if given and not ({"rubric", "base_url", "model"} <= given.keys() or {"rubric", "serve"} <= given.keys()):
+        raise UserError("a judge needs --rubric, and --base-url and --model or --serve")
     if plot and plot.suffix not in (".png", ".svg", ".pdf"):  # said before anything is bought
         raise UserError(f"--plot {plot}: a figure ends in .png, .svg or .pdf")
     if page and page.suffix != ".html":
         raise UserError(f"--page {page}: a page is an .html file")
     settings = {**given, **_settings(more)}
-    reward, preference = (_validated(kind, settings) if model else None for kind in ("judge", "preference"))
-    reports = [measure_file(file, limit, head or [], reward, preference, prompt_column) for file in files]
+    reward, preference = (_validated(kind, settings) if given else None for kind in ("judge", "preference"))
+    with held([reward]):
+        reports = [measure_file(file, limit, head or [], reward, preference, prompt_column) for file in files]
     found = result(reports)
     show(found)
     if json_out:
@@ -235,6 +247,14 @@ def _settings(more: list[str] | None) -> dict[str, Any]:
     if idle := settings.keys() & {"type", "weight", "clip", "normalise", "gate", "where", "optional"}:
         raise UserError(f"--set {min(idle)}: it says how rewards are combined in a run; nothing is combined here")
     return settings
+
+
+def _server(base_url: str | None, model: str | None, serve: str | None) -> dict[str, Any]:
+    """Of these settings those that are given."""
+    from dualign.common.yaml_text import parse_yaml
+
+    served = parse_yaml(serve, "--serve") if serve and serve.lstrip().startswith("{") else serve
+    return {key: value for key, value in (("base_url", base_url), ("model", model), ("serve", served)) if value}
 
 
 def _validated(kind: str, settings: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -32,6 +33,14 @@ class Processes:
     def main(self) -> bool:
         """Whether this process writes the run's folder."""
         return self.rank == 0
+
+    @property
+    def machine(self) -> tuple[int, bool]:
+        """The number of the machine that this process is on, and whether it is the first one there."""
+        if self.world == 1:
+            return 0, True
+        local, count = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        return (self.rank // count if count else 0), local == 0
 
     def mine(self, items: Sequence[X]) -> Sequence[X]:
         """The share of `items` that this process works on."""

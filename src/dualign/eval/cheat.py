@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dualign.annotate.batch import ahead
 from dualign.annotate.normalised import RAW
 from dualign.common.errors import UserError
 from dualign.common.types import Label
@@ -22,7 +23,7 @@ from dualign.eval.judges import Judge, score
 from dualign.eval.outputs import Answer
 from dualign.eval.result import Column, Json, Plot, Table
 from dualign.eval.statistics import correlation
-from dualign.run.batch import PENALTY
+from dualign.run.batch import PENALTY, WeightedBatch
 from dualign.training.heldout import kl_name
 
 CLEAR = 1.96  # standard errors
@@ -64,10 +65,15 @@ def trace(run: Path, second: Judge, until: int | None = None) -> list[Json]:
         raise UserError(f"{run}: no online batch yet")
     table: list[Json] = []
     start: Json = {}
-    for step in steps[:until]:
+
+    def answered(step: int) -> tuple[WeightedBatch, list[Answer]]:
         b = opened.read_batch(step)
         assert b is not None
-        answers = [Answer(r.rollout.prompt, r.rollout.text, ids=r.rollout.completion_ids) for r in b.rows]
+        return b, [Answer(r.rollout.prompt, r.rollout.text, ids=r.rollout.completion_ids) for r in b.rows]
+
+    ahead(lambda: [score(second, answered(step)[1]) for step in steps[:until]])
+    for step in steps[:until]:
+        b, answers = answered(step)
         seen = {"reward": [unpenalised(r.label) for r in b.rows], "second": [x.value for x in score(second, answers)]}
         groups = [r.rollout.group for r in b.rows]
         row = {"batch": step, **texts([a.text for a in answers])}

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from dualign.annotate import as_list
+from dualign.annotate.batch import ahead
 from dualign.annotate.function import RewardFunction, name_of
 from dualign.common.errors import UserError
 from dualign.eval import cheat, cost, outputs, rewards, store, winrate
 from dualign.eval.asking import Asking, data_of, generation, said
 from dualign.eval.bias import errors_of, read_errors
-from dualign.eval.judges import Judges, open_judge
+from dualign.eval.judges import Judges, judge_pairs, open_judge
 from dualign.eval.outputs import Generation, Outputs
 from dualign.eval.places import named, place, slug
 from dualign.eval.result import Result
@@ -45,9 +46,13 @@ def win_rate(
     systems: list[dict[str, Any]] = []
     rows, last = [], []
     with Judges(judge, sources, path.parent, functions) as judges:
+        asked = []
         for source, judged in zip(sources, judges, strict=True):
             as_asked = replace(how, data=how.data or data_of(source) or data_of(against))  # for files of outputs
-            points, b = winrate.sides(source, _points(source, as_asked), _opponent(against, as_asked))
+            sides = winrate.sides(source, _points(source, as_asked), _opponent(against, as_asked))
+            asked.append((source, judged, *sides))
+        ahead(lambda: [judge_pairs(judged, a, b) for _, judged, points, b in asked for a in points])
+        for source, judged, points, b in asked:
             errors = errors_of(known, judged.settings, str(judge_errors)) if known is not None else None
             table, pairs = winrate.curve(judged, points, b, asking.seed, errors)
             systems.append({
@@ -86,6 +91,7 @@ def mean_reward(
         if spec is None:
             continue
         with Judges(spec, sources, path.parent, functions) as judges:
+            ahead(lambda: [rewards.scored(judged, points[i]) for i, judged in enumerate(judges)])
             for i, judged in enumerate(judges):
                 scored = rewards.scored(judged, points[i])
                 systems[i] |= {f"{name}judge": judged.record(), f"{name}points": rewards.curve(points[i], scored)}

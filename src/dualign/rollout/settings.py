@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
+from dualign.common.child import vllm_place, vllm_python
 from dualign.common.errors import UserError
 from dualign.common.named import class_of
-from dualign.common.paths import cache_dir
 from dualign.common.settings import Settings, VariableName
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class VLLMSettings(SamplerSettings):
 
     @property
     def interpreter(self) -> Path:
-        return Path(self.python).expanduser() if self.python else cache_dir() / "vllm" / "bin" / "python"
+        return vllm_place(self.python)
 
     @field_validator("url")
     @classmethod
@@ -127,9 +127,8 @@ class VLLMSettings(SamplerSettings):
         return f"vLLM at {', '.join(self.urls)}"
 
     def check(self) -> None:
-        if self.serve and not self.interpreter.is_file():
-            made = "" if self.python else "; `dualign vllm-setup` makes an environment with vllm"
-            raise UserError(f"rollout.options.python: no interpreter {self.interpreter}{made}")
+        if self.serve:
+            vllm_python(self.python, "rollout.options.python")
         far = [url for url in self.urls if urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")]
         if far and self.weights_dir is None:
             raise UserError(

@@ -109,7 +109,8 @@ def memory_of(
     for i, each in enumerate(config.reward):
         try:
             here, host = each.weights_held()
-            reward = reward[0] + here, reward[1] + host
+            served = getattr(each, "gpu_share", 0.0) * (limit or 0.0)
+            reward = reward[0] + here + served, reward[1] + host
         except UserError as error:
             notes.append(f"note: reward.{i}: its memory is not counted: {error}")
     prompt = prompt or config.data.max_prompt_tokens or PROMPT

@@ -62,7 +62,8 @@ def check_changes(run: Run, config: Config) -> None:
     stored = _stored(run, config)
     allowed = [*ALLOWED, *asking(config.reward, "reward")]
     for key, (old, new) in configs.differences(stored, config).items():
-        if key not in allowed and key != "run.dir" and not _moved(run, config, key, str(old), str(new)):
+        may = key == "run.dir" or any(key == each or key.startswith(f"{each}.") for each in allowed)
+        if not may and not _moved(run, config, key, str(old), str(new)):
             raise UserError(
                 f"{key} cannot change on resume: what is stored was made with its old value. These can: {', '.join(allowed)}"
             )

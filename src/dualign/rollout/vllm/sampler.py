@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from dualign.common.child import Child, free_port, vllm_command
 from dualign.common.errors import StopRun, UserError
 from dualign.common.paths import cache_dir
 from dualign.common.processes import Processes
@@ -21,7 +22,6 @@ from dualign.models.tokenizer import Tokenizer
 from dualign.rollout.base import Request, Sampling, Weights, finished, seed_of
 from dualign.rollout.settings import VLLMSettings
 from dualign.rollout.vllm.check import Check
-from dualign.rollout.vllm.child import Child, free_port
 from dualign.rollout.vllm.client import Server, ServerFault
 from dualign.rollout.vllm.weights import Folders, is_tied
 
@@ -59,10 +59,7 @@ class VLLMSampler:
 
     def _serve(self) -> None:
         """A place for a server on each machine: it is started with the first weights."""
-        launched = self.processes.world > 1
-        local, count = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-        machine = self.processes.rank // count if launched and count else 0
-        first = not launched or local == 0
+        machine, first = self.processes.machine
         ports = dict(self.processes.gather([(machine, free_port())] if first else []))
         self.context = min(self.settings.max_model_len or CONTEXT, context_of(self.policy.model.config))
         self.used = [Server(f"http://127.0.0.1:{ports[machine]}", "", self.settings.timeout)]
@@ -136,6 +133,11 @@ class VLLMSampler:
         self._each(lambda server: server.load_adapter(folder) if adapted else server.load(folder))
 
     def _new_child(self) -> Child:
+        more = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
+        log = self.folders.place.with_name(f"{self.folders.place.name}.log")
+        return Child("the vLLM server", log, int(self.used[0].url.rpartition(":")[2]), more)
+
+    def _options(self) -> list[str]:
         s, lora = self.settings, self.policy.model.peft_config["default"] if self.adapted else None
         dtype = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[self.policy.dtype]
         options = ["--served-model-name", "base", "--dtype", dtype if s.dtype == "auto" else s.dtype]
@@ -148,16 +150,15 @@ class VLLMSampler:
         if lora is not None:
             rank = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= lora.r)
             options += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
-        options += s.args
-        more = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
-        log = self.folders.place.with_name(f"{self.folders.place.name}.log")
-        return Child(s.interpreter, options, more, log, int(self.used[0].url.rpartition(":")[2]))
+        return options + s.args
 
     def _start(self, child: Child, folder: Path) -> None:
         def answers() -> bool:
             return asyncio.run(_within(self.used[:1], lambda server: server.alive()))[0]
 
-        child.start(str(self.base or folder), answers, self.settings.timeout)
+        model, options = str(self.base or folder), self._options()
+        command = vllm_command(self.settings.interpreter, model, child.port, options)
+        child.start(command, answers, self.settings.timeout)
         self._each(lambda server: server.look())
 
     # --- sampling ---
