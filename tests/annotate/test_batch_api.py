@@ -189,6 +189,14 @@ def test_a_batch_that_is_invalid_says_why(tmp_path):
         bought(server, tmp_path, items(3, first=9))
 
 
+def test_what_the_server_wants_put_otherwise_is_learned_from_the_error_file(tmp_path):
+    with BatchServer(key=KEY, refuses="max_tokens") as server:
+        assert all(label.value for label in bought(server, tmp_path, items(6), max_tokens=16))
+        assert len(server.batches) == 2 and set(server.asked.values()) == {1}
+        assert all(label.value for label in bought(server, tmp_path, items(6, first=6), max_tokens=16))
+        assert len(server.batches) == 3 and server.online == 0
+
+
 def test_an_answer_that_is_lost_makes_no_second_batch(server, tmp_path):
     server.cut = ["POST files", "POST batches", "GET batches", "GET files"]
     server.broken = {"POST batches": [429, 500], "POST files": [503]}

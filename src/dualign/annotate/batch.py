@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dualign.annotate import batch_api as api
-from dualign.annotate.batch_labels import Wanted, billed, body_of, label_of, put_otherwise, remembered
+from dualign.annotate.batch_labels import (
+    Wanted,
+    as_asked,
+    billed,
+    body_of,
+    label_of,
+    lacks_room,
+    put_otherwise,
+    remembered,
+)
 from dualign.annotate.batch_state import Asked, Sent, State
 from dualign.annotate.cache import canonical, key_of
 from dualign.annotate.faults import AttemptError, of_exception
@@ -31,7 +40,8 @@ from dualign.common.errors import StopRun, UserError
 from dualign.common.types import Label
 
 if TYPE_CHECKING:
-    from dualign.annotate.client import Client, Payload, Request
+    from dualign.annotate.client import Client
+    from dualign.annotate.request import Payload, Request
 
 X = TypeVar("X")
 MOST_ROWS, MOST_BYTES = 50_000, 190_000_000  # of a file; the API takes 50,000 and 200 MB
@@ -176,7 +186,7 @@ class Batches:
             size += len(body.encode()) + 200
             if len(asked) == self._most or (asked and size > MOST_BYTES):
                 break
-            prompt, completion = request.bounds()
+            prompt, completion = as_asked(client, request).bounds()
             hold = client._ledger.hold(prompt, completion)
             if hold is None:
                 break
@@ -280,9 +290,13 @@ class Batches:
                 self.state.drop(key)
                 continue
             rejected += [fault] if fault is not None and (fault.suspect or fault.lasting) else []
-            for answer, read in wanted.askers:
+            labels = [label_of(wanted, key, outcome, fault, read) for _, read in wanted.askers]
+            if any(lacks_room(wanted, body, label) for label in labels):
+                self.state.drop(key)
+                continue
+            for (answer, _), label in zip(wanted.askers, labels, strict=True):
                 if not answer.done():
-                    answer.set_result(label_of(wanted, key, outcome, fault, read))
+                    answer.set_result(label)
             del self._wanted[key]
         if rejected and len(rejected) == len(outcomes):  # of every request alike: it is the settings
             raise UserError(str(rejected[0]))

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from dualign.annotate.cache import Row, canonical
 from dualign.annotate.faults import AttemptError
+from dualign.annotate.reply import CUT_THINKING
+from dualign.annotate.request import Payload, Request, usage
 from dualign.common.types import Label
 
 if TYPE_CHECKING:
-    from dualign.annotate.client import Client, Payload, Request
+    from dualign.annotate.client import Client
 
 
 @dataclass
@@ -25,13 +27,35 @@ class Wanted:
     askers: list[tuple[Future[Label], Callable[[Payload], Label]]] = field(default_factory=list)
 
 
+def as_asked(client: Client, request: Request) -> Request:
+    """With the room that a judge needs which thinks."""
+    return request.roomy() if client._dialect.thinks else request
+
+
 def body_of(client: Client, request: Request) -> dict[str, Any]:
-    return {"model": client.settings.model, **request.body}
+    """As the server takes it, as far as that is known now."""
+    spelled = client._dialect.spelled(as_asked(client, request).wants)
+    return {"model": client.settings.model, **spelled.onto(request.body)}
 
 
 def put_otherwise(wanted: Wanted, sent: str, fault: AttemptError) -> bool:
-    """Whether a request that was `sent` so, and turned away, would be put otherwise now."""
-    return canonical(body_of(wanted.client, wanted.request)) != sent
+    """Whether a request that was `sent` so, and turned away, is to be put otherwise: its words may teach how."""
+    client, said = wanted.client, fault.refusal
+    if said is None:
+        return False
+    wants = as_asked(client, wanted.request).wants
+    if canonical(body_of(client, wanted.request)) != sent:
+        return True  # learned from another line
+    return client._dialect.learn(wants, client._dialect.spelled(wants), said.words, said.param)
+
+
+def lacks_room(wanted: Wanted, sent: str, label: Label) -> bool:
+    """Whether the judge was cut off as it thought, and is to be asked again with more room, as all are from then on."""
+    client = wanted.client
+    if label.reason != CUT_THINKING or not wanted.request.room:
+        return False
+    client._dialect.thinks = True
+    return canonical(body_of(client, wanted.request)) != sent
 
 
 def remembered(client: Client, key: str, read: Callable[[Payload], Label]) -> Label | None:
@@ -50,7 +74,7 @@ def label_of(
     wanted: Wanted, key: str, outcome: dict[str, Any], fault: AttemptError | None, read: Callable[[Payload], Label]
 ) -> Label:
     """Of what came back. A reply that gives one is kept."""
-    from dualign.annotate.client import read_kept, usage
+    from dualign.annotate.client import read_kept
 
     client, reply = wanted.client, outcome.get("body")
     if "missing" in outcome:
@@ -72,8 +96,6 @@ def label_of(
 def billed(outcome: dict[str, Any], bounds: tuple[int, int]) -> tuple[int, int]:
     """Prompt and completion tokens, by the server's count. What it does not tell is the most that it can be; what was
     not asked, or was turned away, costs nothing."""
-    from dualign.annotate.client import usage
-
     reply = outcome.get("body")
     if outcome.get("status") == 200:
         return (usage(reply) if isinstance(reply, dict) else None) or bounds
