@@ -6,7 +6,7 @@ import textwrap
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -126,11 +126,19 @@ def _type(annotation: Any) -> str:
         return ", ".join(f"`{a}`" for a in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join(_type(a) for a in arguments if a is not type(None))
+    if origin is Annotated:
+        return _type(arguments[0])
     if origin is list:
         return f"list ({_type(arguments[0])})"
     if origin is dict:
         return "mapping"
-    words = {"str": "text", "bool": "true or false", "int": "whole number", "float": "number"}
+    words = {
+        "str": "text",
+        "bool": "true or false",
+        "int": "whole number",
+        "float": "number",
+        "RewardSettings": "rewards",
+    }
     name = str(getattr(annotation, "__name__", annotation))
     return words.get(name, name)
 

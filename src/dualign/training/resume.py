@@ -44,6 +44,7 @@ ALLOWED = (  # none of these changes a number that is already in the folder
     "run.keep_last",
     "run.trackers",
     "run.project",
+    "witness.stop",
 )
 
 
@@ -59,7 +60,9 @@ def resumed_config(folder: Path, overrides: Iterable[str]) -> Config:
 def check_changes(run: Run, config: Config) -> None:
     """Raises UserError, by name, for a key of `config` that may not differ from the run's own."""
     stored = _stored(run, config)
-    allowed = [*ALLOWED, *(f"reward.{i}.{key}" for i, r in enumerate(config.reward) for key in sorted(r.ASKING))]
+    asked = {"reward": config.reward, "witness.reward": config.witness.reward if config.witness else []}
+    asking = [(f"{of}.{i}", r) for of, rewards in asked.items() for i, r in enumerate(rewards)]
+    allowed = [*ALLOWED, *(f"{place}.{key}" for place, r in asking for key in sorted(r.ASKING))]
     for key, (old, new) in configs.differences(stored, config).items():
         if key not in allowed and key != "run.dir" and not _moved(run, config, key, str(old), str(new)):
             raise UserError(

@@ -29,6 +29,7 @@ COLLAPSED = 0.5  # of the share of different answers at π_0: a person should be
 COLUMNS = {  # column: (key, format); shown when the key is there
     "batch": ("step", "{:d}"),
     "reward": ("reward", "{:+.3f}"),
+    "witness": ("witness", "{:+.3f}"),
     "KL to π_0": ("kl", "{:z.2f}"),
     "clipped": ("clip_rate", "{:.0%}"),
     "ess": ("ess", "{:.0%}"),
