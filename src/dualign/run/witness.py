@@ -169,6 +169,16 @@ def planned(config: Config, settings: Any, evaluated: Sequence[int] | None = Non
     return sorted(looks, key=lambda look: (look[1], look[0] == "batch"))
 
 
+def most_labels(config: Config, settings: Any, heldout: int) -> int:
+    """That the looks of a run need, where so many prompts are held out."""
+    every = {
+        "heldout": min(settings.heldout, heldout * config.eval.k),
+        "batch": min(settings.sample, config.train.online_batch),
+    }
+    first = min(BASELINE * settings.sample, config.train.online_batch)
+    return sum(first if (kind, step) == ("batch", 0) else every[kind] for kind, step in planned(config, settings))
+
+
 def chosen(rows: Sequence[Row], kind: Kind, step: int, settings: Any, seed: int) -> list[Row]:
     """The completions of a look, always the same: one of each prompt before a second of any. Of what is held out the
     same places at each evaluation, so that prompts are paired."""

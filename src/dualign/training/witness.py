@@ -99,9 +99,8 @@ class Witness:
         self.settings = config.witness
         self.asking: Asking | None = None
         if self.settings and processes.main:
-            self.asking = Asking(
-                self.settings, config.run.seed, planned(config, self.settings), run.witness_dir, self._put
-            )
+            plan = planned(config, self.settings)
+            self.asking = Asking(self.settings, config.run.seed, plan, run.witness_dir, self._put, spared=True)
 
     def _put(self, path: Path, text: str) -> None:
         self.run.write_text(f"{OWN}/{path.name}", text)
