@@ -76,8 +76,8 @@ class Evaluations:
         if not self.run.evaluation_path(done).exists():
             self._evaluate(done, ready)
             self.machine.processes.barrier()
-        if self.labeller is not None:
-            self.witness.heldout(done)
+        if self.labeller is not None and (found := self.witness.heldout(done)):
+            self.machine.track(done, {"heldout": found})
 
     def _evaluate(self, done: int, ready: Callable[[], None]) -> None:
         self.view.phase(done, "evaluating on what is held out")

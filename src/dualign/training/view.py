@@ -141,7 +141,7 @@ class View:
         for name, (key, form) in self.columns.items():
             if (value := record.get(key)) is not None:
                 half = record.get(f"{key}_ci")
-                shown[name] = form.format(value) + ("" if half is None else f" ± {form.format(half)}")
+                shown[name] = form.format(value) + ("" if half is None else f" ± {form.replace('+', '').format(half)}")
         return shown
 
 

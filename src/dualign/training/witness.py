@@ -98,9 +98,14 @@ class Witness:
         self.run, self.processes, self.interrupts, self.say = run, processes, interrupts, say
         self.settings = config.witness
         self.asking: Asking | None = None
-        if self.settings and processes.main:
-            plan = planned(config, self.settings)
-            self.asking = Asking(self.settings, config.run.seed, plan, run.witness_dir, self._put, spared=True)
+        if config.witness:
+            processes.everyones(lambda: self._build(config, config.witness))  # what cannot be built ends all of them
+
+    def _build(self, config: Config, settings: WitnessConfig | None) -> Sequence[None]:
+        if settings and self.processes.main:
+            plan = planned(config, settings)
+            self.asking = Asking(settings, config.run.seed, plan, self.run.witness_dir, self._put, spared=True)
+        return ()
 
     def _put(self, path: Path, text: str) -> None:
         self.run.write_text(f"{OWN}/{path.name}", text)
@@ -118,9 +123,11 @@ class Witness:
             with clock("witness"):
                 self._look("batch", b.step, lambda: b.rows)
 
-    def heldout(self, done: int) -> None:
-        """Asks about the stored evaluation after `done` online batches."""
+    def heldout(self, done: int) -> dict[str, Any]:
+        """Asks about the stored evaluation after `done` online batches; what it found, for trackers."""
         self._look("heldout", done, lambda: self.run.read_evaluation(done)[0])
+        look = self.asking.seen.heldout.get(done) if self.asking else None
+        return look.record() if look else {}
 
     def _look(self, kind: Kind, step: int, rows: Callable[[], Sequence[Row]]) -> None:
         def make() -> Sequence[Look]:
