@@ -14,8 +14,9 @@ from dualign.config.sections import WitnessConfig
 from dualign.run import parting
 from dualign.run.batch import Row
 from dualign.run.folder import Run
-from dualign.run.witness import Witnessed, chosen, look_of, planned
+from dualign.run.witness import Witnessed, chosen, look_of, planned, read
 from dualign.training.resume import resumed_config
+from dualign.training.witness import Asking
 from runs_common import metrics, tree, vowels, weights, write_prompts
 from simulated_witness import CASES, fallen, first_spoken
 
@@ -147,6 +148,28 @@ def test_a_preference_cannot_be_a_witness(tiny, tmp_path):
     c["witness"]["reward"] = {"type": "head", "pth": "x"}
     with pytest.raises(UserError, match=r"witness\.reward\.0\.pth: no such key.*did you mean"):
         build(c)
+
+
+def test_what_a_killed_look_had_bought_is_not_bought_again(tmp_path):
+    (tmp_path / "counted.py").write_text(
+        f"def counted(completions, **columns):\n    open({str(tmp_path / 'calls')!r}, 'a').write('x')\n"
+        "    return [float(len(c)) for c in completions]\n"
+    )
+    s = settings(reward=[{"type": "function", "path": f"{tmp_path}/counted.py:counted"}])
+    plan = [("batch", 0), ("batch", 4)]
+
+    def killed(path, text):
+        raise KeyboardInterrupt
+
+    for put in (killed, lambda path, text: path.write_text(text)):
+        asking = Asking(s, 0, plan, tmp_path / "witness", put)
+        try:
+            asking.look("batch", 0, rows(lambda g, i: 0.0), lambda: None)
+        except KeyboardInterrupt:
+            assert not asking.seen.looks and list((tmp_path / "witness").glob("*.journal"))
+    assert (tmp_path / "calls").read_text() == "x" and not list((tmp_path / "witness").glob("*.journal"))
+    (look,) = read(tmp_path / "witness").looks
+    assert len(look.labels) == 64 and not asking.due("batch", 0) and asking.due("batch", 4)
 
 
 # --- runs ---
