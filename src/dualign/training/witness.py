@@ -96,7 +96,7 @@ class Witness:
         say: Callable[[str], None],
     ) -> None:
         self.run, self.processes, self.interrupts, self.say = run, processes, interrupts, say
-        self.settings = config.witness
+        self.settings, self.total = config.witness, config.train.online_batches
         self.asking: Asking | None = None
         if config.witness:
             processes.everyones(lambda: self._build(config, config.witness))  # what cannot be built ends all of them
@@ -145,7 +145,7 @@ class Witness:
             self.say(look.text(told=first))
         if asking.fault:
             self.say(f"note: the witness is asked no more, the run goes on: {asking.fault}")
-        if look.spoke and first and asking.settings.stop:
+        if look.spoke and first and asking.settings.stop and look.step < self.total:
             self.say(f"stopping, as witness.stop has it; `dualign resume {self.run.folder}` goes on all the same")
             self.interrupts.requested = self.interrupts.requested or "the witness"
 
