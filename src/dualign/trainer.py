@@ -37,13 +37,9 @@ from dualign.training.given import Rows, with_given
 from dualign.training.machine import Machine
 from dualign.training.parallelize import load_policy
 from dualign.training.resume import Changes, check_inputs, check_same_run, check_tokens, sampler_name, told
-from dualign.training.source import (
-    Clock,
-    Labeller,
-    load_stream,
-    make_source,
-)
+from dualign.training.source import Clock, Labeller, load_stream, make_source
 from dualign.training.view import View, plan_lines, warnings_of
+from dualign.training.witness import Witness
 
 
 def train(
@@ -97,10 +93,10 @@ def train(
             annotator = annotate.build(config.reward, rewards, run.folder, run.journal, processes)
             if processes.main and not resume:
                 note_fetched(run, config)
-        with Interrupts() as interrupts, view:
+        with Interrupts() as interrupts, Witness(config, run, processes, interrupts, view.say) as witness, view:
             for note in changes.notes:
                 view.say(note)
-            Trainer(config, machine, engine, sampler, run, annotator, view, interrupts).fit()
+            Trainer(config, machine, engine, sampler, run, annotator, witness, view, interrupts).fit()
     except Exception as error:
         if processes.main and isinstance(error, RewardError | AbsentError):
             run.note(mending=True)
@@ -149,18 +145,19 @@ class Trainer:
         sampler: Sampler | None,
         run: Run,
         annotator: Annotator | None,
+        witness: Witness,
         view: View,
         interrupts: Interrupts,
     ) -> None:
         self.config, self.machine, self.engine, self.sampler = config, machine, engine, sampler
-        self.run, self.view, self.interrupts = run, view, interrupts
+        self.run, self.view, self.interrupts, self.witness = run, view, interrupts, witness
         self.algo, self.processes, self.first_pass = config.algo, machine.processes, FirstPass(config, engine)
         self.labeller: Labeller | None = None
         if sampler is not None and annotator is not None:
             self.labeller = Labeller(sampler, annotator, run.journal, interrupts.check, self.processes)
         stream = load_stream(config, engine, view.say)
         self.source = make_source(config, self.processes, engine.tokenizer, self.labeller, stream)
-        self.evaluations = Evaluations(config, machine, engine, run, self.labeller, view)
+        self.evaluations = Evaluations(config, machine, engine, run, self.labeller, witness, view)
         self.labels, self.moved = 0, True  # whether π_θ has moved since the sampler got its weights
         rollout.check_room(sampler, [*stream, *self.evaluations.heldout], config.rollout.max_new_tokens)
         view.plan(plan_lines(config, engine, len(stream), len(self.evaluations.heldout)))
@@ -176,6 +173,8 @@ class Trainer:
                     self.evaluations.evaluate(step, partial(self._sync, clock))
                 stored = self.run.read_batch(step)
                 b = stored or self._collect(step, clock)
+                if skip == 0:
+                    self.witness.batch(b, clock)
             except StopAsked as asked:
                 self._checkpoint(step, 0, [])
                 raise StopRun(
@@ -257,6 +256,7 @@ class Trainer:
             # apart from the phases: rewards run side by side, within the phase "label" and during "sample"
             if each := {name.removesuffix("/seconds"): v for name, v in stats if name.endswith("/seconds")}:
                 record["label_seconds"] = each
+        record |= self.witness.record(b.step)
         if self.processes.main:
             self.run.records.add(record)
         self.machine.track(b.step, record)
@@ -273,7 +273,7 @@ class Trainer:
         if not self.processes.main:
             return
         summary: dict[str, Any] = {"online_batches": total, "labels": self.labels, "algo": self.algo.name}
-        summary |= self.evaluations.before_and_after(total)
+        summary |= self.evaluations.before_and_after(total) | self.witness.summary()
         seconds: dict[str, float] = {}
         for record in self.run.metrics():
             for phase, spent in record["seconds"].items():

@@ -1,4 +1,4 @@
-"""verify, replay, what-if: what a run's folder tells, without a model and without a label."""
+"""verify, replay, what-if, witness: what a run's folder tells, without a model."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
     app.command()(verify)
     app.command()(replay)
     app.command("what-if")(what_if)
+    app.command()(witness)
 
 
 def verify(run: RunFolder) -> None:
@@ -78,6 +79,26 @@ def what_if(
             if b.step in models:
                 found = stored.gradient_cosine(str(models[b.step]), config, b, other.algo)
                 print(f"batch {b.step:4d}  cosine of the gradients of {models[b.step]}: {found:+.4f}")
+
+
+def witness(
+    run: RunFolder,
+    more: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value of the reward that is asked; default: the run's own witness"),
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, help="ask about each so many online batches")] = 4,
+    sample: Annotated[int, typer.Option(min=1, help="completions of such a batch; four times as many of π_0's")] = 16,
+    heldout: Annotated[int, typer.Option(min=0, help="held-out answers of each evaluation")] = 64,
+    alpha: Annotated[float, typer.Option(help="the chance of a false alarm over the run")] = 0.05,
+    name: Annotated[str | None, typer.Option(help="its folder, RUN/witness-NAME; default: the reward's name")] = None,
+) -> None:
+    """Ask a second reward or judge about the stored batches and evaluations of a run: when did the two part?"""
+    from dualign.eval.witness import ask
+
+    settings = {"every": every, "sample": sample, "heldout": heldout, "alpha": alpha}
+    for line in ask(run, more or [], settings, name):
+        print(line)
 
 
 def _effects(effects: Sequence[Effect]) -> Iterator[str]:

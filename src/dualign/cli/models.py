@@ -15,7 +15,8 @@ def register(app: typer.Typer) -> None:
 
 def export(
     run: Annotated[Path, typer.Argument(help="the run's folder")],
-    checkpoint: Annotated[str, typer.Option(help="latest, or after how many online batches")] = "latest",
+    checkpoint: Annotated[str, typer.Option(help="latest, best, or after how many online batches")] = "latest",
+    best: Annotated[bool, typer.Option("--best", help="the checkpoint that the run's witness rates highest")] = False,
     merge: Annotated[bool, typer.Option("--merge", help="of adapters, write the whole model")] = False,
     out: Annotated[Path | None, typer.Option(help="where to; default: RUN/export")] = None,
 ) -> None:
@@ -24,10 +25,13 @@ def export(
     from dualign.models.export import export as write
     from dualign.run.folder import Run
 
-    if checkpoint != "latest" and not checkpoint.isdecimal():
-        raise UserError(f"--checkpoint {checkpoint}: expected latest, or a number of online batches")
+    if checkpoint not in ("latest", "best") and not checkpoint.isdecimal():
+        raise UserError(f"--checkpoint {checkpoint}: expected latest, best, or a number of online batches")
     opened = Run.open(run)
-    found = opened.checkpoint("latest" if checkpoint == "latest" else int(checkpoint))
+    if best or checkpoint == "best":
+        found = opened.checkpoint("best")
+    else:
+        found = opened.checkpoint("latest" if checkpoint == "latest" else int(checkpoint))
     out = out or opened.folder / "export"
     print(f"{out}: {write(found, out, opened.config.model, merge)}, from {found}")
 

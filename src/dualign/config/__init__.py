@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self, get_args, get_origin
@@ -21,8 +21,9 @@ from dualign.common.named import class_of, is_place, same_name
 from dualign.common.paths import at_home
 from dualign.common.settings import Settings, fault_at
 from dualign.common.yaml_text import parse_yaml
+from dualign.config.differences import differences as differences
 from dualign.config.renamed import renamed, with_new_names
-from dualign.config.sections import EvalConfig, RunConfig, TrainConfig
+from dualign.config.sections import EvalConfig, RunConfig, TrainConfig, WitnessConfig
 from dualign.data.settings import DataConfig
 from dualign.models.settings import ModelConfig
 from dualign.rollout.settings import ENGINES, RolloutConfig, SamplerSettings
@@ -40,6 +41,7 @@ class Config(Settings):
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
     run: RunConfig = RunConfig()
+    witness: WitnessConfig | None = None
     algo: SerializeAsAny[Algorithm] = ALGORITHMS[DEFAULT](name=DEFAULT)
 
     @field_validator("algo", mode="before")
@@ -212,7 +214,9 @@ def merge(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
 
 
 def one_reward(tree: dict[str, Any]) -> dict[str, Any]:
-    """A single reward may be written without the list's dash."""
+    """A single reward may be written without the list's dash, a witness's too."""
+    if isinstance(witness := tree.get("witness"), dict):
+        tree = {**tree, "witness": one_reward(witness)}
     return {**tree, "reward": [tree["reward"]]} if isinstance(tree.get("reward"), dict) else tree
 
 
@@ -330,21 +334,7 @@ def _model_of(annotation: Any, tree: Any) -> Any:
     return next((found for option in get_args(annotation) if (found := _model_of(option, tree))), None)
 
 
-def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """(old value, new value) by key.sub, where they differ."""
-    return dict(_differences(old.model_dump(), new.model_dump()))
-
-
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        old, new = dict(enumerate(old)), dict(enumerate(new))
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in dict.fromkeys([*old, *new]):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
-    elif old != new:
-        yield path, (old, new)
-
-
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML, every default spelled out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved configuration as YAML, every default spelled out; without a witness, as before there were any."""
+    tree = config.model_dump(mode="json", exclude=None if config.witness else {"witness"})
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

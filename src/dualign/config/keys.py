@@ -128,6 +128,8 @@ def _type(annotation: Any) -> str:
         return ", ".join(f"`{a}`" for a in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join(_type(a) for a in arguments if a is not type(None))
+    if origin is Annotated:
+        return _type(arguments[0])
     if origin is list:
         return f"list ({_type(arguments[0])})"
     if origin is dict:

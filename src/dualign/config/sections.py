@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from dualign.annotate.registry import RewardConfig
+from dualign.annotate.settings import RewardSettings
 from dualign.common.settings import Settings
 
 
@@ -67,3 +69,27 @@ class RunConfig(Settings):
         description="where numbers are sent beside metrics.jsonl; TensorBoard's are in RUN/trackers",
     )
     project: str = Field("dualign", description="the trackers' name for it")
+
+
+class WitnessConfig(Settings):
+    """A second judge or reward that is asked and never trained on."""
+
+    reward: list[RewardConfig] = Field(
+        min_length=1, description="what is asked: a reward, or a list that is summed, with the keys of reward.N"
+    )
+    every: int = Field(4, ge=1, description="ask about each so many online batches, π_0's own (batch 0) among them")
+    sample: int = Field(16, ge=1, description="completions of such a batch; four times as many of π_0's")
+    heldout: int = Field(64, ge=0, description="held-out answers of each evaluation")
+    alpha: float = Field(
+        0.05, gt=0, lt=1, description="the chance, over the run, to say by mistake that reward and witness part"
+    )
+    stop: bool = Field(False, description="when they part, stop cleanly (exit code 3); a resume goes on")
+
+    @field_validator("reward")
+    @classmethod
+    def _has_a_mean(cls, rewards: list[RewardSettings]) -> list[RewardSettings]:
+        if any(reward.compares for reward in rewards):
+            raise ValueError(
+                "a preference compares completions of one prompt: its mean never changes, so it sees nothing"
+            )
+        return rewards

@@ -35,6 +35,8 @@ def of_run(config: Config, given: Sequence[Reward] = (), near: bool = False) -> 
             found[key] = of_code(place)
     if d.eval:
         found["data.eval"] = of_data(d.eval, d.subset, d.eval_split, near)
+    if config.witness:
+        found |= {f"witness.{key}": files for key, files in of_rewards(config.witness.reward).items()}
     return found | of_rewards(config.reward, given)
 
 

@@ -31,6 +31,7 @@ class RunFiles:
         self.batches = folder / "batches"
         self.evaluations_dir = folder / "evaluations"
         self.checkpoints = folder / "checkpoints"
+        self.witness_dir = folder / "witness"
         self.config_file = folder / "config.yaml"
         self.metrics_file = folder / "metrics.jsonl"
         self.journal = Journal(rank)
@@ -124,7 +125,8 @@ class RunFiles:
             path.unlink()
         for name in ("config.yaml", "run.json", "metrics.jsonl", "manifest", ".lock"):
             (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "trackers", ignore_errors=True)
+        for made in (self.folder / "trackers", self.witness_dir):
+            shutil.rmtree(made, ignore_errors=True)
         for part in (*parts, self.folder):
             with contextlib.suppress(OSError):  # not there, or something else is in it
                 part.rmdir()
@@ -150,12 +152,16 @@ class RunFiles:
     def tidy(self) -> None:
         """Clears away what a kill left behind: files half written, journals of batches that are complete, and a last
         record whose file never came."""
-        for folder in (self.folder, self.batches, self.evaluations_dir, self.checkpoints):
+        for folder in (self.folder, self.batches, self.evaluations_dir, self.checkpoints, self.witness_dir):
             for path in folder.glob(".*.partial"):
                 remove(path)
-        for folder in (self.batches, self.evaluations_dir):
+        for folder, suffix in (
+            (self.batches, "parquet"),
+            (self.evaluations_dir, "parquet"),
+            (self.witness_dir, "json"),
+        ):
             for path in folder.glob("*.journal"):
-                if (folder / f"{path.name.split('.')[0]}.parquet").exists():
+                if (folder / f"{path.name.split('.')[0]}.{suffix}").exists():
                     path.unlink()
         last = [self.folder / name for name in self.manifest.last if not self.manifest.files[name].gone]
         self.manifest.drop([path for path in last if not path.exists()])

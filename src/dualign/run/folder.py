@@ -15,11 +15,13 @@ import pyarrow.parquet as pq
 
 from dualign.common.errors import UserError
 from dualign.config import Config, load
+from dualign.run import witness
 from dualign.run.batch import Row, WeightedBatch, labelled
 from dualign.run.files import RunFiles
 from dualign.run.journal import files_of
 from dualign.run.metrics import MetricsFile, new_names
 from dualign.run.table import from_table, read_table, to_table
+from dualign.run.witness import Witnessed
 
 STATE_FILES = ("state.json", "train.safetensors", "optimizer.safetensors")  # what only the newest checkpoint needs
 
@@ -83,9 +85,30 @@ class Run(RunFiles):
         """The run's evaluations on what is held out, the first one of π_0."""
         return [Evaluated(done, *reversed(self.read_evaluation(done))) for done in self.evaluated()]
 
-    def checkpoint(self, which: int | Literal["latest"] = "latest") -> Path:
-        """The folder of a checkpoint, for from_pretrained: the latest, or that after so many online batches. Raises
-        UserError where there is none."""
+    def witness(self, name: str | None = None) -> Witnessed:
+        """What a witness said: the run's own, or that which `dualign witness` asked by this `name`. Where the run has
+        none of its own, the only other. Raises UserError where there is none."""
+        have = witness.folders(self.folder)
+        of = {path.name.removeprefix(witness.OWN).removeprefix("-"): path for path in have}
+        found = of.get(name or "") or (have[0] if name is None and len(have) == 1 else None)
+        if found is None:
+            others = ", ".join(other for other in of if other) or "none"
+            raise UserError(f"{self.folder}: no witness {name or 'of its own'}; asked afterwards: {others}")
+        return witness.read(found)
+
+    def best(self) -> Path | None:
+        """The checkpoint that the witness rates highest; None where it has rated none. Raises UserError without one."""
+        whole = {int(path.name): path for path in self.saved() if "+" not in path.name}
+        found = self.witness().best(list(whole))
+        return whole[found[0]] if found else None
+
+    def checkpoint(self, which: int | Literal["latest", "best"] = "latest") -> Path:
+        """The folder of a checkpoint, for from_pretrained: the latest, the best by the witness, or that after so many
+        online batches. Raises UserError where there is none."""
+        if which == "best":
+            if (best := self.best()) is None:
+                raise UserError(f"{self.folder}: no checkpoint that the witness has rated")
+            return best
         saved = {path.name: path for path in self.saved()}
         name = list(saved)[-1] if saved and which == "latest" else f"{which:06d}" if which != "latest" else ""
         if name not in saved:
@@ -150,7 +173,7 @@ class Run(RunFiles):
 
     def save_checkpoint(self, step: int, update: int, write: Callable[[Path], None], keep_last: int | None) -> Path:
         """Checkpoint after `step` online batches and `update` updates of the next. Earlier ones keep their weights for
-        evaluation (as many as `keep_last` says) but hand the training state on to this one."""
+        evaluation (as many as `keep_last` says, and the best by the witness) but hand the training state on to this one."""
         path = self.checkpoints / (f"{step:06d}+{update}" if update else f"{step:06d}")
         if path == self.resumable():
             return path  # what would be written is there, to the last bit
@@ -159,7 +182,8 @@ class Run(RunFiles):
             self._drop([path])
         self._put(path, write)
         whole = [old for old in earlier if "+" not in old.name]
-        spare = whole[: max(0, len(whole) + 1 - keep_last)] if keep_last else []
+        best = self.best() if (self.folder / witness.OWN).is_dir() else None
+        spare = [old for old in whole[: max(0, len(whole) + 1 - keep_last)] if old != best] if keep_last else []
         gone = [*spare, *(old for old in earlier if "+" in old.name)]
         # the state's index first: without it the others do not count
         self._drop([p for old in earlier if old not in gone for name in STATE_FILES if (p := old / name).exists()])

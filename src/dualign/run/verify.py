@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dualign import config as configs
+from dualign.annotate.endpoints import SPENT
 from dualign.common import lines
 from dualign.common.errors import UserError
 from dualign.run import digests
@@ -113,13 +114,13 @@ def _again(run: Run, path: Path) -> str:
 
 def _present(run: Run) -> Iterator[Finding]:
     """Files that are there without a record, and what is in progress."""
-    for part in (run.folder, run.batches, run.evaluations_dir, run.checkpoints):
+    for part in (run.folder, run.batches, run.evaluations_dir, run.checkpoints, run.witness_dir):
         for path in sorted(part.iterdir()) if part.is_dir() else []:
             if path.name.endswith(".partial"):
                 yield Finding("unfinished", f"{path}: half written when the run was killed")
             elif path.suffix == ".journal":
                 yield _journal(path)
-            elif part != run.folder:
+            elif part != run.folder and not path.name.startswith(SPENT):  # an account changes with each label
                 for file in [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]:
                     if file.relative_to(run.folder).as_posix() not in run.manifest.files:
                         yield Finding("damaged", f"{file}: not of this run (it has no record)", "Move it elsewhere")

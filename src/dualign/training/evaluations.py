@@ -19,16 +19,24 @@ from dualign.training.heldout_set import HeldOutSet, changes, evaluate_set
 from dualign.training.machine import Machine
 from dualign.training.source import Labeller, load_heldout
 from dualign.training.view import View
+from dualign.training.witness import Witness
 
 
 class Evaluations:
     """On prompts, whose answers are judged by the run's reward; without one, on rows of a fixed set (`heldout_set`)."""
 
     def __init__(
-        self, config: Config, machine: Machine, engine: Engine, run: Run, labeller: Labeller | None, view: View
+        self,
+        config: Config,
+        machine: Machine,
+        engine: Engine,
+        run: Run,
+        labeller: Labeller | None,
+        witness: Witness,
+        view: View,
     ) -> None:
         self.config, self.machine, self.engine, self.run = config, machine, engine, run
-        self.labeller, self.view = labeller, view
+        self.labeller, self.witness, self.view = labeller, witness, view
         self.heldout = self._load()
 
     def _load(self) -> list[Request] | list[Example]:
@@ -61,10 +69,17 @@ class Evaluations:
         return done == 0 or bool(every and done % every == 0)
 
     def evaluate(self, done: int, ready: Callable[[], None]) -> None:
-        """Of the policy after `done` online batches, unless a run that was killed since has done it. `ready` makes the
-        sampler that policy."""
-        if not self.heldout or self.run.evaluation_path(done).exists():
+        """Of the policy after `done` online batches, unless a run that was killed since has done it; then the witness.
+        `ready` makes the sampler that policy."""
+        if not self.heldout:
             return
+        if not self.run.evaluation_path(done).exists():
+            self._evaluate(done, ready)
+            self.machine.processes.barrier()
+        if self.labeller is not None and (found := self.witness.heldout(done)):
+            self.machine.track(done, {"heldout": found})
+
+    def _evaluate(self, done: int, ready: Callable[[], None]) -> None:
         self.view.phase(done, "evaluating on what is held out")
         self.engine.free_memory()
         result: HeldOut | HeldOutSet

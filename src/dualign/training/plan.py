@@ -12,12 +12,14 @@ from typing import Any
 
 from dualign import assets, data
 from dualign.annotate import ONLY_GATES
+from dualign.annotate.settings import RewardSettings
 from dualign.common.errors import UserError
 from dualign.common.types import Prompt
 from dualign.config import Config
 from dualign.models.load import context_of
 from dualign.models.tokenizer import Tokenizer, load_tokenizer, source_of
 from dualign.rollout.base import Request
+from dualign.run.witness import most_labels
 from dualign.training.evaluations import in_both
 from dualign.training.fits import Asked, NotAtHand, memory_lines
 from dualign.training.source import load_heldout, load_stream
@@ -70,17 +72,26 @@ def print_plan(config: Config, gpus: int | None = None, nodes: int = 1, gpu_memo
     except UserError as error:
         faults.append(str(error))
     for i, reward in enumerate(c.reward):
-        print(f"reward.{i}: {reward.of_groups(c.group).describe(labels + evaluated)}")
-        try:
-            reward.check()
-        except UserError as error:
-            faults.append(f"reward.{i}: {error}")
+        _check(f"reward.{i}", reward.of_groups(c.group), labels + evaluated, faults)
     faults += [ONLY_GATES] if c.reward and all(reward.gate for reward in c.reward) else []
+    if c.witness:
+        wanted = most_labels(c, c.witness, held)
+        print(f"witness: at most {wanted} labels")
+        for i, reward in enumerate(c.witness.reward):
+            _check(f"witness.reward.{i}", reward, wanted, faults)
     if (Path(c.run.dir) / "config.yaml").exists():
         faults.append(f"run.dir: {c.run.dir} already holds a run")
     faults += [f"run.trackers: {name} is not installed" for name in c.run.trackers if find_spec(name) is None]
     if faults:
         raise UserError("this would not run:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def _check(key: str, reward: RewardSettings, labels: int, faults: list[str]) -> None:
+    print(f"{key}: {reward.describe(labels)}")
+    try:
+        reward.check()
+    except UserError as error:
+        faults.append(f"{key}: {error}")
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ ALLOWED = (  # none of these changes a number that is already in the folder
     "run.keep_last",
     "run.trackers",
     "run.project",
+    "witness.stop",
 )
 
 
@@ -60,7 +61,8 @@ def resumed_config(folder: Path, overrides: Iterable[str]) -> Config:
 def check_changes(run: Run, config: Config) -> None:
     """Raises UserError, by name, for a key of `config` that may not differ from the run's own."""
     stored = _stored(run, config)
-    allowed = [*ALLOWED, *asking(config.reward, "reward")]
+    witnesses = config.witness.reward if config.witness else []
+    allowed = [*ALLOWED, *asking(config.reward, "reward"), *asking(witnesses, "witness.reward")]
     for key, (old, new) in configs.differences(stored, config).items():
         may = key == "run.dir" or any(key == each or key.startswith(f"{each}.") for each in allowed)
         if not may and not _moved(run, config, key, str(old), str(new)):

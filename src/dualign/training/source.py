@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -127,8 +128,8 @@ class Labeller:
 
         self.processes.everyones(sample)
         with clock("label"):
-            meet(session, self._labels)
-            labels = self._labels(session)
+            meet(session, partial(awaited, check=self.check))
+            labels = awaited(session, self.check)
         return [Row(rollout, labels[rollout.index]) for rollout in sorted(rollouts, key=lambda r: r.index)]
 
     def _sample(
@@ -160,20 +161,21 @@ class Labeller:
             ) from None
         return rollouts
 
-    def _labels(self, session: Session) -> Mapping[int, Label]:
-        """Waits for the labels, but not when asked to stop: what is bought by then is still written down."""
-        answer: Future[Mapping[int, Label]] = Future()
 
-        def work() -> None:
-            try:
-                answer.set_result(session.close())
-            except BaseException as error:
-                answer.set_exception(error)
+def awaited(session: Session, check: Callable[[], None]) -> Mapping[int, Label]:
+    """Waits for the labels, but not when asked to stop (`check` raises): what is bought by then is still written down."""
+    answer: Future[Mapping[int, Label]] = Future()
 
-        threading.Thread(target=work, name="labels", daemon=True).start()
-        while not wait([answer], timeout=STOP_WITHIN).done:
-            self.check()
-        return answer.result()
+    def work() -> None:
+        try:
+            answer.set_result(session.close())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=work, name="labels", daemon=True).start()
+    while not wait([answer], timeout=STOP_WITHIN).done:
+        check()
+    return answer.result()
 
 
 class DatasetSource:

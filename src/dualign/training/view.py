@@ -31,6 +31,7 @@ COLUMNS = {  # column: (key, format); shown when the key is there
     "batch": ("step", "{:d}"),
     "reward": ("reward", "{:+.3f}"),
     RAW: (f"{RAW}/mean", "{:+.3f}"),
+    "witness": ("witness", "{:+.3f}"),
     "KL to π_0": ("kl", "{:z.2f}"),
     "clipped": ("clip_rate", "{:.0%}"),
     "ess": ("ess", "{:.0%}"),
@@ -142,7 +143,7 @@ class View:
         for name, (key, form) in self.columns.items():
             if (value := record.get(key)) is not None:
                 half = record.get(f"{key}_ci")
-                shown[name] = form.format(value) + ("" if half is None else f" ± {form.format(half)}")
+                shown[name] = form.format(value) + ("" if half is None else f" ± {form.replace('+', '').format(half)}")
         return shown
 
 

@@ -16,8 +16,10 @@ from dualign.common.errors import UserError
 from dualign.common.yaml_text import parse_yaml
 from dualign.eval import store
 from dualign.eval.result import Json, Result, Table
+from dualign.run import witness
 from dualign.run.folder import Run, read_table
 from dualign.run.metrics import new_names
+from dualign.run.witness import Witnessed
 from dualign.training.heldout import kl_name
 
 TEXT_BUDGET = 2_400_000  # characters of prompts and completions in one page, all runs together
@@ -38,6 +40,7 @@ class RunData:
     batch_count: int
     weights: dict[int, np.ndarray]  # positive weights of some batches
     results: list[Result] = field(default_factory=list)  # kept beside it
+    witnesses: list[Witnessed] = field(default_factory=list)  # its own, and those asked afterwards
 
     @cached_property
     def config(self) -> Json:
@@ -109,6 +112,7 @@ def _run(folder: Path, name: str, budget: int) -> RunData:
         batch_count=len(steps),
         weights={step: _weights(run.batch_path(step)) for step in evenly(steps, HISTOGRAMS)},
         results=store.read_all(folder),
+        witnesses=[found for path in witness.folders(folder) if (found := witness.read(path)).looks],
     )
 
 

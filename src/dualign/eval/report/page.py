@@ -15,7 +15,9 @@ from dualign.common.intervals import known, plus_minus
 from dualign.eval.report.data import Json, RunData, heldout_kl_name
 from dualign.eval.report.figures import Drawn
 from dualign.eval.report.tables import evaluations, html
+from dualign.run.folder import Run
 from dualign.training.view import verdict
+from dualign.training.witness import verdict as witness_verdict
 
 
 def render(runs: Sequence[RunData], figures: Sequence[Drawn]) -> str:
@@ -53,6 +55,7 @@ def _browser(run: RunData) -> Json:
 def _verdicts(run: RunData, runs: int) -> list[str]:
     """In words: did it get better, did it cheat."""
     lines = [*(verdict(run.summary) if "after" in run.summary else ()), *run.headlines]
+    lines += [line for each in run.witnesses for line in witness_verdict(each, Run(run.folder))]
     return [f"{run.name}: {line}" for line in lines] if runs > 1 else lines
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from dualign.annotate.normalised import RAW
 from dualign.eval.report.data import Json, RunData, evenly, heldout_kl_name
 from dualign.eval.report.style import COLOURS, Plot, Rows, legend, series, style_of
+from dualign.eval.report.witness import witness
 from dualign.training.heldout import kl_name
 
 if TYPE_CHECKING:
@@ -228,6 +229,11 @@ PLOTS: dict[str, tuple[str, str, Plot]] = {
         "Accuracy",
         "Share of pairs whose chosen answer is ahead, in training and held out",
         _of_set("accuracy", "share of pairs"),
+    ),
+    "witness": (
+        "Training reward and witness",
+        "Means over online batches; dotted: where the witness says that the two part",
+        witness,
     ),
     "pareto": ("Reward against KL", "Held-out reward against the distance to π_0; numbers are online batches", pareto),
     "kl": (
