@@ -36,6 +36,7 @@ from dualign.training.gap import check_sampler
 from dualign.training.given import Rows, with_given
 from dualign.training.machine import Machine
 from dualign.training.parallelize import load_policy
+from dualign.training.preview import preview
 from dualign.training.resume import Changes, check_inputs, check_same_run, check_tokens, sampler_name, told
 from dualign.training.source import Clock, Labeller, load_stream, make_source
 from dualign.training.view import View, plan_lines, warnings_of
@@ -165,6 +166,8 @@ class Trainer:
 
     def fit(self) -> None:
         start, skip, losses = self._restore()
+        if start == 0 and not self.run.batch_path(0).exists():
+            preview(self.config, self.labeller, self.source, self.processes, partial(self._sync, Clock()), self.view)
         self.machine.start_trackers()
         for step in range(start, self.config.train.online_batches):
             clock = Clock()

@@ -74,6 +74,19 @@ def test_rewards_of_a_file(pairs: Path, tmp_path: Path) -> None:
     assert all(r["reward"] == int(r["completion"].rsplit("-", 1)[1]) for r in rows)
 
 
+def test_show_prints_what_is_asked_said_and_read_and_writes_nothing(pairs: Path, tmp_path: Path) -> None:
+    with FaultServer() as server:
+        told = run("judge", pairs, *judge_options(server, tmp_path), "--show", 2)
+        assert server.stats.calls == 4  # two rows of two responses
+        compared = run("judge", pairs, *judge_options(server, tmp_path), "--show", 1, "--pairs")
+        with pytest.raises(UserError, match="--show 3"):
+            run("judge", pairs, *judge_options(server, tmp_path))
+    assert told.count("--- r0") == 2 and "You are an experienced rater" in told and "answer 0 quality-4" in told
+    assert "=== 4.0" in told and ">>> " in told
+    assert "=== response_a" in compared or "=== a" in compared
+    assert not list(tmp_path.glob("*.parquet"))
+
+
 def test_absent_rows_are_named_and_asked_again(pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     with FaultServer(faults=0.5, kinds=("refusal",), seed=1) as server:
@@ -81,7 +94,7 @@ def test_absent_rows_are_named_and_asked_again(pairs: Path, tmp_path: Path) -> N
         rows = pq.read_table(out).to_pylist()
         absent = [r for r in rows if r["reward"] is None]
         assert absent and {r["reason"] for r in absent} == {"refused"}
-        assert f"{len(absent)} absent: refused" in told and f"{60 - len(absent)} of 60" in told
+        assert f"absent: {len(absent)} × refused. Replies: “I'm sorry" in told and f"{60 - len(absent)} of 60" in told
         server.faults = 0.0
         calls = server.stats.calls
         run("judge", pairs, *judge_options(server, tmp_path), "--out", out)

@@ -97,6 +97,17 @@ class JudgeAnnotator:
             absent.set_result(Label.absent(str(lacking)))
             return Scored(self.name, [absent])
 
+    def asked_text(self, item: Item) -> str:
+        """What the judge reads of one completion, for people; of a checklist, with the first criterion."""
+        rubric, form = self._rubrics.of(item.prompt), self.settings.reply
+        try:
+            if rubric.checklist:
+                first = criteria_of(rubric.checklist, item.prompt)[0]
+                return in_text(rubric.criterion_messages(item.prompt, item.completion, first, form))
+            return in_text(rubric.reward_messages(item.prompt, item.completion, form))
+        except LackingError as lacking:
+            return f"(nothing: {lacking})"
+
     def combine(self, asked: Scored | Checked) -> Label:
         return asked.label()
 
@@ -189,6 +200,10 @@ def windowed(rows: Iterable[Row], ask: Callable[[Row], Asked], window: int) -> I
         if len(ahead) > window:
             yield ahead.popleft()
     yield from ahead
+
+
+def in_text(messages: Sequence[Message]) -> str:
+    return "\n\n".join(str(message["content"]) for message in messages)
 
 
 def chat(

@@ -22,7 +22,7 @@ from dualign.annotate.base import Item, Session
 from dualign.annotate.client import Client
 from dualign.annotate.contest import ALONE, ContestSession
 from dualign.annotate.endpoints import PreferenceReward
-from dualign.annotate.judge import chat, wants_of
+from dualign.annotate.judge import chat, in_text, wants_of
 from dualign.annotate.ranking import ranking
 from dualign.annotate.reply import read_reply
 from dualign.annotate.request import Payload
@@ -99,6 +99,10 @@ class PreferenceAnnotator:
     def compare(self, prompt: Prompt, a: str, b: str) -> Asked:
         """Starts asking which of `a` and `b` is better, in both orders."""
         return Asked(self._order(prompt, a, b), self._order(prompt, b, a), self.asks)
+
+    def asked_text(self, prompt: Prompt, a: str, b: str) -> str:
+        """What the judge reads of a pair, in the first order, for people."""
+        return in_text(self.rubric.preference_messages(prompt, a, b, self.settings.reply))
 
     def rank(self, prompt: Prompt, responses: Sequence[str], sample: int = 0) -> Future[Label]:
         """Starts asking for the order of `responses`, shown as they stand. Of the label that is not absent, `parts`

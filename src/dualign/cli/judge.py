@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+
+from dualign.common.types import Label
 
 Rubric = Annotated[str, typer.Option(help="summarization, helpfulness, harmlessness, or a YAML file")]
 BaseUrl = Annotated[str | None, typer.Option(help="an OpenAI-compatible server, for example http://localhost:8000/v1")]
@@ -40,10 +41,14 @@ def judge(
         str, typer.Argument(help="rows with a prompt and completion, chosen/rejected or response_a/response_b")
     ],
     rubric: Rubric,
-    out: Annotated[Path, typer.Option(help="a .jsonl or .parquet file")],
+    out: Annotated[Path | None, typer.Option(help="a .jsonl or .parquet file")] = None,
     base_url: BaseUrl = None,
     model: Model = None,
     serve: Serve = None,
+    show: Annotated[
+        int | None,
+        typer.Option(min=1, help="print so many rows: what the judge reads, what it says, the label; no file"),
+    ] = None,
     pairs: Annotated[
         bool, typer.Option("--pairs", help="AI preferences: which of a row's two responses is better")
     ] = False,
@@ -55,26 +60,34 @@ def judge(
     """Label a file with an LLM judge. Run it again to continue: what was bought is in the cache."""
     from dualign.annotate.batch import in_batches
     from dualign.annotate.labelled import write_rows
+    from dualign.annotate.told import absent_words
+    from dualign.common.errors import UserError, clean
     from dualign.data.responses import load_responses
     from dualign.data.settings import DataConfig
 
-    rows = load_responses(file, limit, DataConfig(train=file, prompt_column=prompt_column))
+    if (out is None) == (show is None):
+        raise UserError("say where the labels go (--out FILE), or look at some of them (--show 3)")
+    rows = load_responses(file, limit, DataConfig(train=file, prompt_column=prompt_column))[:show]
     settings = {"rubric": rubric, **_server(base_url, model, serve), **_settings(more)}
-    counts: Counter[str] = Counter()
-    label = _compared(rows, settings, file) if pairs else _rewarded(rows, settings)
+    absent: list[Label] = []
+    looked_at = show is not None
+    label = _compared(rows, settings, file, looked_at) if pairs else _rewarded(rows, settings, looked_at)
+    if out is None:
+        for row in label:
+            typer.echo(clean(_shown(row)))
+        return
     total = len(rows) if pairs else sum(len(row.texts) for row in rows)
     with in_batches(out.with_name(f"{out.name}.batch"), wanted=batch):
-        write_rows(out, _count(_progress(label, total, "labels"), counts))
-    typer.echo(f"{counts.pop('', 0)} of {total} labelled, in {out}")
-    for reason, count in counts.most_common():
-        typer.echo(f"  {count} absent: {reason}")
+        write_rows(out, _collect(_progress(label, total, "labels"), absent))
+    typer.echo(f"{total - len(absent)} of {total} labelled, in {out}")
+    if absent:
+        typer.echo(f"  absent: {clean(absent_words(absent))}")
 
 
-def _rewarded(rows: Sequence[Any], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _rewarded(rows: Sequence[Any], settings: dict[str, Any], show: bool) -> Iterator[dict[str, Any]]:
     """A row per response, in order. Raises StopRun where the judge or the budget ends it."""
     from dualign.annotate.base import Item
     from dualign.annotate.judge import JudgeAnnotator, windowed
-    from dualign.common.types import Label
 
     judge = JudgeAnnotator(_validated("judge", settings))
     responses = [(row, name) for row in rows for name in row.texts]
@@ -88,13 +101,14 @@ def _rewarded(rows: Sequence[Any], settings: dict[str, Any]) -> Iterator[dict[st
         for (row, name), asked in windowed(responses, ask, 4 * judge.settings.concurrency):
             label = Label.absent(row.reasons[name]) if asked is None else judge.combine(asked)
             yield {"id": row.id, "response": name, "prompt": row.prompt.messages, "completion": row.texts[name],
-                   "reward": label.value, "reason": label.reason, "note": label.note}  # fmt: skip
+                   "reward": label.value, "reason": label.reason, "note": label.note,
+                   "asked": show and asked and judge.asked_text(Item(0, 0, row.prompt, row.texts[name]))}  # fmt: skip
         _answered(judge.client, sum(text is not None for row in rows for text in row.texts.values()))
     finally:
         judge.close()
 
 
-def _compared(rows: Sequence[Any], settings: dict[str, Any], file: str) -> Iterator[dict[str, Any]]:
+def _compared(rows: Sequence[Any], settings: dict[str, Any], file: str, show: bool) -> Iterator[dict[str, Any]]:
     """A row per pair: value 1 where the first response won, 0 where it lost, 0.5 for a tie."""
     from dualign.annotate.judge import windowed
     from dualign.annotate.preference import PreferenceAnnotator, Verdict
@@ -114,7 +128,8 @@ def _compared(rows: Sequence[Any], settings: dict[str, Any], file: str) -> Itera
             better = {1.0: names["a"], 0.0: names["b"], 0.5: "tie", None: None}[verdict.value]
             yield {"id": row.id, "prompt": row.prompt.messages, **row.texts, "value": verdict.value, "better": better,
                    "first_order": verdict.ab and names[verdict.ab], "second_order": verdict.ba and names[verdict.ba],
-                   "reason": verdict.reason, "note": verdict.note}  # fmt: skip
+                   "reason": verdict.reason, "note": verdict.note,
+                   "asked": show and pair and judge.asked_text(row.prompt, *row.texts.values())}  # fmt: skip
         _answered(judge.client, sum(not row.absent for row in rows))
     finally:
         judge.close()
@@ -278,11 +293,20 @@ def _progress(rows: Iterable[T], total: int, what: str) -> Iterator[T]:
     return iter(track(rows, what, total, console=Console(stderr=True), transient=True))
 
 
-def _count(rows: Iterable[dict[str, Any]], counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    """Passes rows on, counting the reasons of absent ones; "" counts the labelled."""
+def _collect(rows: Iterable[dict[str, Any]], absent: list[Label]) -> Iterator[dict[str, Any]]:
+    """Passes rows on without what was asked, and keeps the labels that are absent."""
     for row in rows:
-        counts[row["reason"] or ""] += 1
-        yield row
+        if row["reason"]:
+            absent.append(Label.absent(row["reason"], note=row["note"]))
+        yield {key: value for key, value in row.items() if key != "asked"}
+
+
+def _shown(row: dict[str, Any]) -> str:
+    """One row for people: the request's text, the judge's words, and what was read from them."""
+    value = row["reward"] if "reward" in row else row["better"]
+    label = f"absent: {row['reason']}" if value is None else value
+    name = f" {row['response']}" if "response" in row else ""
+    return f"--- {row['id']}{name}\n{row['asked'] or ''}\n\n>>> {row['note'] or ''}\n\n=== {label}\n"
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -63,6 +63,9 @@ class RunConfig(Settings):
     checkpoints: int = Field(
         10, ge=1, description="how many over the run, at equal distances; the last batch always has one"
     )
+    preview: int = Field(
+        3, ge=0, description="labels that are bought and shown before a run that asks a judge; 0: none"
+    )
     keep_last: int | None = Field(None, ge=1, description="how many checkpoints to keep; none: all")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dualign.annotate.told import absent_words
 from dualign.common.errors import AbsentError, UserError
 from dualign.common.types import Example
 from dualign.config import Config
@@ -121,7 +122,7 @@ def in_both(trained: Sequence[Any], heldout: Sequence[Any]) -> list[str]:
 def stop_if_absent(run: Run, limit: float, where: str, rows: Sequence[Row], needed: bool = False) -> None:
     """Raises AbsentError where a larger share than `limit` (train.max_absent) of the completions has no label, or none
     has one that is `needed`. A resume asks for those again."""
-    absent = [row.label.reason or "" for row in rows if row.label.value is None]
+    absent = [row.label for row in rows if row.label.value is None]
     if rows and len(absent) / len(rows) > limit:
         why = f"more than train.max_absent={limit} allows"
     elif needed and len(absent) == len(rows):
@@ -130,6 +131,5 @@ def stop_if_absent(run: Run, limit: float, where: str, rows: Sequence[Row], need
         return
     run.journal.retry_absent()
     raise AbsentError(
-        f"{where}: {len(absent)} of {len(rows)} completions have no label, {why}. "
-        f"Reasons: {'; '.join(sorted(set(absent))[:5])}"
+        f"{where}: {len(absent)} of {len(rows)} completions have no label, {why}. Reasons: {absent_words(absent)}"
     )

@@ -26,6 +26,7 @@ ALLOWED = (  # none of these changes a number that is already in the folder
     "train.compile",
     "train.shard",
     "train.max_absent",
+    "run.preview",
     "rollout.options.decode_batch_size",
     "rollout.options.cuda_graphs",
     "rollout.options.url",
