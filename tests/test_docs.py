@@ -116,10 +116,12 @@ def _imported(path: Path) -> set[str]:
 
 def test_the_keys_a_resume_may_change_are_listed() -> None:
     from dualign.annotate.endpoints import Endpoint
+    from dualign.rollout.settings import ENGINES
     from dualign.training.resume import ALLOWED
 
     text = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
-    assert [key for key in [*ALLOWED, *Endpoint.ASKING] if f"`{key}`" not in text] == []
+    sampling = {f"rollout.options.{name}" for settings in ENGINES.values() for name in settings.ASKING}
+    assert [key for key in [*ALLOWED, *sorted(sampling), *Endpoint.ASKING] if f"`{key}`" not in text] == []
 
 
 def test_the_configuration_page_is_what_the_code_says() -> None:

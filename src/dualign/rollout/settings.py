@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 class SamplerSettings(Settings):
     """What an engine is set up with. One of your own is a subclass with fields and `build`."""
 
+    ASKING: ClassVar[frozenset[str]] = frozenset()  # settings that decide no completion: a resume may change them
     rounds: ClassVar[bool] = False  # in another way than the policy: its log-probs cannot be recorded as log π_t
 
     def describe(self) -> str:
@@ -39,6 +40,7 @@ class SamplerSettings(Settings):
 
 
 class HFSettings(SamplerSettings):
+    ASKING: ClassVar[frozenset[str]] = frozenset({"decode_batch_size", "cuda_graphs"})
     decode_batch_size: int = Field(256, ge=1, description="completions decoded side by side in one process")
     cuda_graphs: bool = Field(True, description="on a GPU, replay the steps of decoding as CUDA graphs")
 
@@ -57,6 +59,10 @@ class VLLMSettings(SamplerSettings):
     """Servers that somebody started (`url`), or one of the run's own (`serve`)."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("python", "weights_dir")
+    ASKING: ClassVar[frozenset[str]] = frozenset(
+        {"url", "serve", "python", "weights_dir", "api_key_env", "gpu_memory", "max_model_len", "tensor_parallel", "args"}
+        | {"concurrency", "timeout"}
+    )
     rounds: ClassVar[bool] = True
 
     url: str | list[str] | None = Field(

@@ -27,19 +27,6 @@ ALLOWED = (  # none of these changes a number that is already in the folder
     "train.shard",
     "train.max_absent",
     "run.preview",
-    "rollout.options.decode_batch_size",
-    "rollout.options.cuda_graphs",
-    "rollout.options.url",
-    "rollout.options.serve",
-    "rollout.options.python",
-    "rollout.options.weights_dir",
-    "rollout.options.api_key_env",
-    "rollout.options.gpu_memory",
-    "rollout.options.max_model_len",
-    "rollout.options.tensor_parallel",
-    "rollout.options.args",
-    "rollout.options.concurrency",
-    "rollout.options.timeout",
     "rollout.max_sampler_gap",
     "eval.every",
     "run.checkpoints",
@@ -63,7 +50,8 @@ def check_changes(run: Run, config: Config) -> None:
     """Raises UserError, by name, for a key of `config` that may not differ from the run's own."""
     stored = _stored(run, config)
     witnesses = config.witness.reward if config.witness else []
-    allowed = [*ALLOWED, *asking(config.reward, "reward"), *asking(witnesses, "witness.reward")]
+    sampling = [f"rollout.options.{name}" for name in sorted(config.rollout.options.ASKING)]
+    allowed = [*ALLOWED, *sampling, *asking(config.reward, "reward"), *asking(witnesses, "witness.reward")]
     for key, (old, new) in configs.differences(stored, config).items():
         may = key == "run.dir" or any(key == each or key.startswith(f"{each}.") for each in allowed)
         if not may and not _moved(run, config, key, str(old), str(new)):
