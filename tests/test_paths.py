@@ -65,7 +65,7 @@ def test_texts_and_paths_of_an_evaluation(kind, monkeypatch):
     assert given[:2] == [[str(home / "a run"), str(home / "b")], f"{home}/j.py:f"]
     (asking,) = (x for x in given if isinstance(x, Asking))
     assert (asking.prompts, asking.system_prompt) == (str(home / "p.jsonl"), "~/ be terse")
-    assert given[-1] == home / "x.json"
+    assert home / "x.json" in given
 
 
 def test_every_key_of_a_recipe_that_can_hold_a_path(home):

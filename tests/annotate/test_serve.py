@@ -122,7 +122,7 @@ def test_a_server_that_does_not_start_says_why(tiny, tmp_path, served):
 
 def test_a_server_that_dies_stops_the_run_and_a_resume_starts_it_again(tiny, tmp_path, served, monkeypatch):
     monkeypatch.setenv("FAKE_DIES_ONCE", str(tmp_path / "died"))
-    monkeypatch.setattr("dualign.annotate.client.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("dualign.annotate.request.FIRST_WAIT", 0.01)
     with pytest.raises(StopRun, match=r"ended \(exit code 1\)(.|\n)*illegal memory access\nResume"):
         dualign.train(configured(tiny, tmp_path, served), quiet=True)
     resumed = command("resume", tmp_path / "run", "reward.0.serve.gpu_memory=0.3")

@@ -32,9 +32,10 @@ from dualign.annotate.batch_labels import (
     lacks_room,
     put_otherwise,
     remembered,
+    text_of,
 )
 from dualign.annotate.batch_state import Asked, Sent, State
-from dualign.annotate.cache import canonical, key_of
+from dualign.annotate.cache import key_of
 from dualign.annotate.faults import AttemptError, of_exception
 from dualign.common.errors import StopRun, UserError
 from dualign.common.types import Label
@@ -182,7 +183,7 @@ class Batches:
         size = 0
         for key in keys:
             request = self._wanted[key].request
-            body = canonical(body_of(client, request))
+            body = text_of(body_of(client, request))
             size += len(body.encode()) + 200
             if len(asked) == self._most or (asked and size > MOST_BYTES):
                 break

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dualign.annotate.cache import Row, canonical
+from dualign.annotate.cache import Row
 from dualign.annotate.faults import AttemptError
 from dualign.annotate.reply import CUT_THINKING
 from dualign.annotate.request import Payload, Request, usage
@@ -38,13 +39,18 @@ def body_of(client: Client, request: Request) -> dict[str, Any]:
     return {"model": client.settings.model, **spelled.onto(request.body)}
 
 
+def text_of(body: Mapping[str, Any]) -> str:
+    """As it is sent. The order of a schema's keys is part of what it asks for."""
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+
+
 def put_otherwise(wanted: Wanted, sent: str, fault: AttemptError) -> bool:
     """Whether a request that was `sent` so, and turned away, is to be put otherwise: its words may teach how."""
     client, said = wanted.client, fault.refusal
     if said is None:
         return False
     wants = as_asked(client, wanted.request).wants
-    if canonical(body_of(client, wanted.request)) != sent:
+    if text_of(body_of(client, wanted.request)) != sent:
         return True  # learned from another line
     return client._dialect.learn(wants, client._dialect.spelled(wants), said.words, said.param)
 
@@ -55,7 +61,7 @@ def lacks_room(wanted: Wanted, sent: str, label: Label) -> bool:
     if label.reason != CUT_THINKING or not wanted.request.room:
         return False
     client._dialect.thinks = True
-    return canonical(body_of(client, wanted.request)) != sent
+    return text_of(body_of(client, wanted.request)) != sent
 
 
 def remembered(client: Client, key: str, read: Callable[[Payload], Label]) -> Label | None:

@@ -10,9 +10,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from dualign.annotate import extract
+from dualign.annotate import extract, statements
 from dualign.annotate.extract import Extracted
-from dualign.annotate.statements import WHOLE
 from dualign.common.errors import UserError
 from dualign.common.settings import Settings
 from dualign.common.types import Label
@@ -96,44 +95,59 @@ def told(criteria: Sequence[Criterion], verdicts: Sequence[Label]) -> str:
     """A line per criterion, for people: met, not met, or why there is no verdict; then the judge's words."""
     lines = []
     for criterion, verdict in zip(criteria, verdicts, strict=True):
-        said = {1.0: "yes", 0.0: "no", None: "absent"}[verdict.value]
+        said = "absent" if verdict.value is None else "yes" if verdict.value else "no"
         words = " ".join((verdict.note or "").split()) if verdict.value is not None else verdict.reason
         lines.append(f"[{said}] {criterion.name or criterion.text} (weight {criterion.weight:g}): {words}")
     return "\n".join(lines)
 
 
-MET = re.compile(r"(?i)\W*(?:(?:met|meets|criterion met|answer|verdict)\W+)?(yes|no)\b(?!\s+(?:or|and)\s+(?:yes|no)\b)")
+BEGUN = re.compile(r"(?i)\W*(?:(?:criterion )?(?:met|meets|answer|verdict)\W+)?(yes|no)\b")
+MET = re.compile(rf"{BEGUN.pattern}(?=\W*$|\s*[.,;:!–—]|\s+(?:because|since|as)\b)")
+TURNED = re.compile(r"(?i)(?:[.,;:!/|—–-]\s*|\b(?:but|or|and|however),?\s+)(yes|no)\b")  # in the same line
+
+
 KEYS = re.compile(r"(?i)(?:criterion[ _-]?)?met|meets|verdict|answer")
 
 
 def yes_or_no(reply: str, cut: bool, echoes: Sequence[str]) -> Extracted:
     """1 for yes, 0 for no: by the key of a reply that is JSON, else by the word that the reply begins with or that is
     its last line. Both, or neither, is absent. What the judged texts say does not count."""
-    own, reason = extract.own_words(reply, echoes)
+    whole, reason = statements.of_reply(reply, cut, echoes)
+    if whole is not None:
+        return _by_key(whole)
+    own, reason = ("", reason) if reason else extract.own_words(reply, echoes)
     if reason:
         return Extracted(None, reason)
-    if found := WHOLE.match(own):
-        return _by_key(found[1], cut)
-    text = extract.unquoted(own)
-    lines = [line for line in text.split("\n") if line.strip()]
-    ends = [m[1].lower() for m in (MET.match(lines[0]) if lines else None, _alone(lines[-1]) if lines else None) if m]
-    if len(set(ends)) == 1 and not (cut and len(lines) == 1 and text.rstrip()[-1:].isalpha() and len(text.split()) > 1):
-        return Extracted(1.0 if ends[0] == "yes" else 0.0, rule="word")
-    return Extracted(None, "both yes and no" if ends else "cut off before an answer" if cut else "neither yes nor no")
+    if (block := statements.fenced(own, echoes)) is not None:
+        return _by_key(block)
+    lines = [line for line in extract.unquoted(own).split("\n") if line.strip()]
+    said = {word for line in lines[:1] for word in _words(line)}
+    said |= {word for line in lines[1:] if (word := _alone(line))}
+    begun = {m[1].lower() for line in lines if (m := BEGUN.match(line))}
+    if len(said) == 1 and begun <= said and not (cut and len(lines) == 1 and _alone(lines[0])):
+        return Extracted(1.0 if said == {"yes"} else 0.0, rule="word")
+    return Extracted(None, "both yes and no" if said else "cut off before an answer" if cut else "neither yes nor no")
 
 
-def _alone(line: str) -> re.Match[str] | None:
+def _words(line: str) -> set[str]:
+    """What the first line answers: its first word, where that is a verdict, and whatever it turns to."""
     found = MET.match(line)
-    return found if found and not line[found.end() :].strip(" .!*_`'\"") else None
+    return {found[1].lower(), *(word.lower() for word in TURNED.findall(line[found.end() :]))} if found else set()
 
 
-def _by_key(text: str, cut: bool) -> Extracted:
+def _alone(line: str) -> str | None:
+    found = MET.match(line)
+    return found[1].lower() if found and not line[found.end() :].strip(" .!*_`'\"") else None
+
+
+def _by_key(text: str) -> Extracted:
+    """By the verdict's key; several keys must agree, also one that is given twice."""
     try:
-        tree = json.loads(text, strict=False)
-    except ValueError:
-        return Extracted(None, "cut off before an answer" if cut else "JSON that cannot be read")
-    values = [v for k, v in tree.items() if KEYS.fullmatch(k)] if isinstance(tree, dict) else []
-    words = {str(v).strip().lower() for v in values}
+        pairs = json.loads(statements.TRAILING_COMMA.sub("", text), strict=False, object_pairs_hook=list)
+    except (ValueError, RecursionError):
+        return Extracted(None, "JSON that cannot be read")
+    named = [pair for pair in pairs if isinstance(pair, tuple)] if isinstance(pairs, list) else []
+    words = {str(value).strip().lower() for key, value in named if KEYS.fullmatch(key)}
     read = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
     if len(words) != 1 or not words <= read.keys():
         return Extracted(None, "no verdict in the reply")

@@ -27,7 +27,7 @@ from dualign.annotate.budget import Hold, Ledger, Spent
 from dualign.annotate.cache import Cache, Row, default_path, key_of
 from dualign.annotate.endpoints import Endpoint
 from dualign.annotate.faults import AttemptError, MalformedError, NoAnswerError, of_exception, of_payload, shown_url
-from dualign.annotate.reply import CUT_THINKING
+from dualign.annotate.reply import CUT_THINKING, was_cut
 from dualign.annotate.request import Pace, Payload, Request, backoff, parsed, usage
 from dualign.common.errors import StopRun, UserError
 from dualign.common.types import Label
@@ -35,7 +35,8 @@ from dualign.common.types import Label
 POOL = 8  # requests at once that share a connection pool
 LAST_GRACE = 10.0  # seconds that `close` waits for replies in flight
 PATIENCE = 900.0  # seconds that one request waits because a server said "Retry-After"
-SCOUT = 10.0  # seconds that others wait for the first request to a server that is not known
+Waiting = list[tuple[Future[Label], Callable[[Payload], Label]]]
+SCOUT = 30.0  # seconds that others wait for the first request to a server that is not known
 GIVEN_UP_IN_A_ROW = 8  # requests that failed for good with no answer between them: the judge is not working
 
 
@@ -60,7 +61,7 @@ class Client:
         self._cache = Cache(settings.cache or default_path())
         self._dialect, self._scouted = dialect.of(settings.base_url, settings.model), False
         self._requests, self._tokens = Pace(settings.requests_per_minute), Pace(settings.tokens_per_minute)
-        self._waiting: dict[str, list[Future[Label]]] = {}  # by content: what is being asked is not asked again
+        self._waiting: dict[str, Waiting] = {}  # by content: what is being asked is not asked again
         self._stopped: StopRun | UserError | None = None
         self._answers = 0  # replies of any use so far
         self._remembered = 0  # labels that the cache had
@@ -133,44 +134,51 @@ class Client:
         """One task per content, however many ask for it."""
         content = request.content(self.settings.model)
         waiting = self._waiting.setdefault(content, [])
-        waiting.append(answer)
+        waiting.append((answer, read))
         if len(waiting) == 1:
             task = self._loop.create_task(self._label(content, request, read))
             task.add_done_callback(lambda task: self._finish(task, self._waiting.pop(content)))
 
-    def _finish(self, task: asyncio.Task[Label], waiting: list[Future[Label]]) -> None:
+    def _finish(self, task: asyncio.Task[tuple[Label, Payload | None]], waiting: Waiting) -> None:
+        """Everybody reads the reply for themselves: equal requests may be of rubrics that read it otherwise."""
         error = StopRun("the judge's client was closed") if task.cancelled() else task.exception()
-        for answer in waiting:
+        for answer, read in waiting:
             if not answer.set_running_or_notify_cancel():
                 continue
             if error:
                 answer.set_exception(error)
             else:
-                answer.set_result(task.result())
+                label, payload = task.result()
+                answer.set_result(label if payload is None else read_kept(payload, read))
 
-    async def _label(self, content: str, request: Request, read: Callable[[Payload], Label]) -> Label:
+    async def _label(
+        self, content: str, request: Request, read: Callable[[Payload], Label]
+    ) -> tuple[Label, Payload | None]:
+        """The label, and the reply that it was read from, where there is one."""
         key = key_of(content)
         kept = self._cache.get(key)
         if kept is not None and (label := read_kept(kept, read)).value is not None:
             self._cache.count_hit(key)
             self._remembered += 1
-            return label
-        tries, turns, waited, answers = 0, 0, 0.0, self._answers
+            return label, kept
+        tries, turns, waited, answers, plain = 0, 0, 0.0, self._answers, False
         await self._behind_the_first(request)
         while True:
-            asked = request.roomy() if self._dialect.thinks else request
+            asked = request.roomy() if self._dialect.thinks and not plain else request
             try:
                 async with self._slots:
                     payload, label, tokens = await self._ask(asked, read)
             except LearnedError:
                 continue
             except AttemptError as fault:
-                self._heard.set()
+                if asked != request and not plain and fault.too_long:  # its context has no such room
+                    plain = True
+                    continue
                 tries += fault.wait is None
                 turns += 1
                 dead = self._server is not None and self._server.dead
                 if not fault.passing or tries > self.settings.retries or waited > PATIENCE or dead:
-                    return self._give_up(fault, tries, answers)
+                    return self._give_up(fault, tries, answers), None
                 if fault.wait is None:
                     await self._sleep(backoff(tries))
                 else:  # asked to come back later; a server that always says "at once" is not believed for long
@@ -179,7 +187,7 @@ class Client:
                     await self._sleep(later)
                 continue
             self._heard.set()
-            if label.reason == CUT_THINKING and request.room > asked.wants["max_tokens"]:
+            if label.reason == CUT_THINKING and was_cut(payload) and asked == request and request.room and not plain:
                 self._dialect.thinks = True
                 self._dialect.say(f"thinks before it answers: its replies may have {request.room:,} tokens now")
                 continue
@@ -187,7 +195,7 @@ class Client:
             if label.value is not None:
                 row = Row(key, self.settings.model, request.rubric, content, payload)
                 self._cache.put(row, tokens, self._ledger.price(*tokens), replace=kept is not None)
-            return label
+            return label, payload
 
     async def _behind_the_first(self, request: Request) -> None:
         """To a server that is not known, one request goes ahead of the others: what it refuses is learned once."""
@@ -266,6 +274,7 @@ class Client:
 
     def _give_up(self, fault: AttemptError, tries: int, answers_before: int) -> Label:
         """The label is absent; or, where it is not this request's doing, the run stops."""
+        self._heard.set()
         if fault.lasting:
             started = self._answers > 0
             raise self._end(StopRun(f"{fault}; what was labelled is kept") if started else UserError(str(fault)))

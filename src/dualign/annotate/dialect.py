@@ -27,6 +27,7 @@ REFUSES = re.compile(
 )
 
 
+NOWHERE = float("inf")
 THINKING = {"reasoning_effort", "reasoning", "thinking", "enable_thinking", "chat_template_kwargs"}
 THINKS = (
     r"\w*thinking\w*|reasoning\w*|chat_template_kwargs|budget"  # "Budget 0 is invalid. This model only works in ..."
@@ -147,8 +148,10 @@ class Dialect:
     def learn(self, wants: Mapping[str, Any], spelled: Spelled, refusal: str, param: str | None) -> bool:
         """Whether a refusal taught something, so that the request is worth sending again. `param`: the field that the
         server names as such; else its words are searched."""
-        for want, fields in spelled.fields.items():
-            if not any(_names(name, refusal, param) for name in fields):
+        named = {want: min((_place(name, refusal, param) for name in fields), default=NOWHERE)
+                 for want, fields in spelled.fields.items()}  # fmt: skip
+        for want in sorted(named, key=lambda want: named[want]):  # the field that is named first is the one refused
+            if named[want] == NOWHERE or (want == "max_tokens" and not _is_unknown("max_tokens", refusal)):
                 continue
             key, ladder = _key(want, wants[want]), self.ladder(want, wants[want])
             with self.lock:
@@ -203,12 +206,20 @@ def _key(want: str, value: Any) -> str:
     return f"{want} {value}" if want == "thinking" else want
 
 
-def _names(name: str, refusal: str, param: str | None) -> bool:
-    """Whether a refusal is about the field `name`."""
+def _place(name: str, refusal: str, param: str | None) -> float:
+    """Where a refusal names the field `name`; NOWHERE where it is not about it."""
     if param:
-        return bool(re.match(rf"{name}(?:\W|$)", param)) or (name == "reasoning_effort" and param.endswith(".effort"))
+        known = re.match(rf"{name}(?:\W|$)", param) or (name == "reasoning_effort" and param.endswith(".effort"))
+        return 0 if known else NOWHERE
     words = THINKS if name in THINKING else re.escape(name)
-    return bool(REFUSES.search(refusal) and re.search(rf"(?i)(?<![\w.])(?:{words})(?!\w)", refusal))
+    found = re.search(rf"(?i)(?<![\w.-])(?:{words})(?![\w-])", refusal)
+    return found.start() if found and REFUSES.search(refusal) else NOWHERE
+
+
+def _is_unknown(name: str, refusal: str) -> bool:
+    """Whether a field is not taken at all, or another is wanted for it: not its value alone is wrong."""
+    return bool(re.search(r"max_completion_tokens|unsupported|not supported|unrecogni[sz]ed|unknown|unexpected|"
+                          r"not permitted|extra", refusal, re.I))  # fmt: skip
 
 
 def _without(tree: Any, key: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from dualign.annotate.designs import all_pairs, default_rounds, tournament_pairs
-from dualign.annotate.forms import Form
+from dualign.annotate.dialect import THINKING
+from dualign.annotate.forms import Form, Question
 from dualign.annotate.serve import Serve, folder_of
 from dualign.annotate.settings import RewardSettings
 from dualign.common.digests import Digests, of_file
+from dualign.common.errors import UserError
 from dualign.common.settings import VariableName, fault_at
 
 if TYPE_CHECKING:
@@ -28,7 +31,9 @@ OWN_FIELDS = {  # of a request; each with the setting that it is
     **dict.fromkeys(("temperature", "stop", "samples", "model"), "a setting of its own, beside extra_body"),
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), "set max_tokens beside extra_body: ceilings go by it"),
     **dict.fromkeys(("logprobs", "top_logprobs"), "set expected_score"),
-    "messages": "what is asked is the rubric's", "n": "set samples", "stream": "replies are read in one piece",
+    **dict.fromkeys(("response_format", "structured_outputs", "guided_choice", "guided_json"), "set reply: json or choice"),
+    **dict.fromkeys(("n", "best_of"), "set samples"), "messages": "what is asked is the rubric's",
+    "stream": "replies are read in one piece",
 }  # fmt: skip
 RESPONSE = 150  # of each response beyond two
 SPENT = "spent.sqlite"  # a run's account of what it bought
@@ -170,12 +175,29 @@ class JudgeSampling(Endpoint):
     def _of_its_own(cls, body: dict[str, Any]) -> dict[str, Any]:
         for name in body.keys() & OWN_FIELDS.keys():
             raise ValueError(f"{name}: {OWN_FIELDS[name]}")
+        if not isinstance(body.get("chat_template_kwargs", {}), dict):
+            raise ValueError("chat_template_kwargs: expected a mapping")
+        return body
+
+    @field_validator("extra_body", "chat_template_kwargs")
+    @classmethod
+    def _is_json(cls, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(body, allow_nan=False, sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"it is sent as JSON, which has no such thing: {error}") from None
         return body
 
     @model_validator(mode="after")
     def _samples_differ(self) -> JudgeSampling:
         if self._repeats():
             raise ValueError("samples > 1 at temperature 0 would buy the same reply again: set temperature above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _thinks_one_way(self) -> JudgeSampling:
+        if self.thinking and (twice := THINKING & self.extra_body.keys()):
+            raise ValueError(f"thinking and extra_body.{min(twice)} say the same: set one of them")
         return self
 
     @property
@@ -206,10 +228,14 @@ class RubricReward(JudgeSampling):
     )
 
     def check(self) -> None:
+        from dualign.annotate.judge import wants_of
         from dualign.annotate.rubric import load
 
         super().check()
-        load(self.rubric).check(self.type)
+        kind = "ranking" if getattr(self, "pairs", "") == "ranking" else self.type
+        rubric = load(self.rubric, kind == "ranking").check(kind)
+        questions: dict[str, Question] = {"preference": "pair", "ranking": "ranking"}
+        wants_of(questions.get(kind, "criterion" if rubric.checklist else "score"), self.reply, rubric)
 
     def made_of(self) -> dict[str, Digests]:
         from dualign.annotate.rubric import digest_without_ranking
@@ -225,6 +251,17 @@ class JudgeReward(RubricReward):
         None, description="the data's column with a row's own rubric: its name, file or keys; empty: `rubric`"
     )
     expected_score: bool = Field(False, description="expectation over the score's token log-probs, where served")
+
+    def _asked(self, labels: int) -> tuple[int, int]:
+        """A checklist asks once for each criterion; of the rows' own nobody knows how many."""
+        from dualign.annotate.rubric import load
+
+        calls, tokens = super()._asked(labels)
+        try:
+            checklist = load(self.rubric).checklist
+        except UserError:  # `check` says so
+            checklist = None
+        return calls * max(1, len(checklist.criteria) if checklist else 1), tokens
 
     def build(self, run_dir: Path | None = None) -> Annotator:
         from dualign.annotate.judge import JudgeAnnotator
@@ -269,12 +306,6 @@ class PreferenceReward(RubricReward):
 
     def _repeats(self) -> bool:
         return super()._repeats() and self.pairs != "ranking"  # each sample of it is another order
-
-    def check(self) -> None:
-        from dualign.annotate.rubric import load
-
-        ranking = self.pairs == "ranking"
-        load(self.rubric, ranking).check("ranking" if ranking else self.type)
 
     def made_of(self) -> dict[str, Digests]:
         from dualign.annotate.rubric import file_of

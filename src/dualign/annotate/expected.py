@@ -18,10 +18,10 @@ def expected_score(
     """Over the integers in low..high; None where the server gave no log-probs, where the number stands in several places
     and none of them is the reply's own (its JSON's "score", or its beginning), or where a token "1" may be the start of
     "10" and nothing tells how often it was. `guided`: the server could write nothing but a score there."""
-    if written != int(written):
+    if written != int(written) or high - low < 2:  # "0" may be the start of "0.5"
         return None
     at = _place(tokens, int(written))
-    if at is None:
+    if at is None or not _whole(tokens, at, int(written)):
         return None
     mass: dict[int, float] = {}
     for candidate in tokens[at].get("top_logprobs") or []:
@@ -43,12 +43,22 @@ def expected_score(
 def _place(tokens: Sequence[Mapping[str, Any]], written: int) -> int | None:
     """Where the score was written: the index of its first token."""
     texts = [token["token"] for token in tokens]
-    if stated := list(ANSWER.finditer("".join(texts))):
-        return _covering(texts, stated[-1].end()) if len(stated) == 1 else None
+    whole = "".join(texts)
+    if whole.lstrip("` \njson").startswith("{"):
+        stated = list(ANSWER.finditer(whole))
+        return _covering(texts, stated[0].end()) if len(stated) == 1 else None
     said = {written, 1} if written == 10 else {written}
     at = [i for i, text in enumerate(texts) if _integer(text) in said]
     first = next((i for i, text in enumerate(texts) if text.strip()), None)
     return None if not at or (len(at) > 1 and at[0] != first) else at[0]
+
+
+def _whole(tokens: Sequence[Mapping[str, Any]], at: int, written: int) -> bool:
+    """Whether the number at that token, with what follows it, is the one that was read from the reply."""
+    number = re.match(r"\D*(\d+(?:\.\d+)?)", "".join(token["token"] for token in tokens[at : at + 4]))
+    one_token = _integer(tokens[at]["token"].rstrip("}], \n.")) == written
+    split = written == 10 and _integer(tokens[at]["token"]) == 1
+    return number is not None and float(number[1]) == written and (one_token or split)
 
 
 def _covering(texts: Sequence[str], place: int) -> int:

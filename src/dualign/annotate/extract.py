@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from dualign.annotate import statements
 from dualign.annotate.reply import CUT_THINKING
+from dualign.annotate.statements import CLOSING, REASONING
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 WORDS = {name: number for number, name in enumerate(NAMES)}
@@ -47,7 +48,6 @@ DENIED = re.compile(
     r"\bto (?:reach|get|earn|deserve|achieve|receive|obtain|score|merit)\b",
     re.I,
 )
-REASONING = r"(?:think|thinking|thoughts?|reasoning|analysis|scratchpad|reflection)"
 REFUSAL = re.compile(
     r"\b(?:i(?: am|'m)? (?:cannot|can't|can not|won't|sorry|unable|not able)|unable to|as an ai|i must decline|"
     r"not comfortable|lo siento|je ne peux pas|ich kann (?:das |dies )?nicht|не могу)|无法|不能|抱歉|申し訳|죄송",
@@ -111,14 +111,14 @@ def _read_by(
 ) -> Extracted:
     """What `rules` find in a reply: in its JSON, where it is nothing else; in its words; in a JSON block beside them.
     JSON that can be read is whole, wherever the reply was cut off."""
-    own, reason = own_words(reply, echoes)
+    whole, reason = statements.of_reply(reply, cut, echoes)
+    if whole is not None:
+        return rules(_normal(statements.whole(whole, asked) or ""), False)
+    own, reason = ("", reason) if reason else own_words(reply, echoes)
     if reason:
         return Extracted(None, reason)
-    answers = statements.whole(own, asked)
-    if answers is not None:
+    if (answers := statements.whole(own, asked)) is not None:
         return rules(answers, False)
-    if cut and re.match(r'\s*(?:```\w*\s*)?\{\s*"', own):  # what stands in half an object may be a reason's
-        return Extracted(None, "cut off before an answer")
     text = unquoted(own)
     nothing = Extracted(None, "cut off before an answer" if cut else "nothing but quoted text", silent=True)
     found = rules(text, cut) if text else nothing
@@ -322,7 +322,7 @@ def own_words(reply: str, echoes: Sequence[str]) -> tuple[str, str | None]:
         return "", CUT_THINKING
     # single blanks: rules may step over white space in several ways, and a run of it would try them all
     text = re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", "\n", text))
-    text = re.sub(r"(?:<\|\w+\|>|</s>|\s)+\Z", "", text)  # a closing token that the server left
+    text = CLOSING.sub("", text)
     return text, None if text.strip() else "empty reply"
 
 

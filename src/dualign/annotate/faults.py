@@ -86,6 +86,7 @@ class AttemptError(Exception):
     suspect: bool = False  # this request's fault, unless no request was ever accepted
     turned_away: bool = False  # the server said no: nothing was billed
     wait: float | None = None  # seconds that the server asked for (Retry-After)
+    too_long: bool = False  # the prompt and the reply that is asked for do not fit into the judge's context
     refusal: Refusal | None = None  # of how the request is put, maybe
 
     def __str__(self) -> str:
@@ -119,14 +120,19 @@ def _bare(body: Any) -> Any:
     return body["error"] if isinstance(body, dict) and isinstance(body.get("error"), dict) else body
 
 
-def _refusal(error: Any) -> Refusal:
-    """A validator that sends the request back with its words says nothing of its own there."""
+def _refusal(error: Any, model: str = "") -> Refusal:
+    """Without what is not the server's own: the request, sent back by a validator or quoted, the model's name, and lists
+    of what it does take."""
     fields = error if isinstance(error, dict) else {}
     inner = fields["message"] if isinstance(fields.get("message"), dict) else fields
     detail = inner.get("detail")
-    places = [d["loc"][-1] for d in detail if isinstance(d, dict) and d.get("loc")] if isinstance(detail, list) else []
+    locs = [d.get("loc") for d in detail if isinstance(d, dict)] if isinstance(detail, list) else []
+    places = [part for loc in locs if isinstance(loc, list | tuple) for part in loc if part != "body"]
     param = fields.get("param") or (places[0] if places else None)
-    words = re.split(r"['\"]input['\"]\s*:|input_value=", _message_of(error))[0]
+    words = re.split(r"['\"]input['\"]\s*:|input_value=|expected one of|[Ss]upported (?:values|parameters)|[Dd]id you mean",
+                     _message_of(error))[0]  # fmt: skip
+    words = re.sub(r"\"[^\"]*\s[^\"]*\"|(?<!\w)'[^'\n]*\s[^'\n]*'(?!\w)", " ", words)
+    words = re.sub(rf"(?<![\w-]){re.escape(model)}(?![\w-])", " ", words) if model else words
     return Refusal(words[:1000], param if isinstance(param, str) else None)
 
 
@@ -136,8 +142,8 @@ def of_answer(
     """What a server says no with: an HTTP status, its error object and all of its words."""
     body = _bare(body) or said
     fault = _of_status(status, f"HTTP {status}", _clean(said, key), _own_words(body, settings.model), settings, wait)
-    if status in (400, 403, 422) and not fault.passing:
-        fault.refusal = _refusal(body)
+    if fault.suspect or status == 403:
+        fault.refusal = _refusal(body, settings.model)
     return fault
 
 
@@ -253,7 +259,7 @@ def _of_status(
         advice = "check `model` and `base_url` (most servers want it to end in /v1)"
         return fault(f"{where}: not found ({shown}: {said}); {advice}", lasting=True)
     if status == 413 or own.match(TOO_LONG):
-        return fault("the prompt is too long for the judge")
+        return fault("the prompt is too long for the judge", too_long=True)
     if own.match(FILTERED):
         return fault(FILTER)
     return fault(f"{where}: the server rejects the request ({shown}: {said})", suspect=True)

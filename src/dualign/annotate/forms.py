@@ -63,4 +63,4 @@ def _values(question: Question, scale: Sequence[float], needed: bool = False) ->
 
 def _whole(scale: Sequence[float]) -> bool:
     low, high = scale
-    return low == int(low) and high == int(high) and high - low < CHOICES
+    return low == int(low) and high == int(high) and 2 <= high - low < CHOICES  # 0 to 1 is a share

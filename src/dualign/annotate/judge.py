@@ -57,13 +57,22 @@ class Checked:
 
     def label(self) -> Label:
         """Waits. Criteria without a verdict do not count; without any, the label is absent."""
-        verdicts = [each.label() for each in self.asked]
+        verdicts = [_majority(each.label()) for each in self.asked]
         value, note = total(self.criteria, verdicts), told(self.criteria, verdicts)
         if value is None:
             reasons = [verdict.reason for verdict in verdicts if verdict.reason]
             why = reasons[0] if reasons else "no criterion with a weight above 0 has a verdict"
             return Label.absent(why, note=note, parts={self.name: None})
         return Label(self.sign * value, parts={self.name: self.sign * value}, note=note)
+
+
+def _majority(verdict: Label) -> Label:
+    """Of several samples of one criterion; a draw is no verdict."""
+    if verdict.value is None or verdict.value in (0, 1):
+        return verdict
+    if verdict.value == 0.5:
+        return Label.absent("the samples are split", note=verdict.note)
+    return Label(float(verdict.value > 0.5), note=verdict.note)
 
 
 class JudgeAnnotator:
@@ -151,12 +160,12 @@ class Rubrics:
     def of(self, prompt: Prompt) -> Rubric:
         """Raises UserError, with the row, for what is no rubric."""
         value = prompt.columns.get(self.column) if self.column else None
-        if value is None:
+        if value is None or value == "":
             return self.common
-        key = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        key = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
         if key not in self._known:
             where = f"{prompt}, column {self.column}"
-            if isinstance(value, str) and "\n" not in value:
+            if isinstance(value, str) and "\n" not in value and not value.lstrip().startswith("{"):
                 self._known[key] = load(value)
             else:
                 self._known[key] = parse(value, where) if isinstance(value, str) else of_tree(value, where)

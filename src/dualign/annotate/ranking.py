@@ -55,7 +55,10 @@ class Ranking:
 def ranking(reply: str, k: int, *, cut: bool = False, echoes: Sequence[str] = ()) -> Ranking:
     """The order of responses 1..k that `reply` states. `cut`: the server stopped at max_tokens. `echoes`: the texts
     that were judged and their prompt; a judge that repeats them is not speaking for itself."""
-    own, reason = extract.own_words(reply, echoes)
+    whole, reason = statements.of_reply(reply, cut, echoes)
+    if whole is not None:
+        return _agreed(list(_of_json(whole)), k, "no ranking in the reply")
+    own, reason = ("", reason) if reason else extract.own_words(reply, echoes)
     if reason:
         return Ranking(None, reason)
     if (block := _json(own, echoes)) is not None:

@@ -65,6 +65,11 @@ def first_choice(payload: Payload) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def was_cut(payload: Payload) -> bool:
+    """Whether a reply stopped at its longest."""
+    return _word(first_choice(payload).get("finish_reason")) in CUT
+
+
 def text_of(content: Any) -> str:
     """Content that is a text, a number, or a list of parts: the parts that are text, without reasoning and refusals."""
     if isinstance(content, str):
@@ -116,7 +121,8 @@ def _thought(payload: Payload) -> bool:
 
 def _called(message: Mapping[str, Any]) -> str:
     """The arguments of the one function that a judge called instead of speaking: JSON, read as any other."""
-    calls = [call.get("function") for call in message.get("tool_calls") or () if isinstance(call, dict)]
+    tools = message.get("tool_calls")
+    calls = [call.get("function") for call in tools if isinstance(call, dict)] if isinstance(tools, list) else []
     calls += [message["function_call"]] if isinstance(message.get("function_call"), dict) else []
     given = [call.get("arguments") for call in calls if isinstance(call, dict)]
     return given[0] if len(given) == 1 and isinstance(given[0], str) else ""

@@ -29,16 +29,20 @@ class Request:
 
     def content(self, model: str) -> str:
         """Canonical JSON of everything that decides the reply: the cache's key. The spelling is not part of it."""
-        return canonical({"model": model, "rubric": self.rubric, "sample": self.sample,
-                          "path": self.path.rsplit("/", 1)[-1], **self.body, **self.wants})  # fmt: skip
+        wants = {"wants": self.wants} if self.wants else {}
+        return canonical({**self.body, **wants, "model": model, "rubric": self.rubric, "sample": self.sample,
+                          "path": self.path.rsplit("/", 1)[-1]})  # fmt: skip
 
     def bounds(self) -> tuple[int, int]:
         """The most prompt and completion tokens that it can take."""
         messages = self.body.get("messages", [])
         texts = [m["content"] if m.keys() == {"role", "content"} else canonical(m) for m in messages]
         texts = texts or [self.body.get("input", "")]
+        more = {key: value for key, value in self.body.items() if key not in ("messages", "input")}
         asked = [canonical(self.wants[name]) for name in ("schema", "choice") if name in self.wants]  # servers show it
-        return prompt_bound([*texts, *asked]), int(self.wants.get("max_tokens", 0))
+        return prompt_bound([*texts, *asked, *([canonical(more)] if more else [])]), int(
+            self.wants.get("max_tokens", 0)
+        )
 
     def roomy(self) -> Request:
         return replace(self, wants={**self.wants, "max_tokens": self.room}) if self.room else self

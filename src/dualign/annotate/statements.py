@@ -39,6 +39,12 @@ POINTS = re.compile(  # anywhere beside a block
 )
 
 
+REASONING = r"(?:think|thinking|thoughts?|reasoning|analysis|scratchpad|reflection)"
+THOUGHT = re.compile(rf"(?is)\A\s*[<\[]({REASONING})[>\]].*?[<\[]/\1[>\]]")  # before an answer
+OBJECT = re.compile(r'\s*(?:```\w*\s*)?(?=\{\s*")')
+CLOSING = re.compile(r"(?:<\|\w+\|>|</s>|\s)+\Z")  # a token that the server left
+
+
 @dataclass(frozen=True)
 class Asked:
     """What is looked for: its keys, the telling ones before those that count only where there are none; how a value
@@ -49,6 +55,36 @@ class Asked:
     label: str
 
 
+def of_reply(reply: str, cut: bool, echoes: Sequence[str]) -> tuple[str | None, str | None]:
+    """The JSON that a reply is, and nothing else; or why a reply states nothing: it is half an object, or only repeats
+    what it was to judge. Both None for all others. To be asked before anything is taken out of a reply: what a string in
+    it quotes ("</think>", a mark) is part of that string."""
+    text = CLOSING.sub("", THOUGHT.sub("", reply)).strip()
+    bare = _bare(text)
+    if len(bare) >= 12 and any(bare in _bare(echo) for echo in echoes):
+        return None, "only repeats what it was to judge"
+    found = WHOLE.match(text)
+    if found and _loads(found[1]):
+        return found[1], None
+    begun = OBJECT.match(text)
+    if begun is None:
+        return None, None
+    try:
+        _, end = json.JSONDecoder(strict=False).raw_decode(text[begun.end() :])
+    except (ValueError, RecursionError):
+        return None, "cut off before an answer" if cut else "JSON that cannot be read"
+    again = text[begun.end() + end :].lstrip("` \n").startswith("{")
+    return None, "two JSON objects" if again else None
+
+
+def _loads(text: str) -> bool:
+    try:
+        json.loads(TRAILING_COMMA.sub("", text), strict=False)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def whole(text: str, asked: Asked) -> str | None:
     """The answers of a reply that is JSON and nothing else ("" where there are none); None for any other reply."""
     found = WHOLE.match(text)
@@ -56,8 +92,14 @@ def whole(text: str, asked: Asked) -> str | None:
 
 
 def block(text: str, echoes: Sequence[str], asked: Asked) -> str | None:
-    """The answers of the one fenced JSON block that begins or ends a reply ("Here is my judgement: ..."). None where
-    the words beside it may be about the block, or where the judged texts (`echoes`) hold it."""
+    """The answers of the one fenced JSON block that begins or ends a reply ("Here is my judgement: ...")."""
+    found = fenced(text, echoes)
+    return None if found is None else _answers(found, asked)
+
+
+def fenced(text: str, echoes: Sequence[str]) -> str | None:
+    """The one fenced JSON block that begins or ends a reply. None where the words beside it may be about the block, or
+    where the judged texts (`echoes`) hold it."""
     found = FENCED.search(text)
     if found is None or text.count("```") != 2:
         return None
@@ -66,7 +108,7 @@ def block(text: str, echoes: Sequence[str], asked: Asked) -> str | None:
         return None
     if any(_bare(found[1]) in _bare(echo) for echo in echoes):
         return None
-    return _answers(found[1], asked)
+    return found[1]
 
 
 def _leads_to(before: str) -> bool:

@@ -60,7 +60,17 @@ class VLLMSettings(SamplerSettings):
 
     PATHS: ClassVar[tuple[str, ...]] = ("python", "weights_dir")
     ASKING: ClassVar[frozenset[str]] = frozenset(
-        {"url", "serve", "python", "weights_dir", "api_key_env", "gpu_memory", "max_model_len", "tensor_parallel", "args"}
+        {
+            "url",
+            "serve",
+            "python",
+            "weights_dir",
+            "api_key_env",
+            "gpu_memory",
+            "max_model_len",
+            "tensor_parallel",
+            "args",
+        }
         | {"concurrency", "timeout"}
     )
     rounds: ClassVar[bool] = True
