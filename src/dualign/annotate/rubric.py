@@ -161,7 +161,7 @@ def load(name: str, ranking: bool = False) -> Rubric:
     the prompt for a `ranking` where that is to be asked."""
     file = file_of(name)
     if len(name) > 4000 or not file.is_file():
-        raise UserError(f"rubric {shortened(name, 80)!r}: neither a file nor one of {', '.join(BUILT_IN)}")
+        raise UserError(f"rubric {shortened(name, 400)!r}: neither a file nor one of {', '.join(BUILT_IN)}")
     rubric = parse(file.read_text("utf-8"), f"rubric {name}" if name in BUILT_IN else name)
     if ranking and rubric.ranking is None:
         raise UserError(
