@@ -162,3 +162,20 @@ def test_a_checklist_that_could_never_label_is_refused() -> None:
     for given in ("{}", "{criteria: [{text: x, weight: -1}]}"):
         with pytest.raises(UserError, match="weight above 0"):
             rubric.parse(f"name: o\nchecklist: {given}", "o")
+
+
+@pytest.mark.parametrize("finish", ["stop", "length"])
+def test_a_batch_gives_room_only_for_what_was_cut_off(finish: str, tmp_path: Path) -> None:
+    from dualign.annotate.batch_labels import Wanted, body_of, lacks_room, text_of
+    from dualign.annotate.judge import chat
+    from dualign.annotate.reply import CUT_THINKING
+
+    judge = JudgeAnnotator(JudgeReward(base_url=f"http://{finish}:1/v1", model="m", rubric="helpfulness",
+                                       cache=str(tmp_path / "c.sqlite")))  # fmt: skip
+    try:
+        wanted = Wanted(judge.client, chat(judge.settings, [{"role": "user", "content": "q"}], "r"), "content")
+        sent = text_of(body_of(judge.client, wanted.request))
+        reply = {"choices": [{"finish_reason": finish, "message": {"content": "<thinking> tags, SCORE: 3"}}]}
+        assert lacks_room(wanted, sent, reply, Label.absent(CUT_THINKING)) == (finish == "length")
+    finally:
+        judge.close()

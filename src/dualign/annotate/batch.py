@@ -292,7 +292,7 @@ class Batches:
                 continue
             rejected += [fault] if fault is not None and (fault.suspect or fault.lasting) else []
             labels = [label_of(wanted, key, outcome, fault, read) for _, read in wanted.askers]
-            if any(lacks_room(wanted, body, label) for label in labels):
+            if any(lacks_room(wanted, body, outcome.get("body"), label) for label in labels):
                 self.state.drop(key)
                 continue
             for (answer, _), label in zip(wanted.askers, labels, strict=True):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dualign.annotate.cache import Row
 from dualign.annotate.faults import AttemptError
-from dualign.annotate.reply import CUT_THINKING
+from dualign.annotate.reply import CUT_THINKING, was_cut
 from dualign.annotate.request import Payload, Request, usage
 from dualign.common.types import Label
 
@@ -55,10 +55,10 @@ def put_otherwise(wanted: Wanted, sent: str, fault: AttemptError) -> bool:
     return client._dialect.learn(wants, client._dialect.spelled(wants), said.words, said.param)
 
 
-def lacks_room(wanted: Wanted, sent: str, label: Label) -> bool:
+def lacks_room(wanted: Wanted, sent: str, reply: Any, label: Label) -> bool:
     """Whether the judge was cut off as it thought, and is to be asked again with more room, as all are from then on."""
     client = wanted.client
-    if label.reason != CUT_THINKING or not wanted.request.room:
+    if label.reason != CUT_THINKING or not was_cut(reply) or not wanted.request.room:
         return False
     client._dialect.thinks = True
     return text_of(body_of(client, wanted.request)) != sent

@@ -151,7 +151,7 @@ class Dialect:
         named = {want: min((_place(name, refusal, param) for name in fields), default=NOWHERE)
                  for want, fields in spelled.fields.items()}  # fmt: skip
         for want in sorted(named, key=lambda want: named[want]):  # the field that is named first is the one refused
-            if named[want] == NOWHERE or (want == "max_tokens" and not _is_unknown("max_tokens", refusal)):
+            if named[want] == NOWHERE or (want == "max_tokens" and not _is_unknown(refusal)):
                 continue
             key, ladder = _key(want, wants[want]), self.ladder(want, wants[want])
             with self.lock:
@@ -216,7 +216,7 @@ def _place(name: str, refusal: str, param: str | None) -> float:
     return found.start() if found and REFUSES.search(refusal) else NOWHERE
 
 
-def _is_unknown(name: str, refusal: str) -> bool:
+def _is_unknown(refusal: str) -> bool:
     """Whether a field is not taken at all, or another is wanted for it: not its value alone is wrong."""
     return bool(re.search(r"max_completion_tokens|unsupported|not supported|unrecogni[sz]ed|unknown|unexpected|"
                           r"not permitted|extra", refusal, re.I))  # fmt: skip

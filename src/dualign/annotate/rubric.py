@@ -64,10 +64,9 @@ class Rubric(Settings):
     ranking: RankingPrompt | None = Field(None, description="how any number are put in order")
 
     def check(self, kind: str) -> Rubric:
-        """Raises UserError where it does not say how this type of reward ("judge", "preference", or "ranking") is asked for."""
-        if kind == "ranking":
-            _asked(self.ranking, self, "ranking", "the order of several responses")
-        elif kind == "preference":
+        """Raises UserError where it does not say how this type of reward ("judge", "preference") is asked for. The
+        prompt for a ranking is looked for by `load`."""
+        if kind == "preference":
             _asked(self.preference, self, "preference", "which of two responses is better")
         elif kind == "judge" and not self.checklist:
             _asked(self.reward, self, "reward", "a score of one response")
