@@ -222,7 +222,7 @@ def test_judge_labels_empty_responses_and_counts_absent_ones(tmp_path):
         found = [json.loads(line) for line in out.read_text().splitlines()]
         assert server.stats.calls == 5, "the empty one was asked for"
         assert [r["completion"] for r in found[2:5]] == ["", "quality-3", None] and found[4]["reward"] is None
-        assert "1 absent: response_a is null or missing" in told
+        assert "absent: 1 × response_a is null or missing" in told
         told = cli("judge", file, *options, "--pairs", "--out", out).stdout
         assert [json.loads(line)["value"] for line in out.read_text().splitlines()][::2] == [1.0, None]
         numbers = tmp_path / "a.json"

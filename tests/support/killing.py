@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -37,6 +38,11 @@ def length(completions, **columns):
 '''
 
 
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
 class Zygote:
     """See zygote.py."""
 
@@ -50,10 +56,13 @@ class Zygote:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
         assert self.process.stdout is not None and self.process.stdout.readline().strip() == "ready"
-        self.port = 11000 + os.getpid() % 20000  # below those that the system gives to whoever asks for none
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        # below those that the system gives to whoever asks for none, and apart from the other workers' of this suite:
+        # their process numbers are neighbours, and two runs at one port would take each other for theirs
+        self.port = 11000 + (os.getppid() * 7 + worker * 1000) % 20000
 
     def run(self, *argv: str, log: Path, processes: int = 1, **kill: Any) -> dict[str, Any]:
-        self.port += 1
+        self.port = next(port for port in range(self.port + 1, 32768) if is_free(port))
         order = {"argv": argv, "log": str(log), "processes": processes, "port": self.port, **kill}
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(order) + "\n")
@@ -138,7 +147,7 @@ class Case:
         self.changes, self.count = changes, 0
         recipe, self.still, self.labels = prepare(folder, model, algo, "still", **changes)
         done = zygote.run("train", str(recipe), log=folder / "out", processes=processes)
-        assert done["status"] == 0, (folder / "out").read_text()[-3000:]
+        assert done["status"] == 0, (folder / "out").read_text()
         self.seconds, self.writes = done["seconds"], done["writes"]
 
     def disturbed(self, kills: Iterator[dict[str, Any]]) -> Disturbed:
@@ -152,11 +161,11 @@ class Case:
             unreadable += readable(run)
             if status == 0:
                 break
-            assert status == -9, out.read_text()[-3000:]
+            assert status == -9, out.read_text()[-9000:]
             killed += 1
         else:
             status = self.zygote.run(*go_on(recipe, run), log=out, processes=self.processes)["status"]
-            assert status == 0, out.read_text()[-3000:]
+            assert status == 0, out.read_text()[-9000:]
         twice = bought_twice(labels, self.labels)
         return Disturbed(killed, unreadable + readable(run), same(run, self.still), twice)
 
