@@ -219,6 +219,6 @@ def expectations(case: Case) -> dict[str, Expected]:
     }
 
 
-if __name__ == "__main__":  # python tests/algos/reference.py > tests/support/golden.json
+if __name__ == "__main__":  # python tests/algos/reference.py > tests/golden.json
     made = make_case(1)
     print(json.dumps({"case": made, "expect": expectations(made)}))

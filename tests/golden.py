@@ -1,4 +1,4 @@
-"""Check every system against a file of golden values: `python tests/support/golden.py FILE...`.
+"""Check every system against a file of golden values: `python tests/golden.py FILE...`.
 
 A file holds one `case` (inputs; rows grouped by prompt) and `expect[key]` (loss, gradient with respect to log π_θ per
 token, and what led there). One line per expectation; exit status 1 if any is wrong or has no system here.
