@@ -22,16 +22,19 @@ class Batch:
     """The labelled rows of one online batch, or those of them that one update or micro-batch uses.
 
     Rows without a label are not here: they left the batch, and with it the baseline, μ and σ. Rows of one prompt
-    stand together. Shapes: N completions, T the longest completion's tokens.
+    stand together, and no two prompts of a batch have one number. Shapes: N completions, T the longest completion's
+    tokens.
     """
 
     group_N: Tensor  # long; which prompt
     mask_NT: Tensor  # 1 on completion tokens (EOS included), 0 on padding
     reward_N: Tensor  # the label; higher is better
-    logp_old_NT: Tensor | None = None  # log π_t per token, untempered, 0 where mask is 0
+    logp_old_NT: Tensor | None = None  # log π_t per token, untempered, 0 where mask is 0; π_t when the batch is used
     logp_ref_NT: Tensor | None = None  # log π_0, likewise
     value_old_NT: Tensor | None = None  # the critic's value before each token, at sampling time
     missing_eos_N: Tensor | None = None  # bool: cut off at max_new_tokens
+    logp_behaviour_NT: Tensor | None = None  # log μ per token, of the policy that sampled the row; None: it was π_t
+    batch_N: Tensor | None = None  # long; in which online batch a row was sampled; None: all of them in this one
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # what prepare and refresh computed
 
     def __getitem__(self, column: str) -> Tensor:
@@ -64,6 +67,12 @@ class Batch:
         assert self.logp_ref_NT is not None
         return self.seq(self.logp_ref_NT)
 
+    @property
+    def seq_behaviour_N(self) -> Tensor:
+        """log μ(y|x)."""
+        assert self.logp_behaviour_NT is not None
+        return self.seq(self.logp_behaviour_NT)
+
 
 class Algorithm(BaseModel):
     """One system. The trainer asks these declarations, never a name."""
@@ -85,6 +94,9 @@ class Algorithm(BaseModel):
     compares: ClassVar[bool] = False  # learns from how a prompt's completions differ: one alone says nothing
     without_signal: ClassVar[str] = "only its KL to the references moves it"  # a step on a batch without signal
     proportional: ClassVar[str | None] = None  # the column that a row's loss, but for its KL, is a multiple of
+    off_policy: ClassVar[bool] = False
+    """Whether rows of an older policy μ may stand in a batch (`logp_behaviour_NT`, `batch_N`): its optimum does not
+    depend on who sampled. Such a batch is given log π_t, whatever `needs_old` says."""
     by_prompt: ClassVar[bool] = False
     """Whether what `prepare` makes of a prompt's rows rests on log π_t of these rows alone, and leaves none out. Then
     log π_t of the rows of a batch's first update can come from that update's own forward pass, a micro-batch at a
@@ -93,7 +105,7 @@ class Algorithm(BaseModel):
     def has_signal(self, batch: Batch) -> bool:
         """Whether the rewards tell any completion from those that it is held against."""
         baseline: Baseline = "group" if self.compares else "batch"
-        return bool(advantages(batch.reward_N, batch.group_N, baseline).any())
+        return bool(advantages(batch.reward_N, batch.group_N, baseline, batch.batch_N).any())
 
     def check(self, k: int) -> None:
         """Raise ValueError (naming the key, and what to do) where `k` completions per prompt cannot serve."""

@@ -1,7 +1,8 @@
 """DAR: Dual-regularized Advantage Regression (ICLR 2026, Eq. 3-4, Alg. 1, Thm 4.2; arXiv 2504.14177v1, Eq. 5, 7, 14).
 
 Online RLHF as weighted supervised fine-tuning: each sampled completion's log-likelihood, weighted by how much the
-optimum of the dual-KL objective prefers it to the policy that sampled it.
+optimum of the dual-KL objective prefers it to the policy that sampled it. That optimum does not depend on who sampled,
+so a completion of an older policy μ is weighted against μ.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class DAR(Algorithm):
     )
 
     proportional: ClassVar[str] = "weight"
+    off_policy: ClassVar[bool] = True
 
     @classmethod
     def from_v1(cls, alpha: float, beta: float, **more: object) -> Self:
@@ -67,13 +69,19 @@ class DAR(Algorithm):
 
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         # A_i = r_i - baseline;  A_norm = (A - μ_A) / σ_A                                        (Alg. 1)
-        A_N = advantages(batch.reward_N, batch.group_N, self.baseline)
-        A_norm_N, sigma = normalise(A_N)
+        # each row within the online batch in which it was sampled
+        A_N = advantages(batch.reward_N, batch.group_N, self.baseline, batch.batch_N)
+        A_norm_N, sigma = normalise(A_N, batch.batch_N)
         # w_reg = (π_0/π_t)^α,  w_adv = exp(A_norm/β),  w = min(w_reg · w_adv, w_clip)           (Thm 4.2, Alg. 1)
         # in log space: β = 0.05 and A_norm = 5 overflow exp in fp32
         log_reg_N = self.alpha * (batch.seq_ref_N - batch.seq_old_N) if self.alpha > 0 else torch.zeros_like(A_N)
         log_adv_N = A_norm_N / self.beta
         log_w_N = log_reg_N + log_adv_N
+        # y ~ μ: the target π* is the same, the proposal is not: w = π_0^α π_t^(1-α) exp(A_norm/β) / μ
+        stale: Columns = {}
+        if batch.logp_behaviour_NT is not None:
+            stale = {"log_w_stale": batch.seq_old_N - batch.seq_behaviour_N}
+            log_w_N = log_w_N + stale["log_w_stale"]
         clipped_N = log_w_N > math.log(self.w_clip)
         weight_N = log_w_N.clamp(max=math.log(self.w_clip)).exp()
         keep_N = weight_N >= self.skip_below * weight_N.max() if self.skip_below else torch.ones_like(clipped_N)
@@ -83,6 +91,7 @@ class DAR(Algorithm):
             "advantage": A_norm_N,
             "log_w_reg": log_reg_N,
             "log_w_adv": log_adv_N,
+            **stale,
             "weight": weight_N,
             "clipped": clipped_N,
             "keep": keep_N,

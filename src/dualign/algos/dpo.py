@@ -14,6 +14,8 @@ class DPO(Pairs):
     name: Literal["dpo"] = "dpo"
     beta: float = Field(0.1, gt=0, description="of the log-ratios to π_0 in the logistic")
 
+    off_policy: ClassVar[bool] = True  # π* orders any two completions as their labels do, whoever sampled them
+
     def pair_loss(self, h: Tensor) -> Tensor:
         return logistic(self.beta * h)
 
