@@ -64,9 +64,9 @@ def one(case: str, folder: Path) -> None:
     cpu.tune()
     from dualign import trainer
     from dualign.config import load
+    from dualign.training.clock import Clock
     from dualign.training.fits import memory_of
     from dualign.training.memory import Place
-    from dualign.training.source import Clock
 
     meter, found = Meter(), {}
 

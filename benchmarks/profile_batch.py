@@ -23,8 +23,9 @@ from common import online_batch
 from dualign.common.types import Rollout
 from dualign.config import load
 from dualign.rollout.base import Request
+from dualign.training.clock import Clock
 from dualign.training.engine import Engine
-from dualign.training.source import Clock, load_stream
+from dualign.training.source import load_stream
 
 
 def reward(rollout: Rollout) -> float:

@@ -7,10 +7,10 @@ the first optimizer step that uses it: a killed run resumes by replaying files, 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,30 @@ from dualign.models.adapters import own_base
 from dualign.models.dates import freeze_date
 from dualign.rollout.base import Sampler
 from dualign.run import digests
-from dualign.run.batch import WeightedBatch, check_finite, importance, labelled, tokens_of, updates, weigh
+from dualign.run.batch import WeightedBatch, check_finite, importance, sampled_by, updates, weigh
 from dualign.run.folder import Run
-from dualign.run.metrics import batch_record
+from dualign.run.metrics import batch_record, reuse_record
+from dualign.training.clock import Clock
 from dualign.training.engine import Engine, Sums
 from dualign.training.evaluations import Evaluations, stop_if_absent
 from dualign.training.first_pass import FirstPass
-from dualign.training.gap import check_sampler
+from dualign.training.gap import check_sampler, gap_of_absent
 from dualign.training.given import Rows, with_given
+from dualign.training.labeller import Labeller
 from dualign.training.machine import Machine
 from dualign.training.parallelize import load_policy
 from dualign.training.preview import preview
-from dualign.training.resume import Changes, check_inputs, check_same_run, check_tokens, sampler_name, told
-from dualign.training.source import Clock, Labeller, load_stream, make_source
+from dualign.training.resume import (
+    Changes,
+    check_inputs,
+    check_same_run,
+    check_tokens,
+    note_fetched,
+    sampler_name,
+    told,
+)
+from dualign.training.source import load_stream, make_source
+from dualign.training.stale import Ahead, earlier
 from dualign.training.view import View, plan_lines, warnings_of
 from dualign.training.witness import Witness
 
@@ -126,15 +137,6 @@ def _open(run: Run, config: Config, rewards: Sequence[Reward], sampler: str | No
     changes.record(run)
 
 
-def note_fetched(run: Run, config: Config) -> None:
-    """Digests of what a reward has only fetched now: a classifier of a hub."""
-    then = run.about.get("inputs") or {}
-    lacking = {key for key in then if key.startswith("reward.") and not then[key]}
-    if lacking:
-        now = digests.of_rewards(config.reward)
-        run.note(inputs=then | {key: now[key] for key in lacking & now.keys()})
-
-
 class Trainer:
     """The loop and what it holds."""
 
@@ -158,6 +160,7 @@ class Trainer:
             self.labeller = Labeller(sampler, annotator, run.journal, interrupts.check, self.processes)
         stream = load_stream(config, engine, view.say)
         self.source = make_source(config, self.processes, engine.tokenizer, self.labeller, stream)
+        self.ahead = Ahead(config, engine, run, self.source, self.processes)
         self.evaluations = Evaluations(config, machine, engine, run, self.labeller, witness, view)
         self.labels, self.moved = 0, True  # whether π_θ has moved since the sampler got its weights
         rollout.check_room(sampler, [*stream, *self.evaluations.heldout], config.rollout.max_new_tokens)
@@ -174,18 +177,19 @@ class Trainer:
             try:
                 if skip == 0 and self.evaluations.due(step):
                     self.evaluations.evaluate(step, partial(self._sync, clock))
-                stored = self.run.read_batch(step)
-                b = stored or self._collect(step, clock)
+                for due in self.ahead.due(step):
+                    self._begin(due, clock, skip if due > step else 0)
+                b = self.run.read_batch(step) or self._collect(step, clock)
                 if skip == 0:
                     self.witness.batch(b, clock)
             except StopAsked as asked:
-                self._checkpoint(step, 0, [])
+                self._checkpoint(step, skip, losses)
                 raise StopRun(
                     f"stopped by {asked} before the updates of online batch {step}; all of it is kept"
                 ) from None
-            self._update(b, skip, losses, clock)
+            uses = self._update(b, skip, losses, clock)
             self.moved = True
-            self._finish_batch(b, losses, clock)
+            self._finish_batch(b, uses, losses, clock)
             skip, losses = 0, []
         self._summarise()
 
@@ -198,46 +202,57 @@ class Trainer:
 
     # --- one online batch ---
 
-    def _collect(self, step: int, clock: Clock) -> WeightedBatch:
-        """Rows from all processes, then what is constant while they are used: log π_t, log π_0, weights; on disk."""
+    def _begin(self, step: int, clock: Clock, updated: int) -> None:
+        """Samples batch `step` from the policy as it is; what annotates it gets every completion as it is finished.
+        `updated`: how many updates lie between that policy and the one that should sample it, after a stop."""
         self.view.phase(step, "sampling and labelling")
         self.engine.free_memory()
         if self.algo.source == "online":
             self._sync(clock)
-        self.run.journal.begin(self.run.batch_path(step).with_suffix(""))
-        b = labelled(step, self.processes.everyones(lambda: self.source.collect(step, clock)))
-        stop_if_absent(self.run, self.config.train.max_absent, f"online batch {step}", b.rows)
+        self.ahead.begin(step, clock, f"{self.run.resumable()} is past the policy that sampled it" if updated else "")
+
+    def _collect(self, step: int, clock: Clock) -> WeightedBatch:
+        """Rows from all processes, then what is constant while they are used: log π_t, log π_0, weights; on disk."""
+        self.view.phase(step, "waiting for labels")
+        begun, b = self.ahead.finish(step, clock)
+        stop_if_absent(begun.book, self.config.train.max_absent, f"online batch {step}", b.rows)
         self.view.phase(step, "scoring")
-        engine, algo = self.engine, self.algo
+        engine, algo, mu = self.engine, self.algo, begun.behaviour
+        b = b if mu is None else sampled_by(b, mu)
         with clock("score"):
             ref_NT = engine.score_reference(b.tokens) if algo.needs_ref else None
             value_NT = engine.score(engine.critic, b.tokens) if engine.critic else None
-            gap_absent = gap_of_absent(self.config, engine, b)
-        old_NT = self.first_pass.log_pi_t(b, ref_NT, value_NT, clock) if algo.needs_old else None
+            gap_absent = gap_of_absent(self.config, engine, b, mu)
+        old_NT = self.first_pass.log_pi_t(b, ref_NT, value_NT, clock) if self.config.needs_old else None
         models = {"log π_t": engine.policy, "log π_0": engine.reference, "value": engine.critic}
         with clock("score"):
-            recomputed = self.config.rollout.log_probs == "recomputed"
-            check_sampler(self.config, engine, b, old_NT if recomputed else None)
-            ratio_N = importance(b, old_NT, self.config.rollout.importance_cap)
+            if mu is None:  # else that was seen to when it was sampled
+                check_sampler(self.config, engine, b, old_NT if self.config.rollout.log_probs == "recomputed" else None)
+            ratio_N = importance(b, old_NT if mu is None else b.sampled_NT, self.config.rollout.importance_cap)
             b = replace(weigh(b, algo, old_NT, ref_NT, value_NT, ratio_N), gap_absent=gap_absent)
         check_finite(b, lambda name, tokens: engine.not_finite(models[name], tokens))
         with clock("write"):
             if self.processes.main:
                 self.run.write_batch(b)
             self.processes.barrier()
+        self.run.journal.end(self.run.batch_path(step).with_suffix(""))
         return b
 
-    def _update(self, b: WeightedBatch, skip: int, losses: list[dict[str, float]], clock: Clock) -> None:
-        """One optimizer step per update, past the first `skip`, which a checkpoint already holds; adds to `losses`."""
-        c = self.config
-        for u, (tokens, rows) in enumerate(updates(b, self.algo, c.train.update_size, c.run.seed)):
-            if u < skip:
-                continue
-            self._stop_if_asked(b.step, u, losses)
-            self.view.phase(b.step, f"update {u + 1}")
-            self.engine.begin_update(b.step, u)
-            with clock("update"):
-                losses.append(self._one_update(b, tokens, rows, self.first_pass.begun(b.step, u)))
+    def _update(self, b: WeightedBatch, skip: int, losses: list[dict[str, float]], clock: Clock) -> list[WeightedBatch]:
+        """One optimizer step per update, of the batch and then of earlier ones that are trained on again, past the first
+        `skip`, which a checkpoint already holds; adds to `losses`. Returns those earlier ones."""
+        c, u, uses = self.config, 0, []
+        for use in chain([b], earlier(c, self.engine, self.run, b, clock)):
+            for tokens, rows in updates(use, self.algo, c.train.update_size, c.run.seed):
+                if u >= skip:
+                    self._stop_if_asked(b.step, u, losses)
+                    self.view.phase(b.step, f"update {u + 1}")
+                    self.engine.begin_update(b.step, u)
+                    with clock("update"):
+                        losses.append(self._one_update(use, tokens, rows, self.first_pass.begun(b.step, u)))
+                u += 1
+            uses.append(use)
+        return uses[1:]
 
     def _one_update(self, b: WeightedBatch, tokens: Any, rows: Any, begun: Sums | None) -> dict[str, float]:
         if self.config.train.no_signal == "skip" and b.stats.get("without_signal"):
@@ -247,25 +262,21 @@ class Trainer:
         except StopRun as stop:
             raise StopRun(f"online batch {b.step} ({self.run.batch_path(b.step)}, kept): {stop}") from None
 
-    def _finish_batch(self, b: WeightedBatch, losses: list[dict[str, float]], clock: Clock) -> None:
-        done = b.step + 1
+    def _finish_batch(
+        self, b: WeightedBatch, uses: list[WeightedBatch], losses: list[dict[str, float]], clock: Clock
+    ) -> None:
         self.labels += len(b.tokens) if self.algo.source == "online" else 0  # a fixed set's were bought elsewhere
-        record = batch_record(b, losses, self.algo.source == "online") | {
-            "labels": self.labels,
-            "seconds": clock.seconds,
-        }
+        record = batch_record(b, losses, self.algo.source == "online") | reuse_record(uses)
+        record |= {"labels": self.labels, "seconds": clock.seconds}
         if "label" in clock.seconds and self.labeller is not None:  # else nothing was labelled now
-            stats = getattr(self.labeller.annotator, "stats", {}).items()
-            # apart from the phases: rewards run side by side, within the phase "label" and during "sample"
-            if each := {name.removesuffix("/seconds"): v for name, v in stats if name.endswith("/seconds")}:
-                record["label_seconds"] = each
+            record |= self.labeller.record()
         record |= self.witness.record(b.step)
         if self.processes.main:
             self.run.records.add(record)
         self.machine.track(b.step, record)
         self.view.batch(record, warnings_of(record, self.algo))
-        if done in self._checkpoint_steps():
-            self._checkpoint(done, 0, [])
+        if b.step + 1 in self._checkpoint_steps():
+            self._checkpoint(b.step + 1, 0, [])
 
     def _summarise(self) -> None:
         total = self.config.train.online_batches
@@ -335,16 +346,3 @@ class Trainer:
             raise StopRun(
                 f"stopped by {asked[0]} in online batch {step}, after {update} of its updates; all of it is kept"
             )
-
-
-def gap_of_absent(config: Config, engine: Engine, b: WeightedBatch) -> float | None:
-    """The sum of log π_t/π_0 over the rows without a label: how far the policy is from π_0 needs none. None where there
-    are no such rows, or the system asks for no such scores."""
-    rows, algo = [row for row in b.rows if row.label.value is None], config.algo
-    if not rows or algo.source != "online" or not (algo.needs_old and algo.needs_ref):
-        return None
-    tokens = tokens_of(rows)
-    ref = float(engine.score_reference(tokens).double().sum())
-    if config.rollout.log_probs == "recorded":
-        return sum(math.fsum(row.rollout.sampler_logp) for row in rows) - ref
-    return float(engine.score(engine.policy, tokens).double().sum()) - ref

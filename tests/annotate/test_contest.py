@@ -180,6 +180,10 @@ class Memory:
     def __init__(self) -> None:
         self.kept: dict[int, Label] = {}
 
+    @property
+    def current(self) -> Memory:
+        return self
+
     def labels(self, annotator: str) -> dict[int, Label]:
         return dict(self.kept)
 

@@ -19,7 +19,8 @@ from dualign.common.processes import Processes
 from dualign.common.types import Label, Prompt, Rollout
 from dualign.rollout.base import Request, Sampling
 from dualign.run.journal import Journal
-from dualign.training.source import Clock, Labeller
+from dualign.training.clock import Clock
+from dualign.training.labeller import Labeller
 
 ITEMS = [Item(i, i // 2, Prompt(str(i // 2), "x", {"kind": "ab"[i // 2 % 2]}), "y" * (1 + i * i)) for i in range(12)]
 
@@ -163,6 +164,10 @@ def test_what_a_function_raises_is_raised_in_all() -> None:
 class Memory:
     def __init__(self, known: dict[int, Label]) -> None:
         self.known, self.added = known, {}
+
+    @property
+    def current(self) -> Memory:
+        return self
 
     def labels(self, annotator: str) -> dict[int, Label]:
         return self.known

@@ -44,6 +44,16 @@ def test_dropout_does_not_break_it(zygote, tmp_path, tiny):
     assert (result.unreadable, result.different, result.bought_twice) == ([], [], 0)
 
 
+@pytest.mark.parametrize(("processes", "stale"), [(1, {"reuse": [1, 2], "ahead": 1}), (2, {"reuse": [2], "ahead": 2})])
+def test_older_samples_do_not_break_it(processes, stale, zygote, tiny, tmp_path):
+    """What was sampled ahead belongs to a policy that no checkpoint has."""
+    case = Case(zygote, tmp_path, tiny, "dar", processes, **stale)
+    assert len(list((case.still / "reused").iterdir())) == {1: 5, 2: 2}[processes]
+    result = case.disturbed(surely(processes, case))
+    assert result.kills > 0
+    assert (result.unreadable, result.different, result.bought_twice) == ([], [], 0)
+
+
 def test_a_sum_of_rewards_is_the_same_sum_after_a_kill(zygote, tiny, tmp_path):
     """What is logged of each reward comes from the stored rows, not from a labelling that a replay does not do."""
     case = Case(zygote, tmp_path, tiny, "dar", 1, twice=True)

@@ -83,6 +83,7 @@ def prepare(
     lora: dict[str, Any] | None = None,
     twice: bool = False,
     shard: str = "none",
+    **stale: Any,
 ) -> tuple[Path, Path, Path]:
     """A recipe of a few batches, held-out evaluations and checkpoints; (recipe, run, label log)."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,8 @@ def prepare(
     reward.write_text(REWARD.replace("LOG", repr(str(log))))
     config = tree(model, write_prompts(folder), folder / name, {"name": algo}, online_batches=4)
     config["model"]["lora"] = lora
-    config["train"]["shard"] = shard
+    config["train"] |= {"shard": shard, "reuse": stale.get("reuse", [])}
+    config["rollout"]["ahead"] = stale.get("ahead", 0)
     config["eval"] = {"prompts": 4, "every": 2}
     config["run"] |= {"checkpoints": 3, "keep_last": 2}
     config["reward"] = [{"type": "function", "path": f"{reward}:score"}]
@@ -127,8 +129,8 @@ def same(run: Path, undisturbed: Path) -> list[str]:
     found += [f"weights: {k}" for k in two if k not in one or not torch.equal(one[k], two[k])]
     if metrics(run) != metrics(undisturbed):
         found.append("metrics.jsonl")
-    for part in ("batches", "evaluations"):
-        a, b = (sorted(p.name for p in (folder / part).iterdir()) for folder in (run, undisturbed))
+    for part in ("batches", "evaluations", "reused"):
+        a, b = (sorted(p.name for p in (folder / part).glob("*")) for folder in (run, undisturbed))
         if a != b:
             found.append(f"{part}: {a} and {b}")
     return found

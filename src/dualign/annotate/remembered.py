@@ -9,12 +9,19 @@ from dualign.annotate.base import Annotator, Item, Session
 from dualign.common.types import Label
 
 
-class Memory(Protocol):
-    """Labels of the batch in progress by annotator and item index. `add_labels` returns once they are on disk."""
+class Labels(Protocol):
+    """Of a batch in progress, by annotator and item index. `add_labels` returns once they are on disk."""
 
     def labels(self, annotator: str) -> Mapping[int, Label]: ...
 
     def add_labels(self, annotator: str, labels: Mapping[int, Label]) -> None: ...
+
+
+class Memory(Protocol):
+    """The labels of batches in progress. A session stays with that which was current when it was opened."""
+
+    @property
+    def current(self) -> Labels: ...
 
 
 class Remembered:
@@ -36,7 +43,7 @@ class Remembered:
 
 class _RememberedSession:
     def __init__(self, remembered: Remembered) -> None:
-        self._key, self._memory, self._whole = remembered.key, remembered.memory, remembered.whole
+        self._key, self._memory, self._whole = remembered.key, remembered.memory.current, remembered.whole
         self._groups = remembered.whole_groups
         self._known = self._memory.labels(self._key)
         self._session = remembered.annotator.open()

@@ -44,12 +44,13 @@ def replay(run: RunFolder) -> None:
     opened = Run.open(run)
     algo = load(opened.config_file).algo
     different = 0
-    for b in stored.stored(opened):
+    for b in stored.stored(opened, uses=True):
         found = stored.replay(b, algo)
         more = (
             "" if found.difference == 0 else f": {found.where} by {found.difference:.1e}, relative to its largest value"
         )
-        print(f"batch {found.step:4d}  {len(b.tokens)} rows  {found.verdict}{more}")
+        again = "" if b.used_in is None else f" again in {b.used_in}"
+        print(f"batch {found.step:4d}{again}  {len(b.tokens)} rows  {found.verdict}{more}")
         different += found.verdict == "different"
     if different:
         print(f"{different} batches do not hold what {algo.name} makes of their rewards and log-probs")

@@ -23,6 +23,7 @@ from dualign.common.settings import Settings, fault_at
 from dualign.common.yaml_text import parse_yaml
 from dualign.config.differences import differences as differences
 from dualign.config.renamed import renamed, with_new_names
+from dualign.config.samples import check_samples
 from dualign.config.sections import EvalConfig, RunConfig, TrainConfig, WitnessConfig
 from dualign.data.settings import DataConfig
 from dualign.models.settings import ModelConfig
@@ -64,25 +65,13 @@ class Config(Settings):
         algo.check(k)
         if (lora := self.model.lora) and lora.quantize and (t.shard != "none" or algo.critic):
             raise ValueError("model.lora.quantize: 4 bits cannot be divided (train.shard) or be a value model (PPO)")
-        if self.rollout.importance_cap is not None:
-            self._corrects(algo)
+        check_samples(algo, self.rollout, t)
         if self.data.eval is not None and any(each.compares for reward in self.reward for each in reward.all_rewards):
             raise ValueError(
                 "data.eval: an AI preference compares the completions of one prompt with each other, so its mean on held-out "
                 "prompts never changes; set data.eval: null, and hold checkpoints against π_0 with `dualign eval winrate`"
             )
         return self
-
-    def _corrects(self, algo: Algorithm) -> None:
-        """Whether the truncated importance of completions has something to scale, and something to be made of."""
-        if self.rollout.log_probs == "recorded":
-            raise ValueError("rollout.importance_cap: π_t is what the sampler recorded (rollout.log_probs), so it is 1")
-        if algo.source != "online" or algo.proportional is None or not algo.needs_old:
-            have = [name for name, kind in ALGORITHMS.items() if kind.proportional]
-            lacks = (
-                "does not need log π_t with these settings" if algo.proportional else f"has none; {', '.join(have)} do"
-            )
-            raise ValueError(f"rollout.importance_cap: {algo.name} {lacks}")
 
     @property
     def group(self) -> int:
@@ -95,14 +84,23 @@ class Config(Settings):
 
     @property
     def updates_per_batch(self) -> int:
-        """Optimizer steps on an online batch that is full."""
-        t = self.train
-        return (self.algo.updates_per_batch or max(1, round(t.online_batch / t.update_size))) * self.algo.epochs
+        """Optimizer steps of an online batch that is full, with those on batches that are trained on again."""
+        return self._updates * self.algo.epochs * (1 + len(self.train.reuse))
+
+    @property
+    def _updates(self) -> int:
+        """Of one pass over a batch."""
+        return self.algo.updates_per_batch or max(1, round(self.train.online_batch / self.train.update_size))
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether log π_t is scored: the system wants it, or it changes while a batch is used."""
+        return self.algo.needs_old or bool(self.rollout.ahead or self.train.reuse)
 
     @property
     def update_completions(self) -> str:
         """How many completions an optimizer step has: an online batch's prompts are split evenly, in words."""
-        updates = self.updates_per_batch // self.algo.epochs
+        updates = self._updates
         least = self.prompts_per_batch // updates * self.group
         return str(least) if self.prompts_per_batch % updates == 0 else f"{least} or {least + self.group}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -39,6 +39,11 @@ class TrainConfig(Settings):
     decay: float = Field(0.0, ge=0, le=1, description="share of the updates, the last, in which it falls linearly to 0")
     weight_decay: float = Field(0.0, ge=0, description="decoupled, times the learning rate")
     max_grad_norm: float = Field(1.0, gt=0, description="a larger gradient is scaled down to it")
+    reuse: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=list,
+        description="train again on earlier batches, by their ages: [4] on that of four batches ago, [1, 2, 3] on the "
+        "last three; their labels are there, and their weights are made anew for the policy of now",
+    )
     no_signal: Literal["train", "skip"] = Field(
         "train",
         description="a batch whose rewards tell no completion from another: make the system's step all the same (of DAR: "

@@ -186,7 +186,13 @@ class RolloutConfig(Settings):
         description="nats a token, on average over a batch, by which the sampler's log-probs may differ from the policy's; "
         "more stops the run. None: what rounding explains on this model",
     )
-
+    ahead: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="batches that are sampled before their turn, so that their labels come while earlier ones are trained "
+        "on; each is as many batches older than the policy that trains on it",
+    )
     importance_cap: float | None = Field(
         None,
         ge=1,

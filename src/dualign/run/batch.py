@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -36,6 +36,7 @@ class WeightedBatch:
     batch: Batch
     stats: Stats = field(default_factory=dict)
     gap_absent: float | None = None  # sum of log π_t/π_0 over the rows without a label, where it was scored
+    used_in: int | None = None  # the online batch during which it was trained on again
 
     def __repr__(self) -> str:
         prompts = len({row.rollout.group for row in self.rows})
@@ -49,12 +50,24 @@ class WeightedBatch:
         return len(self.rows) - len(self.tokens)
 
     @property
-    def gap(self) -> float | None:
-        """Mean of log π_t/π_0 over the completions, nats: also of those without a label, where they were scored. None
-        where π_t or π_0 was not."""
-        if self.batch.logp_old_NT is None or self.batch.logp_ref_NT is None:
+    def sampled_NT(self) -> Tensor | None:
+        """Log-probs of the policy that sampled it: μ where that is not π_t. None where they were not scored."""
+        behaviour_NT = self.batch.logp_behaviour_NT
+        return self.batch.logp_old_NT if behaviour_NT is None else behaviour_NT
+
+    @property
+    def gap_N(self) -> Tensor | None:
+        """log π/π_0 of every row with a label, π being the policy that sampled it. None where either was not scored."""
+        if (sampled_NT := self.sampled_NT) is None or self.batch.logp_ref_NT is None:
             return None
-        gap_N = self.batch.seq_old_N - self.batch.seq_ref_N
+        return self.batch.seq(sampled_NT) - self.batch.seq_ref_N
+
+    @property
+    def gap(self) -> float | None:
+        """Mean of log π/π_0 over the completions, nats: also of those without a label, where they were scored. π is the
+        policy that sampled them. None where π or π_0 was not scored."""
+        if (gap_N := self.gap_N) is None:
+            return None
         if self.gap_absent is None:
             return float(gap_N.mean()) if len(gap_N) else None
         return (float(gap_N.double().sum()) + self.gap_absent) / len(self.rows)
@@ -62,9 +75,9 @@ class WeightedBatch:
     @property
     def gap_ci(self) -> float | None:
         """Half the 95 % interval of `gap`, over the prompts that have a label. None: there is none."""
-        if self.gap is None:
+        if (gap_N := self.gap_N) is None:
             return None
-        gap_N, group_N = (self.batch.seq_old_N - self.batch.seq_ref_N).double(), self.batch.group_N
+        gap_N, group_N = gap_N.double(), self.batch.group_N
         half = half_width([float(gap_N[group_N == group].mean()) for group in group_N.unique()])
         return None if math.isnan(half) else half
 
@@ -94,6 +107,14 @@ def tokens_of(rows: Sequence[Row]) -> Tokens:
     )
 
 
+def sampled_by(b: WeightedBatch, logp: Mapping[int, Sequence[float]]) -> WeightedBatch:
+    """The batch with log μ, of the policy that sampled it, per token by row index."""
+    behaviour_NT = torch.zeros(len(b.tokens), b.tokens.width)
+    for i, row in enumerate(row for row in b.rows if row.label.value is not None):
+        behaviour_NT[i, : len(logp[row.rollout.index])] = torch.tensor(logp[row.rollout.index])
+    return replace(b, batch=replace(b.batch, logp_behaviour_NT=behaviour_NT))
+
+
 def recorded_logp(b: WeightedBatch) -> Tensor:
     """(N, T) fp32: log π_t of the rows with a label, as the sampler recorded it; 0 where it recorded none."""
     logp_NT = torch.zeros(len(b.tokens), b.tokens.width)
@@ -102,12 +123,12 @@ def recorded_logp(b: WeightedBatch) -> Tensor:
     return logp_NT
 
 
-def importance(b: WeightedBatch, logp_old_NT: Tensor | None, cap: float | None) -> Tensor | None:
-    """(N,) how much likelier each completion is under π_t, as the policy scores it, than its sampler made it, at most
-    `cap`: truncated importance sampling (Ionides 2008). None without a `cap`."""
-    if cap is None or logp_old_NT is None:
+def importance(b: WeightedBatch, logp_NT: Tensor | None, cap: float | None) -> Tensor | None:
+    """(N,) how much likelier each completion is under the policy that sampled it, as that scores it, than its sampler
+    made it, at most `cap`: truncated importance sampling (Ionides 2008). None without a `cap`."""
+    if cap is None or logp_NT is None:
         return None
-    log_ratio_N = b.batch.seq(logp_old_NT.double() - recorded_logp(b).double())
+    log_ratio_N = b.batch.seq(logp_NT.double() - recorded_logp(b).double())
     return log_ratio_N.clamp(max=math.log(cap)).exp().float()
 
 
@@ -127,7 +148,7 @@ def weigh(
         mask_NT=whole.mask_NT.double(),
         **{
             name: value.double()
-            for name in ("logp_old_NT", "logp_ref_NT", "value_old_NT")
+            for name in ("logp_old_NT", "logp_ref_NT", "value_old_NT", "logp_behaviour_NT")
             if (value := getattr(whole, name)) is not None
         },
     )
@@ -152,6 +173,7 @@ def check_finite(b: WeightedBatch, why: Callable[[str, Tokens], str] = lambda na
     """Raises StopRun, naming the row, where a log-prob, value, advantage or weight is NaN or infinite. `why` says of a
     log-prob or value of a row where it comes from."""
     scores = {"log π_t": b.batch.logp_old_NT, "log π_0": b.batch.logp_ref_NT, "value": b.batch.value_old_NT}
+    scores |= {"log μ": b.batch.logp_behaviour_NT}
     present = [row.rollout.index for row in b.rows if row.label.value is not None]
     for name, value in {**scores, **b.batch.columns}.items():
         if value is not None and value.is_floating_point() and not value.isfinite().all():
@@ -176,9 +198,10 @@ def update_rows(b: WeightedBatch, algo: Algorithm, update_size: int, seed: int) 
     members: dict[int, list[int]] = {g: [] for g in groups}
     for row, g in enumerate(b.tokens.group):
         members[g].append(row)
+    place = [seed, b.step] if b.used_in is None else [seed, b.step, b.used_in]
     count = algo.updates_per_batch or max(1, round(len(b.rows) / update_size))
     for epoch in range(algo.epochs):
-        order = np.random.default_rng([seed, b.step, epoch]).permutation(len(groups))
+        order = np.random.default_rng([*place, epoch]).permutation(len(groups))
         for part in np.array_split(order, min(count, len(groups)) or 1):
             rows = [row for i in sorted(part.tolist()) for row in members[groups[i]]]
             if rows:

@@ -32,6 +32,7 @@ class RunFiles:
         self.evaluations_dir = folder / "evaluations"
         self.checkpoints = folder / "checkpoints"
         self.witness_dir = folder / "witness"
+        self.reused_dir = folder / "reused"
         self.config_file = folder / "config.yaml"
         self.metrics_file = folder / "metrics.jsonl"
         self.journal = Journal(rank)
@@ -152,7 +153,14 @@ class RunFiles:
     def tidy(self) -> None:
         """Clears away what a kill left behind: files half written, journals of batches that are complete, and a last
         record whose file never came."""
-        for folder in (self.folder, self.batches, self.evaluations_dir, self.checkpoints, self.witness_dir):
+        for folder in (
+            self.folder,
+            self.batches,
+            self.evaluations_dir,
+            self.checkpoints,
+            self.witness_dir,
+            self.reused_dir,
+        ):
             for path in folder.glob(".*.partial"):
                 remove(path)
         for folder, suffix in (

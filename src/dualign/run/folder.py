@@ -20,7 +20,7 @@ from dualign.run.batch import Row, WeightedBatch, labelled
 from dualign.run.files import RunFiles
 from dualign.run.journal import files_of
 from dualign.run.metrics import MetricsFile, new_names
-from dualign.run.table import from_table, read_table, to_table
+from dualign.run.table import from_table, from_use, read_table, to_table, to_use
 from dualign.run.witness import Witnessed
 
 STATE_FILES = ("state.json", "train.safetensors", "optimizer.safetensors")  # what only the newest checkpoint needs
@@ -147,6 +147,33 @@ class Run(RunFiles):
             return None
         self.check(path, "Delete it and resume: its completions will be sampled, and their labels asked for, again")
         return from_table(read_table(path), step)
+
+    # --- batches that are trained on again ---
+
+    def reused_path(self, step: int, of: int) -> Path:
+        return self.reused_dir / f"{step:06d}-{of:06d}.parquet"
+
+    def reused(self, step: int) -> list[int]:
+        """The earlier batches that were trained on again during online batch `step`, the latest first."""
+        found = self.reused_dir.glob(f"{step:06d}-*.parquet")
+        return sorted((int(path.stem.partition("-")[2]) for path in found), reverse=True)
+
+    def write_reused(self, b: WeightedBatch) -> None:
+        """Log-probs and weights of this use, durable before its first update."""
+        assert b.used_in is not None
+        self.reused_dir.mkdir(exist_ok=True)
+        self._write_table(self.reused_path(b.used_in, b.step), to_use(b))
+
+    def read_reused(self, step: int, of: int) -> WeightedBatch | None:
+        """Batch `of` as it was used during `step`, or None. Raises UserError if it, or the batch, is damaged or gone."""
+        path, batch = self.reused_path(step, of), self.batch_path(of)
+        if not path.exists():
+            return None
+        self.check(path, f"Delete it and {self.checkpoints}/* and resume: the stored batches are replayed")
+        if not batch.exists():
+            raise UserError(f"{batch}: missing, and {path} is of it")
+        self.check(batch, f"{path} is of it")
+        return from_use(read_table(path), read_table(batch), of)
 
     # --- metrics ---
 

@@ -7,7 +7,7 @@ is, so a label always belongs to the very text that was labelled. The files go o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,18 @@ from dualign.common.types import Label, Rollout
 from dualign.rollout.base import Request
 
 
-class Journal:
-    """The journal of the batch in progress, as one process sees it: it reads all processes' files and adds to its own.
-    Between `begin` and `end`; outside, it holds nothing and keeps nothing."""
+class Book:
+    """What one batch has so far, as one process sees it: it reads all processes' files and adds to its own. Without a
+    `stem` it holds nothing and keeps nothing. Raises UserError for a damaged file."""
 
-    def __init__(self, rank: int = 0) -> None:
-        self.rank = rank
+    def __init__(self, stem: Path | None = None, rank: int = 0) -> None:
         self._rollouts: dict[int, dict[str, Any]] = {}
         self._labels: dict[str, dict[int, Label]] = {}
+        self._behaviour: dict[int, list[float]] = {}
         self._file: lines.Appender | None = None
-
-    def begin(self, stem: Path) -> None:
-        """Of the batch whose file will be STEM.parquet. Raises UserError for a damaged journal."""
-        self.end()
-        mine, end = stem.with_name(f"{stem.name}.{self.rank}.journal"), 0
+        if stem is None:
+            return
+        mine, end = stem.with_name(f"{stem.name}.{rank}.journal"), 0
         for path in files_of(stem):
             try:
                 records, size = lines.read(path)
@@ -41,14 +39,16 @@ class Journal:
                 self._take(record)
         self._file = lines.Appender(mine, end)
 
-    def end(self) -> None:
+    def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        self._rollouts, self._labels, self._file = {}, {}, None
+            self._file = None
 
     def _take(self, record: dict[str, Any]) -> None:
         if "index" in record:
             self._rollouts[record["index"]] = record
+        elif "behaviour" in record:
+            self._behaviour |= {int(i): logp for i, logp in record["behaviour"].items()}
         elif "labels" in record:
             found = {int(i): Label(*entry) for i, entry in record["labels"].items()}
             self._labels.setdefault(record["by"], {}).update(found)
@@ -79,6 +79,17 @@ class Journal:
         }
         self._file.add(record, sync=False)  # synced with the label; without one, it can be sampled again
 
+    @property
+    def behaviour(self) -> dict[int, list[float]]:
+        """log μ per token by index, where the batch was sampled ahead and has been scored; else nothing."""
+        return self._behaviour
+
+    def add_behaviour(self, logp: Mapping[int, list[float]], mine: Collection[int]) -> None:
+        """Writes down those that are `mine`. Returns once they are on disk, and with them this process's completions."""
+        self._behaviour = dict(logp)
+        if self._file is not None:
+            self._file.add({"behaviour": {str(i): logp[i] for i in sorted(mine)}})
+
     # --- labels ---
 
     def labels(self, annotator: str) -> Mapping[int, Label]:
@@ -100,6 +111,28 @@ class Journal:
     def _forget_absent(self) -> None:
         for by, labels in self._labels.items():
             self._labels[by] = {i: label for i, label in labels.items() if label.value is not None}
+
+
+class Journal:
+    """The books of the batches in progress: of one, or where batches are sampled ahead of several. The batch that began
+    last is the current one; what is opened while it is stays with it."""
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank, self.current = rank, Book()
+        self._books: dict[Path, Book] = {}
+
+    def begin(self, stem: Path) -> Book:
+        """Of the batch whose file will be STEM.parquet, beside those that are in progress."""
+        self.end(stem)
+        self.current = self._books[stem] = Book(stem, self.rank)
+        return self.current
+
+    def end(self, stem: Path | None = None) -> None:
+        """Closes the book of one batch, or all."""
+        for each in [stem] if stem else list(self._books):
+            if (book := self._books.pop(each, None)) is not None:
+                book.close()
+                self.current = Book() if self.current is book else self.current
 
 
 def files_of(stem: Path) -> list[Path]:

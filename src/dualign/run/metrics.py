@@ -56,18 +56,31 @@ def batch_record(b: WeightedBatch, losses: list[dict[str, float]], online: bool)
             record["kl_ci"] = half
     if online and (nats := entropy(b)) is not None:
         record["entropy"] = nats
-    if batch.logp_old_NT is not None and any(row.rollout.sampler_logp for row in b.rows):
-        gap_N = ((batch.logp_old_NT - recorded_logp(b)) * batch.mask_NT).sum(-1)
+    if (sampled_NT := b.sampled_NT) is not None and any(row.rollout.sampler_logp for row in b.rows):
+        gap_N = ((sampled_NT - recorded_logp(b)) * batch.mask_NT).sum(-1)
         record["sampler_gap"] = float(gap_N.abs().mean())  # 0 where log π_t is what was recorded
     for name in dict.fromkeys(name for loss in losses for name in loss):
         record[name] = float(np.mean([loss.get(name, 0.0) for loss in losses]))
     return record
 
 
+def reuse_record(uses: Sequence[WeightedBatch]) -> dict[str, float]:
+    """Of the earlier batches that were trained on again: how many, how far π_t has moved since they were sampled, and
+    how their weights are spread; means over them. Nothing where there are none."""
+    if not uses:
+        return {}
+    gaps = [float((u.batch.seq_old_N - u.batch.seq_behaviour_N).abs().mean()) for u in uses if len(u.batch)]
+    record = {"reused": float(len(uses))} | ({"reused/log_ratio": float(np.mean(gaps))} if gaps else {})
+    for name in ("ess", "clip_rate"):
+        if found := [u.stats[name] for u in uses if name in u.stats]:
+            record[f"reused/{name}"] = float(np.mean(found))
+    return record
+
+
 def entropy(b: WeightedBatch) -> float | None:
-    """Nats a token: the mean of -log π_t over the tokens that were sampled from π_t, an estimate of its entropy where
-    temperature and top-p are 1. None where log π_t is not known."""
-    logp_NT = b.batch.logp_old_NT
+    """Nats a token: the mean of -log π over the tokens that were sampled from π, an estimate of its entropy where
+    temperature and top-p are 1. None where log π is not known."""
+    logp_NT = b.sampled_NT
     if logp_NT is None and any(row.rollout.sampler_logp for row in b.rows):
         logp_NT = recorded_logp(b)
     tokens = float(b.batch.mask_NT.sum())

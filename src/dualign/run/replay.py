@@ -23,8 +23,9 @@ from dualign.run.folder import Run
 EDGES = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 1.0)  # of the histogram: weight as a share of the batch's largest
 
 
-def stored(run: Run) -> Iterator[WeightedBatch]:
-    """The batches of a run, in order. Raises UserError where there is none, or one is damaged."""
+def stored(run: Run, uses: bool = False) -> Iterator[WeightedBatch]:
+    """The batches of a run, in order; with `uses` each followed by those that were trained on again while it was.
+    Raises UserError where there is none, or one is damaged."""
     steps = sorted(int(path.stem) for path in run.batches.glob("*.parquet"))
     if not steps:
         raise UserError(f"{run.folder}: no online batch is stored yet")
@@ -32,11 +33,17 @@ def stored(run: Run) -> Iterator[WeightedBatch]:
         b = run.read_batch(step)
         assert b is not None
         yield b
+        for of in run.reused(step) if uses else ():
+            use = run.read_reused(step, of)
+            assert use is not None
+            yield use
 
 
 def again(b: WeightedBatch, algo: Algorithm) -> WeightedBatch:
     """The batch weighted by `algo` from what was sampled, labelled and scored. Raises UserError where it needs a score
-    that was not stored."""
+    that was not stored, or cannot take what another policy than π_t sampled."""
+    if b.batch.logp_behaviour_NT is not None and not algo.off_policy:
+        raise UserError(f"online batch {b.step} was sampled by an older policy than π_t, and {algo.name} wants its own")
     have = b.batch
     needed = {
         "log π_0": (algo.needs_ref, have.logp_ref_NT),
@@ -47,7 +54,9 @@ def again(b: WeightedBatch, algo: Algorithm) -> WeightedBatch:
         if needs and column is None:
             raise UserError(f"these settings need {name}, which the run did not and its batches do not hold")
     importance_N = have.columns.get("importance") if algo.proportional else None
-    return weigh(labelled(b.step, b.rows), algo, have.logp_old_NT, have.logp_ref_NT, have.value_old_NT, importance_N)
+    plain = labelled(b.step, b.rows)
+    plain = replace(plain, batch=replace(plain.batch, logp_behaviour_NT=have.logp_behaviour_NT), used_in=b.used_in)
+    return weigh(plain, algo, have.logp_old_NT, have.logp_ref_NT, have.value_old_NT, importance_N)
 
 
 # --- replay ---

@@ -16,7 +16,12 @@ from dualign.common.errors import UserError
 from dualign.common.types import Label, Prompt, Rollout
 from dualign.run.batch import Row, WeightedBatch, labelled
 
-_TOKEN_COLUMNS = {"logp_old_NT": "logp_old", "logp_ref_NT": "logp_ref", "value_old_NT": "value_old"}
+_TOKEN_COLUMNS = {
+    "logp_old_NT": "logp_old",
+    "logp_ref_NT": "logp_ref",
+    "value_old_NT": "value_old",
+    "logp_behaviour_NT": "logp_behaviour",
+}
 
 
 def read_table(path: Path) -> pa.Table:
@@ -54,7 +59,28 @@ def to_table(b: WeightedBatch) -> pa.Table:
         columns[f"algo.{name}"] = _spread(value, b, present)
     table = pa.table(columns)
     about = {"step": b.step, "stats": b.stats} | ({} if b.gap_absent is None else {"gap_absent": b.gap_absent})
+    if b.used_in is not None:
+        about["used_in"] = b.used_in
     return table.replace_schema_metadata({"dualign": json.dumps(about)})
+
+
+def to_use(b: WeightedBatch) -> pa.Table:
+    """What another use of a stored batch adds to it: log-probs and weights, by index."""
+    table = to_table(b)
+    return table.select([name for name in table.column_names if name == "index" or _is_made(name)])
+
+
+def from_use(use: pa.Table, batch: pa.Table, step: int) -> WeightedBatch:
+    """The inverse of to_use, by the stored batch `step`."""
+    kept = batch.select([name for name in batch.column_names if not _is_made(name)])
+    for name in use.column_names:
+        kept = kept if name == "index" else kept.append_column(name, use[name])
+    return from_table(kept.replace_schema_metadata(use.schema.metadata), step)
+
+
+def _is_made(name: str) -> bool:
+    """Whether a column is made for one use of a batch, and not as it was sampled and labelled."""
+    return name.startswith("algo.") or name in _TOKEN_COLUMNS.values()
 
 
 def _spread(value: Tensor, b: WeightedBatch, present: list[int]) -> pa.Array:
@@ -105,7 +131,9 @@ def from_table(table: pa.Table, step: int) -> WeightedBatch:
     algo = {name.removeprefix("algo."): gather(name) for name in data if name.startswith("algo.")}
     about = json.loads(table.schema.metadata[b"dualign"])
     batch = replace(b.batch, reward_N=b.batch.reward_N.float(), **tokens, columns=algo)
-    return replace(b, batch=batch, stats=about["stats"], gap_absent=about.get("gap_absent"))
+    return replace(
+        b, batch=batch, stats=about["stats"], gap_absent=about.get("gap_absent"), used_in=about.get("used_in")
+    )
 
 
 def _prompt_text(prompt: Prompt) -> str:

@@ -96,7 +96,7 @@ def _remedy(run: Run, path: Path) -> str:
         return f"Delete {run.base} and resume: it is written again with the next checkpoint"
     if path == run.config_file:
         return "Put it back as it was (any earlier copy); changes are made by overrides: dualign resume RUN key=value"
-    if path == run.metrics_file:
+    if path == run.metrics_file or path.parent == run.reused_dir:
         return REPLAY
     if path.parent in (run.batches, run.evaluations_dir):
         return _again(run, path)
@@ -114,7 +114,7 @@ def _again(run: Run, path: Path) -> str:
 
 def _present(run: Run) -> Iterator[Finding]:
     """Files that are there without a record, and what is in progress."""
-    for part in (run.folder, run.batches, run.evaluations_dir, run.checkpoints, run.witness_dir):
+    for part in (run.folder, run.batches, run.evaluations_dir, run.checkpoints, run.witness_dir, run.reused_dir):
         for path in sorted(part.iterdir()) if part.is_dir() else []:
             if path.name.endswith(".partial"):
                 yield Finding("unfinished", f"{path}: half written when the run was killed")

@@ -14,11 +14,13 @@ from dualign.rollout.base import Request
 from dualign.rollout.own import OwnSampler
 from dualign.run.batch import Row
 from dualign.run.folder import Run
+from dualign.run.journal import Book
 from dualign.training.engine import Engine
 from dualign.training.heldout import HeldOut, evaluate, gains
 from dualign.training.heldout_set import HeldOutSet, changes, evaluate_set
+from dualign.training.labeller import Labeller
 from dualign.training.machine import Machine
-from dualign.training.source import Labeller, load_heldout
+from dualign.training.source import load_heldout
 from dualign.training.view import View
 from dualign.training.witness import Witness
 
@@ -88,10 +90,12 @@ class Evaluations:
             result, rows = evaluate_set(self.config, self.engine, self.heldout, done)  # type: ignore[arg-type]
         else:
             ready()
-            self.run.journal.begin(self.run.evaluation_path(done).with_suffix(""))
+            stem = self.run.evaluation_path(done).with_suffix("")
+            book = self.run.journal.begin(stem)
             result, rows = evaluate(self.config, self.engine, self.labeller, self.heldout, done)  # type: ignore[arg-type]
             where = f"held-out evaluation after {done} online batches"
-            stop_if_absent(self.run, self.config.train.max_absent, where, rows, needed=True)
+            stop_if_absent(book, self.config.train.max_absent, where, rows, needed=True)
+            self.run.journal.end(stem)
         if self.machine.processes.main:
             self.run.write_evaluation(done, rows, result.record())
         self.machine.track(done, {"heldout": result.record()})
@@ -119,7 +123,7 @@ def in_both(trained: Sequence[Any], heldout: Sequence[Any]) -> list[str]:
     return [told] if count else []
 
 
-def stop_if_absent(run: Run, limit: float, where: str, rows: Sequence[Row], needed: bool = False) -> None:
+def stop_if_absent(book: Book, limit: float, where: str, rows: Sequence[Row], needed: bool = False) -> None:
     """Raises AbsentError where a larger share than `limit` (train.max_absent) of the completions has no label, or none
     has one that is `needed`. A resume asks for those again."""
     absent = [row.label for row in rows if row.label.value is None]
@@ -129,7 +133,7 @@ def stop_if_absent(run: Run, limit: float, where: str, rows: Sequence[Row], need
         why = "and without any there is nothing to report"
     else:
         return
-    run.journal.retry_absent()
+    book.retry_absent()
     raise AbsentError(
         f"{where}: {len(absent)} of {len(rows)} completions have no label, {why}. Reasons: {absent_words(absent)}"
     )

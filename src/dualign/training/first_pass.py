@@ -29,7 +29,7 @@ class FirstPass:
         config, engine = self.config, self.engine
         algo: Algorithm = config.algo
         self._sums = None
-        if config.rollout.log_probs == "recorded" and algo.source == "online":
+        if config.rollout.log_probs == "recorded" and algo.source == "online" and b.batch.logp_behaviour_NT is None:
             return recorded_logp(b)
         first: list[int] = []
         begins = has_signal(b, algo) or config.train.no_signal == "train"  # else it makes no update
@@ -43,7 +43,8 @@ class FirstPass:
 
         def weighted(known_NT: Tensor) -> Batch:
             old_NT[first, : tokens.width] = known_NT
-            ratio_N = importance(b, old_NT, config.rollout.importance_cap)
+            mu_NT = b.batch.logp_behaviour_NT
+            ratio_N = importance(b, old_NT if mu_NT is None else mu_NT, config.rollout.importance_cap)
             return part_of(weigh(b, algo, old_NT, ref_NT, value_NT, ratio_N), first)[1]
 
         engine.begin_update(b.step, 0)

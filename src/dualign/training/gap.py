@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from dualign.common.errors import StopRun
 from dualign.config import Config
-from dualign.run.batch import WeightedBatch, recorded_logp
+from dualign.run.batch import WeightedBatch, recorded_logp, tokens_of
 from dualign.training.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -54,3 +56,21 @@ def allowed_gap(config: Config, engine: Engine) -> float:
         return config.rollout.max_sampler_gap
     decoding = engine.policy.decoding
     return max(LEAST[config.model.precision], ROUNDING * (decoding.rounding if decoding else 0.0))
+
+
+def gap_of_absent(
+    config: Config, engine: Engine, b: WeightedBatch, mu: Mapping[int, Sequence[float]] | None
+) -> float | None:
+    """The sum of log π/π_0 over the rows without a label: how far the policy is from π_0 needs none. π: that which
+    sampled them, `mu` by row where it is not π_t. None where there are no such rows, or the system asks for no such
+    scores."""
+    rows, algo = [row for row in b.rows if row.label.value is None], config.algo
+    if not rows or algo.source != "online" or not (config.needs_old and algo.needs_ref):
+        return None
+    tokens = tokens_of(rows)
+    ref = float(engine.score_reference(tokens).double().sum())
+    if mu is not None:
+        return math.fsum(x for row in rows for x in mu[row.rollout.index]) - ref
+    if config.rollout.log_probs == "recorded":
+        return sum(math.fsum(row.rollout.sampler_logp) for row in rows) - ref
+    return float(engine.score(engine.policy, tokens).double().sum()) - ref

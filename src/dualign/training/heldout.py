@@ -15,8 +15,10 @@ from dualign.config import Config
 from dualign.rollout.base import Request, Sampling
 from dualign.run.batch import Row, labelled, tokens_of
 from dualign.run.metrics import distinct
+from dualign.training.clock import Clock
 from dualign.training.engine import Engine
-from dualign.training.source import Clock, Labeller, penalised
+from dualign.training.labeller import Labeller
+from dualign.training.source import penalised
 
 SEED_SHIFT = 0x4E5A_1D07  # batch numbers of held-out sampling: no training batch has them
 

@@ -16,9 +16,10 @@ from dualign.common.intervals import half_width, none_for_nan
 from dualign.common.types import Example, Label
 from dualign.config import Config
 from dualign.run.batch import Row, WeightedBatch, labelled, weigh
+from dualign.training.clock import Clock
 from dualign.training.engine import Engine
 from dualign.training.heldout import at_pi_0, gain, part_of_label
-from dualign.training.source import Clock, DatasetSource
+from dualign.training.source import DatasetSource
 
 MEASURED = ("loss", "margin", "accuracy")
 

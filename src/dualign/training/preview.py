@@ -12,7 +12,9 @@ from dualign.common.processes import Processes
 from dualign.config import Config
 from dualign.rollout.base import Request, Sampling
 from dualign.run.batch import Row
-from dualign.training.source import Clock, Labeller, OnlineSource, Source
+from dualign.training.clock import Clock
+from dualign.training.labeller import Labeller
+from dualign.training.source import OnlineSource, Source
 from dualign.training.view import View
 
 SEED_SHIFT = 0x0F1B_5713  # the number of a batch that no run has

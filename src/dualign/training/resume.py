@@ -196,3 +196,12 @@ def check_tokens(run: Run, source: Source, tokenizer: Tokenizer) -> None:
 def _beginning(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     text = tokenizer.hf.decode(list(ids)) if ids else "none"
     return repr(text if len(text) <= 200 else f"{text[:200]}...")
+
+
+def note_fetched(run: Run, config: Config) -> None:
+    """Digests of what a reward has only fetched now: a classifier of a hub."""
+    then = run.about.get("inputs") or {}
+    lacking = {key for key in then if key.startswith("reward.") and not then[key]}
+    if lacking:
+        now = digests.of_rewards(config.reward)
+        run.note(inputs=then | {key: now[key] for key in lacking & now.keys()})

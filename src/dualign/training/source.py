@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from dualign import data
-from dualign.annotate.base import Annotator, Item, Session
-from dualign.annotate.together import meet
-from dualign.common.errors import StopRun, UserError, out_of_memory
+from dualign.common.errors import UserError
 from dualign.common.processes import Processes
 from dualign.common.types import Example, Label, Prompt, Rollout
 from dualign.config import Config
 from dualign.data.settings import DataConfig
 from dualign.models.policy import Tokenizer
-from dualign.rollout.base import Request, Sampler, Sampling
+from dualign.rollout.base import Request, Sampling
 from dualign.rollout.requests import Refused, requests_of
 from dualign.run.batch import PENALTY, Row
-from dualign.run.journal import Journal
+from dualign.training.clock import Clock
+from dualign.training.labeller import Asked, Labeller
 
 X = TypeVar("X")
-STOP_WITHIN = 0.5  # seconds after which a wish to stop is noticed while labels are awaited
-
-
-class Clock:
-    """Seconds spent by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 class Stream(Generic[X]):
@@ -67,8 +45,8 @@ Known = tuple[tuple[int, ...], list[tuple[int, ...]]]  # a prompt's tokens, and 
 
 
 class Source(Protocol):
-    def collect(self, step: int, clock: Clock) -> list[Row]:
-        """The rows of online batch `step` that this process makes."""
+    def ask(self, step: int, clock: Clock) -> Asked:
+        """Begins online batch `step`: its completions, whose labels come while other things are done."""
         ...
 
     def known(self, step: int) -> list[Known]:
@@ -86,10 +64,10 @@ class OnlineSource:
         self.seed, self.penalty = config.run.seed, r.missing_eos_penalty
         self.stream = Stream(requests, config.prompts_per_batch, self.seed, config.data.shuffle)
 
-    def collect(self, step: int, clock: Clock) -> list[Row]:
+    def ask(self, step: int, clock: Clock) -> Asked:
         requests = [Request(g, r.prompt, r.prompt_ids) for g, r in enumerate(self.stream.at(step))]
-        rows = self.labeller.rows(self.processes.mine(requests), self.sampling, (self.seed, step), clock)
-        return [penalised(row, self.penalty) for row in rows]
+        asked = self.labeller.ask(self.processes.mine(requests), self.sampling, (self.seed, step), clock)
+        return replace(asked, rows=lambda clock: [penalised(row, self.penalty) for row in asked.rows(clock)])
 
     def known(self, step: int) -> list[Known]:
         return [(request.prompt_ids, []) for request in self.stream.at(step)]
@@ -104,80 +82,6 @@ def penalised(row: Row, penalty: float) -> Row:
     return Row(row.rollout, replace(label, value=label.value - penalty, parts=parts))
 
 
-@dataclass(frozen=True)
-class Labeller:
-    """Samples from π_t and has the completions labelled, each sent off the moment it is finished. What `journal` has
-    of the batch is taken from there; `check` raises where one asked to stop. With several `processes`, all label a batch
-    together."""
-
-    sampler: Sampler
-    annotator: Annotator
-    journal: Journal
-    check: Callable[[], None]
-    processes: Processes = field(default_factory=Processes)
-
-    def rows(self, requests: Sequence[Request], sampling: Sampling, seed: tuple[int, int], clock: Clock) -> list[Row]:
-        """K labelled completions of each request."""
-        session = self.annotator.open()
-        rollouts: list[Rollout] = []
-
-        def sample() -> Sequence[Rollout]:
-            with clock("sample"):
-                rollouts.extend(self._sample(requests, sampling, seed, session))
-            return ()  # each process keeps its own
-
-        self.processes.everyones(sample)
-        with clock("label"):
-            meet(session, partial(awaited, check=self.check))
-            labels = awaited(session, self.check)
-        return [Row(rollout, labels[rollout.index]) for rollout in sorted(rollouts, key=lambda r: r.index)]
-
-    def _sample(
-        self, requests: Sequence[Request], sampling: Sampling, seed: tuple[int, int], session: Session
-    ) -> list[Rollout]:
-        """K completions of each request, in the order in which they were sent to be labelled."""
-        held = self.journal.rollouts(requests, sampling.k)
-        rollouts: list[Rollout] = []
-
-        def take(rollout: Rollout) -> None:
-            rollouts.append(rollout)
-            session.add(Item.of(rollout, sampling.k))
-
-        def done(rollout: Rollout) -> None:
-            self.check()
-            if rollout.index not in held:  # what was labelled stands
-                self.journal.add_rollout(rollout)
-                take(rollout)
-
-        for rollout in held.values():
-            take(rollout)
-        try:
-            self.sampler.sample(requests, sampling, seed, done, held)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            raise StopRun(
-                "out of memory while sampling; resume with a smaller rollout.options.decode_batch_size"
-            ) from None
-        return rollouts
-
-
-def awaited(session: Session, check: Callable[[], None]) -> Mapping[int, Label]:
-    """Waits for the labels, but not when asked to stop (`check` raises): what is bought by then is still written down."""
-    answer: Future[Mapping[int, Label]] = Future()
-
-    def work() -> None:
-        try:
-            answer.set_result(session.close())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=work, name="labels", daemon=True).start()
-    while not wait([answer], timeout=STOP_WITHIN).done:
-        check()
-    return answer.result()
-
-
 class DatasetSource:
     """A fixed set in the same form: a pair is a group with rewards 1 (chosen) and 0 (rejected), a demonstration a
     group of one."""
@@ -186,10 +90,11 @@ class DatasetSource:
         self.processes, self.tokenizer, self.size = processes, tokenizer, config.group
         self.stream = Stream(examples, config.prompts_per_batch, config.run.seed, config.data.shuffle)
 
-    def collect(self, step: int, clock: Clock) -> list[Row]:
+    def ask(self, step: int, clock: Clock) -> Asked:
         with clock("read"):
             numbered = list(enumerate(self.stream.at(step)))
-            return [row for g, example in self.processes.mine(numbered) for row in self.rows_of(g, example)]
+            rows = [row for g, example in self.processes.mine(numbered) for row in self.rows_of(g, example)]
+        return Asked([row.rollout for row in rows], lambda clock: rows)
 
     def known(self, step: int) -> list[Known]:
         return [encoded(example, self.size, self.tokenizer) for example in self.stream.at(step)]

@@ -20,7 +20,8 @@ from dualign.run.batch import Row, WeightedBatch
 from dualign.run.folder import Run
 from dualign.run.journal import Journal, files_of
 from dualign.run.witness import OWN, Kind, Look, Witnessed, chosen, file_name, look_of, planned, read, to_text
-from dualign.training.source import Clock, awaited
+from dualign.training.clock import Clock
+from dualign.training.labeller import awaited
 
 Put = Callable[[Path, str], None]  # writes a file durably
 
@@ -81,7 +82,7 @@ class Asking:
             self.fault = str(error)
             return {row.rollout.index: Label.absent(f"the witness failed: {error}") for row in rows}
         finally:
-            self.journal.end()
+            self.journal.end(stem)
 
 
 class Witness:

@@ -1,0 +1,192 @@
+"""Completions of an older policy: earlier batches that are trained on again, and batches that are sampled ahead."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dualign
+from dualign.annotate import BatchSession
+from dualign.cli import application
+from dualign.common.errors import StopRun, UserError
+from dualign.common.types import Label
+from dualign.config import build
+from dualign.run.verify import verify
+from dualign.training.engine import Engine
+from runs_common import metrics, tree, vowels, weights, write_prompts
+
+DAR = {"name": "dar", "alpha": 0.1, "beta": 0.3}
+
+
+def settings(tiny, folder, name="run", ahead=0, log_probs="recomputed", **train):
+    found = tree(tiny, write_prompts(folder), folder / name, DAR, **{"online_batches": 4, **train})
+    found["rollout"] |= {"ahead": ahead, "log_probs": log_probs}
+    found["eval"] |= {"every": 2}
+    return found
+
+
+class Counted:
+    """The share of vowels; counts the labels that it gives."""
+
+    def __init__(self):
+        self.given = 0
+
+    def __call__(self, completions, **columns):
+        self.given += len(completions)
+        return vowels(completions)
+
+
+def test_earlier_batches_are_trained_on_again_without_a_label(tiny, tmp_path):
+    fresh, again = Counted(), Counted()
+    dualign.train(settings(tiny, tmp_path, "fresh"), reward=fresh, quiet=True)
+    run = dualign.train(settings(tiny, tmp_path, reuse=[1, 3]), reward=again, quiet=True)
+    assert again.given == fresh.given
+    names = sorted(path.name for path in (run.folder / "reused").iterdir())
+    assert names == [f"{a:06d}-{b:06d}.parquet" for a, b in ((1, 0), (2, 1), (3, 0), (3, 2))]
+    assert [run.reused(step) for step in range(4)] == [[], [0], [1], [2, 0]]
+    assert [record.get("reused", 0) for record in metrics(run.folder)] == [0, 1, 1, 2]
+    one, two = weights(tmp_path / "fresh"), weights(run.folder)
+    assert any(not torch.equal(one[key], two[key]) for key in two)
+
+
+def test_a_use_is_weighted_for_the_policy_of_now_by_that_which_sampled(tiny, tmp_path):
+    """log w = α log π_0 + (1-α) log π_t - log μ + A/β: π_t is the policy of the use, A that of then."""
+    run = dualign.train(settings(tiny, tmp_path, reuse=[2], lr=3e-3), reward=vowels, quiet=True)
+    first, use = run.batch(1), run.read_reused(3, 1)
+    was, now = first.batch, use.batch
+    assert torch.equal(now.logp_behaviour_NT, was.logp_old_NT) and torch.equal(now.logp_ref_NT, was.logp_ref_NT)
+    assert torch.equal(now["advantage"], was["advantage"])
+    moved_N = now.seq_old_N - now.seq_behaviour_N
+    assert moved_N.abs().max() > 0.01, "π_t has not moved, and the test shows nothing"
+    log_w_N = 0.1 * now.seq_ref_N + 0.9 * now.seq_old_N - now.seq_behaviour_N + now["advantage"] / 0.3
+    assert torch.allclose(now["weight"].log(), log_w_N.clamp(max=math.log(20)), atol=1e-4)
+    assert metrics(run.folder)[3]["reused/log_ratio"] == pytest.approx(float(moved_N.abs().mean()), rel=1e-6)
+
+
+def test_the_next_batch_is_of_the_policy_before_the_updates(tiny, tmp_path):
+    """Where π_0 never moves, batch 1 is what batch 1 of a run that samples ahead is."""
+    still = dualign.train(settings(tiny, tmp_path, "still", lr=1e-12), reward=vowels, quiet=True)
+    run = dualign.train(settings(tiny, tmp_path, ahead=1, lr=3e-3), reward=vowels, quiet=True)
+    texts = [[row.rollout.text for row in r.batch(1).rows] for r in (still, run)]
+    assert texts[0] == texts[1]
+    batch = run.batch(1).batch
+    assert torch.allclose(batch.logp_behaviour_NT, batch.logp_ref_NT, atol=1e-5)
+    assert (batch.seq_old_N - batch.seq_behaviour_N).abs().max() > 0.01
+    log_w_N = 0.1 * batch.seq_ref_N + 0.9 * batch.seq_old_N - batch.seq_behaviour_N + batch["advantage"] / 0.3
+    assert torch.allclose(batch["weight"].log(), log_w_N.clamp(max=math.log(20)), atol=1e-4)
+
+
+def test_recorded_log_probs_are_those_of_the_policy_that_sampled(tiny, tmp_path):
+    found = [
+        dualign.train(settings(tiny, tmp_path, how, ahead=2, log_probs=how, reuse=[1]), reward=vowels, quiet=True)
+        for how in ("recomputed", "recorded")
+    ]
+    one, two = (run.batch(3).batch for run in found)
+    assert torch.allclose(one.logp_behaviour_NT, two.logp_behaviour_NT, atol=1e-3)
+    assert torch.allclose(one.logp_old_NT, two.logp_old_NT, atol=1e-3)
+
+
+class Late:
+    """Gives no label of a batch before the next but `ahead` is sampled."""
+
+    name = "late"
+
+    def __init__(self, ahead: int, batches: int) -> None:
+        self.ahead, self.batches, self.opened = ahead, batches, 0
+        self.seen = [threading.Event() for _ in range(batches + ahead)]
+
+    def open(self):
+        number = self.opened
+        self.opened += 1
+        self.seen[number].set()
+
+        def label(items):
+            then = min(number + self.ahead, self.batches - 1)
+            assert self.seen[then].wait(60), f"batch {then} was not sampled while batch {number} waited for its labels"
+            return [Label(float(len(item.completion))) for item in items]
+
+        return BatchSession(label)
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_labels_come_while_the_next_batch_is_sampled(ahead, tiny, tmp_path):
+    late = Late(ahead, 4)
+    config = settings(tiny, tmp_path, ahead=ahead)
+    config["data"]["eval"] = None
+    dualign.train(config, reward=late, quiet=True)
+    assert late.opened == 4 and len(metrics(tmp_path / "run")) == 4
+
+
+@pytest.mark.parametrize("at", [3, 9])
+def test_stopped_between_any_two_updates_it_goes_on_to_the_same_bits(at, tiny, tmp_path, monkeypatch):
+    stale = {"ahead": 1, "reuse": [1, 2]}
+    whole = dualign.train(settings(tiny, tmp_path, "whole", **stale), reward=vowels, quiet=True)
+    update, done = Engine.update, []
+
+    def stopping(self, *arguments):
+        done.append(1)
+        if len(done) == at:
+            signal.raise_signal(signal.SIGTERM)
+        return update(self, *arguments)
+
+    monkeypatch.setattr(Engine, "update", stopping)
+    config = settings(tiny, tmp_path, **stale)
+    with pytest.raises(StopRun, match="stopped by SIGTERM"):
+        dualign.train(config, reward=vowels, quiet=True)
+    run = dualign.train(config, reward=vowels, quiet=True, resume=True)
+    assert len(done) == len(metrics(run.folder)) * 2 + (1 + 2 + 2) * 2
+    one, two = weights(whole.folder), weights(run.folder)
+    assert all(torch.equal(one[key], two[key]) for key in one) and metrics(whole.folder) == metrics(run.folder)
+
+
+def test_verify_and_replay_know_every_use(tiny, tmp_path):
+    run = dualign.train(settings(tiny, tmp_path, ahead=1, reuse=[1, 2]), reward=vowels, quiet=True)
+    assert verify(run.folder) == []
+    told = CliRunner().invoke(application(), ["replay", str(run.folder)])
+    lines = told.output.splitlines()
+    assert told.exit_code == 0 and len(lines) == 4 + 5 and all("identical" in line for line in lines)
+    assert any(line.startswith("batch    1 again in 3") for line in lines)
+    path = run.reused_path(3, 1)
+    table = pq.read_table(path)
+    pq.write_table(
+        table.set_column(table.column_names.index("algo.weight"), "algo.weight", table["algo.clipped"]), path
+    )
+    assert [finding.kind for finding in verify(run.folder)] == ["damaged"]
+
+
+def test_a_batch_that_was_sampled_ahead_and_lost_is_named(tiny, tmp_path, monkeypatch):
+    """Its policy is gone: another must not sample it in silence."""
+    config, update, done = settings(tiny, tmp_path, ahead=1), Engine.update, []
+
+    def stopping(self, *arguments):
+        done.append(1)
+        if len(done) == 3:  # of batch 1
+            signal.raise_signal(signal.SIGTERM)
+        return update(self, *arguments)
+
+    monkeypatch.setattr(Engine, "update", stopping)
+    with pytest.raises(StopRun):
+        dualign.train(config, reward=vowels, quiet=True)
+    (journal,) = (tmp_path / "run" / "batches").glob("000002.*.journal")
+    journal.unlink()
+    with pytest.raises(UserError, match=r"000002\.\*\.journal: missing.*000001\+1 is past the policy"):
+        dualign.train(config, reward=vowels, quiet=True, resume=True)
+
+
+@pytest.mark.parametrize("section", [("rollout", {"ahead": 1}), ("train", {"reuse": [2]})])
+def test_a_system_that_needs_its_own_samples_says_so(section, tiny, tmp_path):
+    name, values = section
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "grpo"})
+    config[name] |= values
+    with pytest.raises(UserError, match=f"{name}.{next(iter(values))}: grpo learns only from what π_t sampled"):
+        build(config)
+    assert not (tmp_path / "run").exists()
