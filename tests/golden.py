@@ -21,9 +21,13 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in A
     "dar_rlhf": ("dar", {"alpha": 0.5, "beta": 0.5}),
     "dar_alpha0": ("dar", {"alpha": 0.0}),
     "dar_batch_baseline": ("dar", {"baseline": "batch"}),
+    "dar_stale": ("dar", {}),
+    "dar_trust": ("dar", {"epsilon": 0.5}),
+    "grpo_batch": ("grpo", {"scale": "batch"}),
     "dao_reinforce": ("dao", {"variant": "reinforce"}),
     "dao_ppo": ("dao", {"variant": "ppo"}),
 }
+STALE = {"dar_stale"}  # expectations whose rows were sampled by `logp_behaviour`; else by π_t
 Numbers = dict[str, Any]  # quantity -> number, list of numbers, or list of lists
 
 
@@ -35,7 +39,7 @@ def build(key: str, expected: Numbers) -> Algorithm:
     return system.model_validate({"name": name, **arguments, **given})
 
 
-def batch_of(case: Numbers, dtype: torch.dtype) -> Batch:
+def batch_of(case: Numbers, dtype: torch.dtype, stale: bool = False) -> Batch:
     def column(key: str) -> torch.Tensor | None:
         return torch.tensor(case[key], dtype=dtype) if key in case else None
 
@@ -50,17 +54,19 @@ def batch_of(case: Numbers, dtype: torch.dtype) -> Batch:
         logp_old_NT=column("logp_old"),
         logp_ref_NT=column("logp_ref"),
         value_old_NT=column("value_old"),
+        logp_behaviour_NT=column("logp_behaviour") if stale else None,
         missing_eos_N=torch.tensor(case["missing_eos"], dtype=torch.bool) if "missing_eos" in case else None,
     )
 
 
-def compute(algo: Algorithm, case: Numbers, dtype: torch.dtype) -> Numbers:
+def compute(algo: Algorithm, case: Numbers, dtype: torch.dtype, stale: bool = False) -> Numbers:
     """What `algo` makes of the case's one batch, as one update."""
     logp_NT = torch.tensor(case["logp_theta"], dtype=dtype, requires_grad=True)
     value_NT = torch.tensor(case["value"], dtype=dtype, requires_grad=True) if algo.critic else None
-    batch = batch_of(case, dtype)
+    batch = batch_of(case, dtype, stale)
     with torch.no_grad():
-        batch = batch.having(algo.prepare(batch)[0])
+        columns, stats = algo.prepare(batch)
+        batch = batch.having(columns)
         if algo.recompute:
             batch = batch.having(algo.refresh(batch, logp_NT, value_NT))
     denominator = algo.denominator(batch)
@@ -79,6 +85,8 @@ def compute(algo: Algorithm, case: Numbers, dtype: torch.dtype) -> Numbers:
         found["rejected"] = torch.nonzero(batch["role"] < 0)[:, 0].tolist()
     elif "keep" in batch.columns:
         found["best"] = torch.nonzero(batch["keep"])[:, 0].tolist()
+    if "beta_found" in stats:
+        found["beta_found"] = stats["beta_found"]
     return found | {k: batch[k].tolist() for k in ("advantage", "weight", "returns") if k in batch.columns}
 
 
@@ -114,7 +122,7 @@ def check(data: Numbers) -> Iterator[tuple[str, bool, str]]:
         algo = build(key, expected)
         worst, wrong = {}, []
         for dtype, tolerance in TOLERANCE.items():
-            found = compute(algo, data["case"], dtype)
+            found = compute(algo, data["case"], dtype, key in STALE)
             errors = dict(differences(found, expected, set(type(algo).model_fields), dtype))
             worst[dtype] = max(errors.values(), default=float("inf"))
             kind = str(dtype).removeprefix("torch.")

@@ -29,6 +29,7 @@ def make_case(seed: int = 0) -> Case:
     old = -np.abs(around(0.0, 1.2))
     theta, ref = np.minimum(around(old, 0.25), -1e-3) * mask, np.minimum(around(old, 0.3), -1e-3) * mask
     value_old = around(0.0, 1.0)
+    value = around(value_old, 0.3)
     return {
         "group": group,
         "reward": reward,
@@ -37,7 +38,8 @@ def make_case(seed: int = 0) -> Case:
         "logp_old": old.tolist(),
         "logp_ref": ref.tolist(),
         "value_old": value_old.tolist(),
-        "value": around(value_old, 0.3).tolist(),
+        "value": value.tolist(),
+        "logp_behaviour": (np.minimum(around(old, 0.25), -1e-3) * mask).tolist(),
         "missing_eos": [bool(n == 7) for n in length],
     }
 
@@ -54,6 +56,7 @@ class Reference:
         self.length = self.mask.sum(1).astype(int)
         self.members = [np.flatnonzero(self.group == g) for g in dict.fromkeys(case["group"])]
         self.S, self.S_old, self.S_ref = self.theta.sum(1), self.old.sum(1), self.ref.sum(1)
+        self.S_mu = np.array(case["logp_behaviour"]).sum(1)
 
     def of_sequences(self, loss: float, per_row: np.ndarray) -> Expected:
         """From dL/d log π_θ(y_i|x): the same for each of a row's tokens."""
@@ -80,6 +83,27 @@ class Reference:
         weight = np.array([math.exp(lw) if lw < math.log(20) else 20.0 for lw in log_w])
         return self.regression(weight) | {"advantage": A.tolist()}
 
+    def dar_stale(self, alpha: float = 0.1, beta: float = 0.05) -> Expected:
+        """w = π_0^α π_t^(1-α) exp(A/β) / μ."""
+        A = self.normalised(self.centred())
+        log_w = alpha * self.S_ref + (1 - alpha) * self.S_old - self.S_mu + A / beta
+        return self.regression(np.exp(np.minimum(log_w, math.log(20)))) | {"advantage": A.tolist()}
+
+    def dar_trust(self, epsilon: float = 0.5) -> Expected:
+        """β by halving an interval of log β."""
+        A = self.normalised(self.centred())
+
+        def divergence(beta: float) -> float:
+            q = [math.exp((a - A.max()) / beta) for a in A]
+            q = [p / sum(q) for p in q]
+            return sum(p * math.log(p * self.N) for p in q if p > 0)
+
+        low, high = math.log(1e-2), math.log(1e2)
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if divergence(math.exp(middle)) > epsilon else (low, middle)
+        return self.dar(beta=math.exp(low)) | {"beta_found": math.exp(low)}
+
     def rwr(self) -> Expected:
         return self.regression(np.exp(self.r))
 
@@ -103,19 +127,68 @@ class Reference:
                 A[i] = R[i] - np.mean(others) if others else 0.0
         return self.of_sequences(-(A * self.S).mean(), -A / self.N) | {"advantage": A.tolist()}
 
-    def grpo(self, beta: float = 0.04, clip: float = 0.2) -> Expected:
-        A, loss, grad = self.centred(), 0.0, np.zeros((self.N, self.T))
+    def over_group_std(self) -> np.ndarray:
+        A = self.centred()
         for rows in self.members:
             A[rows] /= (self.r[rows].std(ddof=1) if len(rows) > 1 and np.ptp(self.r[rows]) > 0 else 0.0) + 1e-4
+        return A
+
+    def grpo(
+        self,
+        beta: float = 0.04,
+        clip: tuple[float, float] = (0.2, 0.2),
+        A: np.ndarray | None = None,
+        each: list[float] | None = None,
+    ) -> Expected:
+        """`each`: what a token of each row counts for; a completion's mean over N by default."""
+        A = self.over_group_std() if A is None else A
+        each = [1 / (self.N * n) for n in self.length] if each is None else each
+        loss, grad = 0.0, np.zeros((self.N, self.T))
         for i in range(self.N):
             for k in range(self.length[i]):
                 rho = math.exp(self.theta[i, k] - self.old[i, k])
                 d = self.ref[i, k] - self.theta[i, k]
-                bounded = min(max(rho, 1 - clip), 1 + clip)
+                bounded = min(max(rho, 1 - clip[0]), 1 + clip[1])
                 active = rho * A[i] <= bounded * A[i]
-                loss += (-min(rho * A[i], bounded * A[i]) + beta * (math.exp(d) - d - 1)) / self.length[i]
-                grad[i, k] = (-rho * A[i] * active + beta * (1 - math.exp(d))) / self.length[i]
-        return {"loss": loss / self.N, "grad_logp_theta": (grad / self.N).tolist(), "advantage": A.tolist()}
+                loss += each[i] * (-min(rho * A[i], bounded * A[i]) + beta * (math.exp(d) - d - 1))
+                grad[i, k] = each[i] * (-rho * A[i] * active + beta * (1 - math.exp(d)))
+        return {"loss": loss, "grad_logp_theta": grad.tolist(), "advantage": A.tolist()}
+
+    def gspo(self) -> Expected:
+        A, loss, grad = self.over_group_std(), 0.0, np.zeros((self.N, self.T))
+        for i in range(self.N):
+            rho = math.exp((self.S[i] - self.S_old[i]) / self.length[i])
+            bounded = min(max(rho, 1 - 3e-4), 1 + 4e-4)
+            loss -= min(rho * A[i], bounded * A[i]) / self.N
+            if rho * A[i] <= bounded * A[i]:  # d rho / d log π_k = rho / length
+                grad[i, : self.length[i]] = -rho * A[i] / self.length[i] / self.N
+        return {"loss": loss, "grad_logp_theta": grad.tolist(), "advantage": A.tolist()}
+
+    def cispo(self, most: float = 5.0) -> Expected:
+        A, n = self.over_group_std(), self.length.sum()
+        push = -np.minimum(np.exp(self.theta - self.old), most) * A[:, None] * self.mask / n
+        return {"loss": (push * self.theta).sum(), "grad_logp_theta": push.tolist(), "advantage": A.tolist()}
+
+    def gvpo(self, beta: float = 0.1) -> Expected:
+        loss, per_row, rho = 0.0, np.zeros(self.N), self.S - self.S_old
+        for rows in self.members:
+            gap = beta * (rho[rows] - rho[rows].mean()) - (self.r[rows] - self.r[rows].mean())
+            free = max(len(rows) - 1, 1)
+            loss += (gap**2).sum() / 2 / free / len(self.members)
+            per_row[rows] = beta * (gap - gap.mean()) / free / len(self.members)
+        return self.of_sequences(loss, per_row) | {"advantage": self.centred().tolist()}
+
+    def oapl(self, beta1: float = 1.0, beta2: float = 1e-3) -> Expected:
+        A, rho = np.zeros(self.N), self.S - self.S_old
+        for rows in self.members:
+            A[rows] = self.r[rows] - beta1 * math.log(np.mean([math.exp(r / beta1) for r in self.r[rows]]))
+        gap = beta2 * rho - A
+        return self.of_sequences((gap**2).mean(), 2 * beta2 * gap / self.N) | {"advantage": A.tolist()}
+
+    def pmd(self, tau: float = 0.05) -> Expected:
+        A, rho = self.centred(), self.S - self.S_old
+        loss = -(A * self.S - 0.5 * tau * rho**2).mean()
+        return self.of_sequences(loss, (tau * rho - A) / self.N) | {"advantage": A.tolist()}
 
     def ppo(self, penalty: np.ndarray, beta: float, clip: float | None) -> Expected:
         """`penalty`: per token, what β multiplies."""
@@ -173,12 +246,13 @@ class Reference:
             for rows in self.members
             if np.ptp(self.r[rows]) > 0
         ]
-        score = self.S / self.length if kind == "simpo" else self.S - self.S_ref
+        held = self.S_ref if kind != "dual_dpo" else 0.1 * self.S_ref + 0.9 * self.S_old
+        score = self.S / self.length if kind == "simpo" else self.S - held
         scale = 1 / self.length if kind == "simpo" else np.ones(self.N)
         loss, per_row = 0.0, np.zeros(self.N)
         for w, l in pairs:  # noqa: E741  (the papers' y_w, y_l)
             h = score[w] - score[l]
-            if kind in ("dpo", "simpo"):
+            if kind in ("dpo", "dual_dpo", "simpo"):
                 x = beta * h - (1.6 if kind == "simpo" else 0.0)
                 term, slope = math.log1p(math.exp(-x)), -beta / (1 + math.exp(x))
             elif kind == "ipo":
@@ -199,6 +273,8 @@ def expectations(case: Case) -> dict[str, Expected]:
         "dar_rlhf": ref.dar(0.5, 0.5),
         "dar_alpha0": ref.dar(0.0),
         "dar_batch_baseline": ref.dar(baseline="batch"),
+        "dar_stale": ref.dar_stale(),
+        "dar_trust": ref.dar_trust(),
         "dao_reinforce": ref.dao(ppo=False),
         "dao_ppo": ref.dao(ppo=True),
         "ppo": ref.ppo(ref.old - ref.ref, 0.03, 0.2),
@@ -207,11 +283,21 @@ def expectations(case: Case) -> dict[str, Expected]:
         "dual_mix_ppo": ref.dual(0.3, 0.02, forward=True),
         "rloo": ref.rloo(),
         "grpo": ref.grpo(),
+        "grpo_batch": ref.grpo(A=ref.normalised(ref.centred())),
+        "dapo": ref.grpo(0.0, (0.2, 0.28), each=[1 / ref.length.sum()] * ref.N),
+        "dr_grpo": ref.grpo(0.0, A=ref.centred(), each=[1 / (ref.N * 3000)] * ref.N),
+        "gspo": ref.gspo(),
+        "cispo": ref.cispo(),
+        "gvpo": ref.gvpo(),
+        "oapl": ref.oapl(),
+        "pmd": ref.pmd(),
         "iter_sft": ref.iter_sft(),
         "dpo": ref.pairs("dpo", 0.1),
         "ipo": ref.pairs("ipo", 1.0),
         "slic": ref.pairs("slic", 0.002),
         "offline_dpo": ref.pairs("dpo", 0.1),
+        "dual_dpo": ref.pairs("dual_dpo", 0.1),
+        "offline_dual_dpo": ref.pairs("dual_dpo", 0.1),
         "simpo": ref.pairs("simpo", 2.0),
         "sft": ref.sft(),
         "rwr": ref.rwr(),

@@ -15,11 +15,11 @@ from dualign.algos import ALGORITHMS
 from shared import shared
 
 
-@pytest.mark.parametrize("name", ["small.json", "medium.json"])
+@pytest.mark.parametrize("name", ["small.json", "medium.json", "beyond_small.json", "beyond_medium.json"])
 def test_shared_golden_values(name: str) -> None:
     data = json.loads(shared(f"golden/{name}").read_text(encoding="utf-8"))
     results = list(golden.check(data))
-    assert len(results) == len(data["expect"]) >= 17
+    assert len(results) == len(data["expect"]) >= 11
     assert [f"{key}: {said}" for key, right, said in results if not right] == []
 
 

@@ -39,7 +39,9 @@ def inputs() -> tuple[Batch, Tensor, Tensor]:
     return batch, torch.tensor(CASE["logp_theta"]).double(), torch.tensor(CASE["value"]).double()
 
 
-@pytest.mark.parametrize("key", [k for k in KEYS if k not in ("dao", "dao_reinforce")])  # these stop a gradient
+@pytest.mark.parametrize(
+    "key", [k for k in KEYS if k not in ("dao", "dao_reinforce", "cispo")]
+)  # these stop a gradient
 def test_gradcheck(key: str) -> None:
     algo, (batch, logp_NT, value_NT) = golden.build(key, {}), inputs()
     batch = ready(algo, batch, logp_NT)
@@ -86,6 +88,11 @@ NEEDS = [golden.build(key, {}) for key in KEYS] + [
         ("ppo", {"beta": 0.0}),
         ("dual_ppo", {"alpha": 0.0}),
         ("dual_ppo", {"beta": 0.0}),
+        ("dar", {"alpha": 0.0, "kl_budget": 1.0}),
+        ("dapo", {"beta": 0.1}),
+        ("dual_dpo", {"alpha": 0.0}),
+        ("dual_dpo", {"alpha": 1.0}),
+        ("pmd", {"tau": 0.0}),
     ]
 ]
 
@@ -147,7 +154,9 @@ def test_declarations(name: str) -> None:
             ALGORITHMS[name].model_validate({"name": name, **bad})
 
 
-COMPARING = {"dar", "dao", "awr", "rloo", "grpo", "dpo", "ipo", "slic", "offline_dpo", "simpo"}
+COMPARING = {"dar", "dao", "awr", "rloo", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "gvpo", "oapl", "pmd"} | {
+    "dpo", "dual_dpo", "ipo", "slic", "offline_dpo", "offline_dual_dpo", "simpo",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))

@@ -2,13 +2,18 @@
 
 from dualign.algos.awr import AWR, RWR
 from dualign.algos.base import Algorithm, Batch, Columns, Stats
+from dualign.algos.cispo import CISPO
 from dualign.algos.dao import DAO
 from dualign.algos.dar import DAR
 from dualign.algos.dpo import DPO, OfflineDPO
+from dualign.algos.dual_dpo import DualDPO, OfflineDualDPO
 from dualign.algos.dual_ppo import DualMixPPO, DualPPO, DualPPOClip
-from dualign.algos.grpo import GRPO
+from dualign.algos.grpo import DAPO, GRPO, GSPO, DrGRPO
+from dualign.algos.gvpo import GVPO
 from dualign.algos.ipo import IPO
 from dualign.algos.iter_sft import IterSFT
+from dualign.algos.oapl import OAPL
+from dualign.algos.pmd import PMD
 from dualign.algos.ppo import PPO
 from dualign.algos.rloo import RLOO
 from dualign.algos.sft import SFT
@@ -24,11 +29,20 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "dual_mix_ppo": DualMixPPO,
     "rloo": RLOO,
     "grpo": GRPO,
+    "dapo": DAPO,
+    "dr_grpo": DrGRPO,
+    "gspo": GSPO,
+    "cispo": CISPO,
+    "gvpo": GVPO,
+    "oapl": OAPL,
+    "pmd": PMD,
     "iter_sft": IterSFT,
     "dpo": DPO,
     "ipo": IPO,
     "slic": SLiC,
+    "dual_dpo": DualDPO,
     "offline_dpo": OfflineDPO,
+    "offline_dual_dpo": OfflineDualDPO,
     "simpo": SimPO,
     "sft": SFT,
     "rwr": RWR,

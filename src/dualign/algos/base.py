@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -36,6 +36,7 @@ class Batch:
     logp_behaviour_NT: Tensor | None = None  # log μ per token, of the policy that sampled the row; None: it was π_t
     batch_N: Tensor | None = None  # long; in which online batch a row was sampled; None: all of them in this one
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # what prepare and refresh computed
+    carried: Mapping[str, float] = field(default_factory=dict)  # of the last batch's stats, those that `carried` names
 
     def __getitem__(self, column: str) -> Tensor:
         return self.columns[column]
@@ -45,7 +46,9 @@ class Batch:
 
     def select(self, rows: Tensor) -> Batch:
         """The same batch with only the rows of index tensor `rows`, in that order."""
-        picked = {f.name: v[rows] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        picked: dict[str, Any] = {
+            f.name: v[rows] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
         return replace(self, **picked, columns={k: v[rows] for k, v in self.columns.items()})
 
     def having(self, columns: Mapping[str, Tensor]) -> Batch:
@@ -94,6 +97,7 @@ class Algorithm(BaseModel):
     compares: ClassVar[bool] = False  # learns from how a prompt's completions differ: one alone says nothing
     without_signal: ClassVar[str] = "only its KL to the references moves it"  # a step on a batch without signal
     proportional: ClassVar[str | None] = None  # the column that a row's loss, but for its KL, is a multiple of
+    carried: ClassVar[tuple[str, ...]] = ()  # the numbers of `prepare` that the next batch's `prepare` is given
     off_policy: ClassVar[bool] = False
     """Whether rows of an older policy μ may stand in a batch (`logp_behaviour_NT`, `batch_N`): its optimum does not
     depend on who sampled. Such a batch is given log π_t, whatever `needs_old` says."""

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dualign.algos.adaptive import BETA_RANGE, next_alpha, trust_region, weights_kl
 from dualign.algos.advantages import Baseline, advantages, group_extreme, group_size, normalise
 from dualign.algos.base import Algorithm, Batch, Columns, Stats
 
@@ -37,6 +38,24 @@ class DAR(Algorithm):
         "largest weight; 0 trains on every row",
     )
 
+    epsilon: float | None = Field(
+        None,
+        gt=0,
+        description="nats; β is found for each online batch so that its exp(A/β) are this far (KL) from uniform; null: "
+        "beta as it is",
+    )
+    kl_budget: float | None = Field(
+        None,
+        gt=0,
+        description="nats of a completion; α rises while the KL of π_t to π_0 is above this and falls while it is below, "
+        "beginning with alpha; null: alpha as it is",
+    )
+    alpha_rate: float = Field(
+        0.1, gt=0, le=1, description="with kl_budget: how far α's level moves in a batch, in logs"
+    )
+    alpha_lowest: float = Field(0.01, gt=0, le=1, description="with kl_budget: α is at least this, and at most 1")
+
+    carried: ClassVar[tuple[str, ...]] = ("alpha_level", "kl_sampled")
     proportional: ClassVar[str] = "weight"
     off_policy: ClassVar[bool] = True
 
@@ -51,17 +70,19 @@ class DAR(Algorithm):
 
     @property
     def without_signal(self) -> str:
+        if self.kl_budget is not None:
+            return "w = (π_0/π_t)^α: SFT on its own samples, pulled to π_0"
         if self.alpha == 0:
             return "every weight is 1: SFT on its own samples"
         return f"w = (π_0/π_t)^{self.alpha:g}: SFT on its own samples, pulled to π_0"
 
     @property
     def needs_ref(self) -> bool:
-        return self.alpha > 0
+        return self.alpha > 0 or self.kl_budget is not None
 
     @property
     def needs_old(self) -> bool:
-        return self.alpha > 0
+        return self.needs_ref
 
     @property
     def by_prompt(self) -> bool:
@@ -72,10 +93,12 @@ class DAR(Algorithm):
         # each row within the online batch in which it was sampled
         A_N = advantages(batch.reward_N, batch.group_N, self.baseline, batch.batch_N)
         A_norm_N, sigma = normalise(A_N, batch.batch_N)
+        alpha, about_alpha = self.find_alpha(batch)
+        beta_N, about_beta = self.find_beta(A_norm_N, batch)
         # w_reg = (π_0/π_t)^α,  w_adv = exp(A_norm/β),  w = min(w_reg · w_adv, w_clip)           (Thm 4.2, Alg. 1)
         # in log space: β = 0.05 and A_norm = 5 overflow exp in fp32
-        log_reg_N = self.alpha * (batch.seq_ref_N - batch.seq_old_N) if self.alpha > 0 else torch.zeros_like(A_N)
-        log_adv_N = A_norm_N / self.beta
+        log_reg_N = alpha * (batch.seq_ref_N - batch.seq_old_N) if self.needs_ref else torch.zeros_like(A_N)
+        log_adv_N = A_norm_N / beta_N
         log_w_N = log_reg_N + log_adv_N
         # y ~ μ: the target π* is the same, the proposal is not: w = π_0^α π_t^(1-α) exp(A_norm/β) / μ
         stale: Columns = {}
@@ -86,7 +109,7 @@ class DAR(Algorithm):
         weight_N = log_w_N.clamp(max=math.log(self.w_clip)).exp()
         keep_N = weight_N >= self.skip_below * weight_N.max() if self.skip_below else torch.ones_like(clipped_N)
         dropped = share(weight_N[~keep_N].sum(), weight_N.sum())
-        stats = weight_stats(batch, weight_N, clipped_N, sigma) | {"dropped_weight": dropped}
+        stats = weight_stats(batch, weight_N, clipped_N, sigma) | {"dropped_weight": dropped} | about_alpha | about_beta
         return {
             "advantage": A_norm_N,
             "log_w_reg": log_reg_N,
@@ -96,6 +119,43 @@ class DAR(Algorithm):
             "clipped": clipped_N,
             "keep": keep_N,
         }, stats
+
+    def find_alpha(self, batch: Batch) -> tuple[float, Stats]:
+        """α for this batch, from what the last one left behind; and what this one leaves: α's level and the KL of the
+        policy that sampled it to π_0, nats a completion."""
+        if self.kl_budget is None:
+            return self.alpha, {}
+        level = alpha = batch.carried.get("alpha_level", max(self.alpha, self.alpha_lowest))
+        if "kl_sampled" in batch.carried:
+            kl = batch.carried["kl_sampled"]
+            level, alpha = next_alpha(level, kl, self.kl_budget, self.alpha_rate, self.alpha_lowest)
+        newest = slice(None) if batch.batch_N is None else batch.batch_N == batch.batch_N.max()
+        sampled_N = batch.seq_old_N if batch.logp_behaviour_NT is None else batch.seq_behaviour_N
+        kl = float(
+            (sampled_N - batch.seq_ref_N)[newest].mean()
+        )  # y ~ μ: an estimate of KL(μ‖π_0), and of π_t where fresh
+        return alpha, {"alpha_found": alpha, "alpha_level": level, "kl_sampled": kl}
+
+    def find_beta(self, A_norm_N: Tensor, batch: Batch) -> tuple[float | Tensor, Stats]:
+        """β of each row, found for the online batch in which it was sampled. `beta` where all of a batch's advantages
+        are equal, and so all its weights, whatever β is."""
+        if self.epsilon is None:
+            return self.beta, {}
+        batch_N = torch.zeros_like(batch.group_N) if batch.batch_N is None else batch.batch_N
+        beta_N, reached, bounded = torch.empty_like(A_norm_N), [], 0
+        numbers = batch_N.unique()
+        for number in numbers:
+            A_n = A_norm_N[batch_N == number]
+            found = trust_region(A_n, self.epsilon)
+            beta = self.beta if found is None else found
+            beta_N[batch_N == number] = beta
+            reached.append(weights_kl(A_n, beta))
+            bounded += found in (None, *BETA_RANGE)
+        return beta_N, {
+            "beta_found": float(beta_N.mean()),
+            "weights_kl": sum(reached) / len(reached),
+            "beta_bounded": bounded / len(numbers),  # share of online batches in which no β reaches epsilon
+        }
 
     def loss(self, logp_NT: Tensor, rows: Batch, value_NT: Tensor | None = None) -> tuple[Tensor, Columns]:
         # L(θ) = -(1/N) Σ w_i log π_θ(y_i|x)                                                     (Eq. 4)

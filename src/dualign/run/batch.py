@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -221,5 +222,7 @@ def trim(batch: Batch, width: int) -> Batch:
     def cut(value: Tensor) -> Tensor:
         return value[:, :width] if value.dim() > 1 else value
 
-    tensors = {f.name: cut(value) for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
+    tensors: dict[str, Any] = {
+        f.name: cut(value) for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)
+    }
     return replace(batch, **tensors, columns={name: cut(value) for name, value in batch.columns.items()})

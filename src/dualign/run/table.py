@@ -127,7 +127,7 @@ def from_table(table: pa.Table, step: int) -> WeightedBatch:
             out[i, : len(v)] = torch.tensor(v, dtype=dtype)
         return out
 
-    tokens = {field: gather(column) for field, column in _TOKEN_COLUMNS.items() if column in data}
+    tokens: dict[str, Any] = {field: gather(column) for field, column in _TOKEN_COLUMNS.items() if column in data}
     algo = {name.removeprefix("algo."): gather(name) for name in data if name.startswith("algo.")}
     about = json.loads(table.schema.metadata[b"dualign"])
     batch = replace(b.batch, reward_N=b.batch.reward_N.float(), **tokens, columns=algo)

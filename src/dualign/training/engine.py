@@ -339,5 +339,7 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     """The batch's tensors on `device`."""
     if device.type == "cpu":
         return batch
-    moved = {f.name: v.to(device) for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
+    moved: dict[str, Any] = {
+        f.name: v.to(device) for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)
+    }
     return replace(batch, **moved, columns={k: v.to(device) for k, v in batch.columns.items()})
