@@ -163,6 +163,7 @@ class Trainer:
         self.ahead = Ahead(config, engine, run, self.source, self.processes)
         self.evaluations = Evaluations(config, machine, engine, run, self.labeller, witness, view)
         self.labels, self.moved = 0, True  # whether π_θ has moved since the sampler got its weights
+        self.carried: dict[str, float] = {}  # what the last batch left for the next one's weights
         rollout.check_room(sampler, [*stream, *self.evaluations.heldout], config.rollout.max_new_tokens)
         view.plan(plan_lines(config, engine, len(stream), len(self.evaluations.heldout)))
         view.plan(self.evaluations.notes(stream))
@@ -214,7 +215,7 @@ class Trainer:
     def _collect(self, step: int, clock: Clock) -> WeightedBatch:
         """Rows from all processes, then what is constant while they are used: log π_t, log π_0, weights; on disk."""
         self.view.phase(step, "waiting for labels")
-        begun, b = self.ahead.finish(step, clock)
+        begun, b = self.ahead.finish(step, clock, self.carried)
         stop_if_absent(begun.book, self.config.train.max_absent, f"online batch {step}", b.rows)
         self.view.phase(step, "scoring")
         engine, algo, mu = self.engine, self.algo, begun.behaviour
@@ -265,6 +266,7 @@ class Trainer:
     def _finish_batch(
         self, b: WeightedBatch, uses: list[WeightedBatch], losses: list[dict[str, float]], clock: Clock
     ) -> None:
+        self.carried = b.handed_on(self.algo)
         self.labels += len(b.tokens) if self.algo.source == "online" else 0  # a fixed set's were bought elsewhere
         record = batch_record(b, losses, self.algo.source == "online") | reuse_record(uses)
         record |= {"labels": self.labels, "seconds": clock.seconds}
@@ -307,7 +309,7 @@ class Trainer:
 
     def _checkpoint(self, step: int, update: int, losses: list[dict[str, float]]) -> None:
         self.view.phase(step, "saving a checkpoint")
-        progress = {"step": step, "update": update, "labels": self.labels, "losses": losses}
+        progress = {"step": step, "update": update, "labels": self.labels, "losses": losses, "carried": self.carried}
         main = self.processes.main
         if own_base(self.config.model, self.config.run.dir) is not None and not self.run.base.exists():
             self.run.keep_base(self.engine.save_base) if main else self.engine.save_base(None)
@@ -333,7 +335,7 @@ class Trainer:
             raise UserError(
                 f"train.online_batches={self.config.train.online_batches}: the run has done {progress['step']} already"
             )
-        self.labels = progress["labels"]
+        self.labels, self.carried = progress["labels"], progress.get("carried", {})
         if self.processes.main:
             self.run.forget_metrics_from(progress["step"])
         self.processes.barrier()

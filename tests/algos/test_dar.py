@@ -38,7 +38,8 @@ def test_v1_pair_is_converted() -> None:
 
 def test_defaults_are_the_papers() -> None:
     assert DAR().model_dump() == {
-        "name": "dar", "epochs": 1, "alpha": 0.1, "beta": 0.05, "w_clip": 20.0, "baseline": "group", "skip_below": 0.0,
+        "name": "dar", "epochs": 1, "tie": 0.0, "alpha": 0.1, "beta": 0.05, "w_clip": 20.0, "baseline": "group",
+        "skip_below": 0.0,
         "epsilon": None, "kl_budget": None, "alpha_rate": 0.1, "alpha_lowest": 0.01,
     }  # fmt: skip
 

@@ -68,6 +68,12 @@ def group_extreme(x_N: Tensor, group_N: Tensor, reduce: Literal["amax", "amin"])
     return extreme_P[index_N]
 
 
+def tied_rows(reward_N: Tensor, group_N: Tensor, tie: float = 0.0) -> Tensor:
+    """Whether a row's group has two rows or more, and all its rewards within `tie` of each other. bool (N,)"""
+    spread_N = group_extreme(reward_N, group_N, "amax") - group_extreme(reward_N, group_N, "amin")
+    return (spread_N <= tie * (1 + 1e-9)) & (group_size(group_N, reward_N.dtype) > 1)  # 0.8 - 0.3 is 0.5
+
+
 def normalise(advantage_N: Tensor, batch_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(A - μ_A) / σ_A with the unbiased σ_A over the batch (ICLR Alg. 1), and σ_A. Rows of several online batches
     (`batch_N`) are each held to their own; σ_A is then the mean of theirs.

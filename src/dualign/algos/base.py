@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from dualign.algos.advantages import Baseline, advantages
+from dualign.algos.advantages import Baseline, advantages, group_extreme, tied_rows
 
 Columns = dict[str, Tensor]  # one value (or one row of T values) per completion; first dimension N
 Stats = dict[str, float]
@@ -89,6 +89,9 @@ class Algorithm(BaseModel):
     critic: ClassVar[bool] = False  # value_old_NT, and values in `refresh` and `loss`
     recompute: ClassVar[bool] = False  # call `refresh` with the current policy before every update
     epochs: int = Field(1, ge=1, description="passes over each online batch")
+    tie: float = Field(
+        0.0, ge=0, description="completions of a prompt whose rewards differ by at most this are equal to the system"
+    )
     updates_per_batch: ClassVar[int | None] = None  # fixed number of updates an epoch; None: by train.update_size
 
     # In a subclass each of these is a value, or a property where a setting decides.
@@ -105,6 +108,15 @@ class Algorithm(BaseModel):
     """Whether what `prepare` makes of a prompt's rows rests on log π_t of these rows alone, and leaves none out. Then
     log π_t of the rows of a batch's first update can come from that update's own forward pass, a micro-batch at a
     time."""
+
+    def judged(self, batch: Batch) -> Batch:
+        """The batch with the rewards as a system that compares takes them: a group within `tie` has all its midpoint."""
+        if not (self.tie and self.compares):
+            return batch
+        top_N = group_extreme(batch.reward_N, batch.group_N, "amax")
+        bottom_N = group_extreme(batch.reward_N, batch.group_N, "amin")
+        tied_N = tied_rows(batch.reward_N, batch.group_N, self.tie)
+        return replace(batch, reward_N=torch.where(tied_N, (top_N + bottom_N) / 2, batch.reward_N))
 
     def has_signal(self, batch: Batch) -> bool:
         """Whether the rewards tell any completion from those that it is held against."""

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dualign.algos.adaptive import BETA_RANGE, next_alpha, trust_region, weights_kl
-from dualign.algos.advantages import Baseline, advantages, group_extreme, group_size, normalise
+from dualign.algos.advantages import Baseline, advantages, normalise, tied_rows
 from dualign.algos.base import Algorithm, Batch, Columns, Stats
 
 
@@ -166,8 +166,7 @@ def weight_stats(batch: Batch, weight_N: Tensor, clipped_N: Tensor, sigma: Tenso
     """How the weights are spread: share clipped, effective sample size (Σw)²/Σw² as a share of N, share of rows in tied
     groups (under DAR they train with w = (π_0/π_t)^α), σ_A."""
     w = weight_N.double()
-    gap_N = group_extreme(batch.reward_N, batch.group_N, "amax") - group_extreme(batch.reward_N, batch.group_N, "amin")
-    tied_N = (gap_N == 0) & (group_size(batch.group_N, gap_N.dtype) > 1)  # beside a row that is alone, nothing stands
+    tied_N = tied_rows(batch.reward_N, batch.group_N)  # beside a row that is alone, nothing stands
     return {
         "sigma_advantage": float(sigma),
         "clip_rate": float(clipped_N.float().mean()),

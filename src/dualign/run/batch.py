@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dualign.algos import Algorithm, Batch, Stats
+from dualign.algos.advantages import group_size, tied_rows
 from dualign.common.errors import StopRun
 from dualign.common.intervals import half_width
 from dualign.common.types import Label, Rollout
@@ -50,6 +51,10 @@ class WeightedBatch:
     def absent(self) -> int:
         return len(self.rows) - len(self.tokens)
 
+    def handed_on(self, algo: Algorithm) -> Stats:
+        """What the next batch's weights rest on."""
+        return {name: self.stats[name] for name in algo.carried if name in self.stats}
+
     @property
     def sampled_NT(self) -> Tensor | None:
         """Log-probs of the policy that sampled it: μ where that is not π_t. None where they were not scored."""
@@ -83,8 +88,8 @@ class WeightedBatch:
         return None if math.isnan(half) else half
 
 
-def labelled(step: int, rows: Sequence[Row]) -> WeightedBatch:
-    """The batch before its log-probs and weights are known."""
+def labelled(step: int, rows: Sequence[Row], carried: Mapping[str, float] | None = None) -> WeightedBatch:
+    """The batch before its log-probs and weights are known. `carried`: what the last batch left for it."""
     ordered = tuple(sorted(rows, key=lambda row: row.rollout.index))
     present = [row for row in ordered if row.label.value is not None]
     tokens = tokens_of(present)
@@ -96,6 +101,7 @@ def labelled(step: int, rows: Sequence[Row]) -> WeightedBatch:
         mask_NT=mask,
         reward_N=torch.tensor([row.label.value for row in present], dtype=torch.float64),
         missing_eos_N=torch.tensor([row.rollout.finish == "length" for row in present], dtype=torch.bool),
+        carried=dict(carried or {}),
     )
     return WeightedBatch(step, ordered, tokens, batch)
 
@@ -153,7 +159,9 @@ def weigh(
             if (value := getattr(whole, name)) is not None
         },
     )
-    columns, stats = algo.prepare(precise) if len(b.tokens) else ({}, {})
+    columns, stats = algo.prepare(algo.judged(precise)) if len(b.tokens) else ({}, dict(b.batch.carried))
+    if algo.source == "online" and (tied := tied_prompts(b.batch, algo.tie)) is not None:
+        stats = {**stats, "tied_prompts": tied}
     if not has_signal(b, algo):
         stats = {**stats, "without_signal": 1.0}
     if importance_N is not None and columns:
@@ -164,10 +172,19 @@ def weigh(
     return replace(b, batch=replace(whole, reward_N=whole.reward_N.float(), columns=single), stats=stats)
 
 
+def tied_prompts(batch: Batch, tie: float) -> float | None:
+    """The share of prompts whose completions all have one reward, up to `tie`, among those with two labels or more. None:
+    there are none."""
+    several_N = group_size(batch.group_N, torch.float64) > 1
+    tied_N = tied_rows(batch.reward_N, batch.group_N, tie)
+    groups, tied = (len(batch.group_N[rows].unique()) for rows in (several_N, tied_N))
+    return tied / groups if groups else None
+
+
 def has_signal(b: WeightedBatch, algo: Algorithm) -> bool:
     """Whether the rewards of the batch tell the system anything. A fixed set always does; so does, for want of a step, a
     batch without rows."""
-    return algo.source != "online" or not len(b.tokens) or algo.has_signal(b.batch)
+    return algo.source != "online" or not len(b.tokens) or algo.has_signal(algo.judged(b.batch))
 
 
 def check_finite(b: WeightedBatch, why: Callable[[str, Tokens], str] = lambda name, tokens: "") -> None:

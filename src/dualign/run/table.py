@@ -61,6 +61,8 @@ def to_table(b: WeightedBatch) -> pa.Table:
     about = {"step": b.step, "stats": b.stats} | ({} if b.gap_absent is None else {"gap_absent": b.gap_absent})
     if b.used_in is not None:
         about["used_in"] = b.used_in
+    if b.batch.carried:
+        about["carried"] = dict(b.batch.carried)
     return table.replace_schema_metadata({"dualign": json.dumps(about)})
 
 
@@ -112,7 +114,8 @@ def from_table(table: pa.Table, step: int) -> WeightedBatch:
         )
         for i in range(table.num_rows)
     )
-    b = labelled(step, rows)
+    about = json.loads(table.schema.metadata[b"dualign"])
+    b = labelled(step, rows, about.get("carried"))
     present = [i for i, row in enumerate(rows) if row.label.value is not None]
     kinds = {f.name: f.type for f in table.schema}
 
@@ -129,7 +132,6 @@ def from_table(table: pa.Table, step: int) -> WeightedBatch:
 
     tokens: dict[str, Any] = {field: gather(column) for field, column in _TOKEN_COLUMNS.items() if column in data}
     algo = {name.removeprefix("algo."): gather(name) for name in data if name.startswith("algo.")}
-    about = json.loads(table.schema.metadata[b"dualign"])
     batch = replace(b.batch, reward_N=b.batch.reward_N.float(), **tokens, columns=algo)
     return replace(
         b, batch=batch, stats=about["stats"], gap_absent=about.get("gap_absent"), used_in=about.get("used_in")

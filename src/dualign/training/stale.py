@@ -60,10 +60,10 @@ class Ahead:
         asked = self.source.ask(step, clock)
         self._begun[step] = Begun(asked, book, self._behaviour(step, asked, book, clock))
 
-    def finish(self, step: int, clock: Clock) -> tuple[Begun, WeightedBatch]:
-        """Waits for the labels of batch `step`, of all processes."""
+    def finish(self, step: int, clock: Clock, carried: Mapping[str, float]) -> tuple[Begun, WeightedBatch]:
+        """Waits for the labels of batch `step`, of all processes. `carried`: what the last batch left for it."""
         begun = self._begun.pop(step)
-        return begun, labelled(step, self.processes.everyones(lambda: begun.asked.rows(clock)))
+        return begun, labelled(step, self.processes.everyones(lambda: begun.asked.rows(clock)), carried)
 
     def _behaviour(self, step: int, asked: Asked, book: Book, clock: Clock) -> Mapping[int, Sequence[float]] | None:
         """log μ of all processes' completions. Once it is on disk, and they with it, the policy may move on."""
@@ -95,7 +95,9 @@ def earlier(config: Config, engine: Engine, run: Run, b: WeightedBatch, clock: C
             first = run.batch(of)
             with clock("score"):
                 old_NT = engine.score(engine.policy, first.tokens)
-            batch = replace(first.batch, logp_old_NT=old_NT, logp_behaviour_NT=first.sampled_NT)
+            batch = replace(
+                first.batch, logp_old_NT=old_NT, logp_behaviour_NT=first.sampled_NT, carried=b.batch.carried
+            )
             use = replay.again(replace(first, batch=batch, used_in=b.step), config.algo)
             check_finite(use, lambda name, tokens: engine.not_finite(engine.policy, tokens))
             with clock("write"):
