@@ -2,7 +2,7 @@
 
     python benchmarks/ahead.py [--seconds 0.3 1 3] [--repeats 2] [--batches 4] [--ahead 1] [--out FILE.json]
 
-Each run is `dualign train` on SmolLM2 with 32 completions a batch and a local judge of that many seconds a call, eight
+Each run is `dualign train` on SmolLM2 with 8 completions a batch and a local judge of that many seconds a call, two
 calls at once. The first batch is left out: it has nothing to overlap with. Reported: seconds of a batch, all
 phases together, those spent waiting for labels, and the mean reward of the last batch, which staleness could cost.
 """
@@ -61,11 +61,12 @@ def one(latency: float, ahead: int, batches: int, seed: int) -> dict[str, Any]:
                 "quickstart",
                 [
                     f"run.dir={folder}/run", f"run.seed={seed}", "run.preview=0", "model.precision=fp32",
-                    f"train.online_batches={batches + 1}", "train.online_batch=32", "train.update_size=32",
-                    "rollout.max_new_tokens=32", f"rollout.ahead={ahead}", "data.eval=null",
+                    f"train.online_batches={batches + 1}", "train.online_batch=8", "train.update_size=8",
+                    "rollout.k=4", "rollout.max_new_tokens=24",
+                    f"rollout.ahead={ahead}", "data.eval=null",
                 ],
             )  # fmt: skip
-            judge = {"type": "judge", "base_url": url, "model": "m", "rubric": "helpfulness", "concurrency": 8}
+            judge = {"type": "judge", "base_url": url, "model": "m", "rubric": "helpfulness", "concurrency": 2}
             judge["cache"] = f"{folder}/cache.sqlite"
             tree = config.model_dump(mode="json") | {"reward": [judge], "witness": None}
             dualign.train(build(tree), quiet=True)

@@ -109,7 +109,8 @@ class Config(Settings):
         """Labels that a run buys at most, to train and to evaluate."""
         t, e = self.train, self.eval
         evaluations = 2 + ((t.online_batches - 1) // e.every if e.every else 0)
-        train = t.online_batches * t.online_batch if self.algo.source == "online" else 0
+        batch = t.online_batch + self.rollout.resample * self.rollout.k
+        train = t.online_batches * batch if self.algo.source == "online" else 0
         return train, evaluations * e.prompts * e.k if self.data.eval and self.reward else 0
 
 

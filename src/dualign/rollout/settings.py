@@ -193,6 +193,12 @@ class RolloutConfig(Settings):
         description="batches that are sampled before their turn, so that their labels come while earlier ones are trained "
         "on; each is as many batches older than the policy that trains on it",
     )
+    resample: int = Field(
+        0,
+        ge=0,
+        description="further prompts that a batch may take, at most: one for each whose completions all got one label, "
+        "from which nothing is learned (DAPO's dynamic sampling, within a budget)",
+    )
     importance_cap: float | None = Field(
         None,
         ge=1,

@@ -22,6 +22,7 @@ from dualign.training.clock import Clock
 from dualign.training.labeller import Asked, Labeller
 
 X = TypeVar("X")
+FURTHER = 0x5EED_0F7E  # their order is another than that of the batches' own prompts
 
 
 class Stream(Generic[X]):
@@ -61,16 +62,44 @@ class OnlineSource:
         self.processes, self.labeller = processes, labeller
         r = config.rollout
         self.sampling = Sampling(r.k, r.max_new_tokens, r.temperature, r.top_p)
-        self.seed, self.penalty = config.run.seed, r.missing_eos_penalty
+        self.seed, self.penalty, self.tie = config.run.seed, r.missing_eos_penalty, config.algo.tie
         self.stream = Stream(requests, config.prompts_per_batch, self.seed, config.data.shuffle)
+        self.further = Stream(requests, r.resample, self.seed + FURTHER, config.data.shuffle)
 
     def ask(self, step: int, clock: Clock) -> Asked:
-        requests = [Request(g, r.prompt, r.prompt_ids) for g, r in enumerate(self.stream.at(step))]
-        asked = self.labeller.ask(self.processes.mine(requests), self.sampling, (self.seed, step), clock)
-        return replace(asked, rows=lambda clock: [penalised(row, self.penalty) for row in asked.rows(clock)])
+        prompts = self._numbered(step)
+        mine, further = (
+            self.processes.mine(part) for part in (prompts[: self.stream.per_batch], prompts[self.stream.per_batch :])
+        )
+        asked = self._ask(mine, step, clock)
+
+        def rows(clock: Clock) -> list[Row]:
+            found = asked.rows(clock)
+            if self.further.per_batch:
+                found += self._ask(further[: tied_groups(found, self.tie)], step, clock).rows(clock)
+            return [penalised(row, self.penalty) for row in found]
+
+        return replace(asked, rows=rows)
+
+    def _ask(self, requests: Sequence[Request], step: int, clock: Clock) -> Asked:
+        return self.labeller.ask(requests, self.sampling, (self.seed, step), clock)
+
+    def _numbered(self, step: int) -> list[Request]:
+        """The batch's prompts, then those that may take the place of tied ones."""
+        prompts = [*self.stream.at(step), *self.further.at(step)]
+        return [Request(g, r.prompt, r.prompt_ids) for g, r in enumerate(prompts)]
 
     def known(self, step: int) -> list[Known]:
-        return [(request.prompt_ids, []) for request in self.stream.at(step)]
+        return [(request.prompt_ids, []) for request in self._numbered(step)]
+
+
+def tied_groups(rows: Sequence[Row], tie: float) -> int:
+    """How many prompts have two labels or more, all within `tie` of each other: none of their completions is preferred."""
+    labels: dict[int, list[float]] = {}
+    for row in rows:
+        if row.label.value is not None:
+            labels.setdefault(row.rollout.group, []).append(row.label.value)
+    return sum(len(given) > 1 and max(given) - min(given) <= tie * (1 + 1e-9) for given in labels.values())
 
 
 def penalised(row: Row, penalty: float) -> Row:
