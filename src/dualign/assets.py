@@ -45,8 +45,12 @@ def resolve(name: str) -> str:
     An existing local path wins over an embedded name. Fetches an embedded model on first use.
     Raises UserError where a local path or an embedded model cannot be had.
     """
-    if Path(name).expanduser().exists():
-        return str(Path(name).expanduser())
+    if (folder := Path(name).expanduser()).exists():
+        if (folder / "run.json").is_file() and not (folder / "config.json").exists():
+            raise UserError(
+                f"model {name!r}: a run's folder; name one of its checkpoints ({folder}/checkpoints/NUMBER)"
+            )
+        return str(folder)
     if name in EMBEDDED:
         return str(_folder(name))
     if name.startswith((".", "/", "~")):

@@ -14,7 +14,8 @@ JUDGE_HELP = (
     "run: the run's own reward"
 )
 Sources = Annotated[
-    list[str], typer.Argument(help="runs, checkpoints, models, or files of outputs (.jsonl, .json, .parquet)")
+    list[str],
+    typer.Argument(help="runs, checkpoints (RUN@best, RUN@3), models, or files of outputs (.jsonl, .json, .parquet)"),
 ]
 JudgeSpec = Annotated[str, typer.Option("--judge", help=JUDGE_HELP)]
 Prompts = Annotated[

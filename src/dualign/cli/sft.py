@@ -62,8 +62,10 @@ def _batches(config: Config, epochs: float) -> int:
 def make(config: Config) -> Path:
     """Trains, or resumes the same run where it was cut off, and returns DIR/model: a link to the last checkpoint, which
     opens with from_pretrained and can be the next run's model.name."""
+    from dualign.run.named import pinned
     from dualign.trainer import train
 
+    config = pinned(config)
     folder = Path(config.run.dir)
     begun = (folder / "config.yaml").is_file()
     if begun and configs.load(folder / "config.yaml") != config:

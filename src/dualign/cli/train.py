@@ -61,7 +61,9 @@ def resume(
 
 
 def sample(
-    model: Annotated[str, typer.Argument(help="a checkpoint folder, an embedded default or a hub name")],
+    model: Annotated[
+        str, typer.Argument(help="a run (RUN, RUN@best, RUN@3), a model's folder, an embedded default or a hub name")
+    ],
     prompts: Annotated[
         str, typer.Argument(help="a prompts file, builtin:quickstart, or the prompt itself", callback=as_written)
     ],
@@ -84,7 +86,9 @@ def sample(
     """Sample completions from a model."""
     _quiet()
     from dualign.rollout.sample import sample_to
+    from dualign.run.named import checkpoint_of
 
+    model = checkpoint_of(model)
     sample_to(
         model, prompts, out, k, max_new_tokens, temperature, top_p, limit, seed, chat, prompt_column, system_prompt
     )

@@ -21,6 +21,7 @@ from dualign.eval.places import named, slug
 from dualign.eval.result import Json, Result
 from dualign.models.settings import ModelConfig
 from dualign.run.folder import Run
+from dualign.run.named import checkpoint_of
 
 TOKENS = {"mtbench": 1024, "alpaca": 1024, "ifeval": 512}  # longest answers
 
@@ -132,7 +133,7 @@ def _about(source: str, path: Path, how: Generation) -> Json:
 def _model(source: str) -> ModelConfig:
     """What is sampled: a run's last checkpoint, else what was named. Raises UserError for a run without one."""
     if not outputs.is_run(source):
-        return ModelConfig(name=source)
+        return ModelConfig(name=checkpoint_of(source))
     saved = Run.open(Path(source)).saved()
     if not saved:
         raise UserError(f"{source}: the run has no checkpoint yet")

@@ -100,13 +100,16 @@ def grouped(answers: Iterable[Answer]) -> dict[str, tuple[Answer, ...]]:
 
 def points(source: str, how: Generation) -> list[Outputs]:
     """The policies that `source` stands for, earliest first: a run's (π_0 first), or the single one of a model's name,
-    a checkpoint's folder or a file."""
+    a checkpoint (its folder, RUN@best, RUN@3) or a file."""
+    from dualign.run.named import checkpoint_of
+
     if is_run(source):
         return _checkpoints(Path(source), how) if how.prompts is not None else _evaluations(Path(source))
     path = Path(source)
     if path.name.endswith(SUFFIXES):
         return [Outputs(path.name, grouped(read(path, how.data)))]
-    return [Outputs(path.name if path.exists() else source, grouped(generate(ModelConfig(name=source), how)))]
+    model = ModelConfig(name=checkpoint_of(source))
+    return [Outputs(path.name if path.exists() else source, grouped(generate(model, how)))]
 
 
 # --- runs ---

@@ -24,7 +24,10 @@ class ModelConfig(Settings):
     """The policy. π_0 is this model as loaded, frozen, unless `reference` names another."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("name", "reference", "chat_template")
-    name: str = Field(description="an embedded default (smollm2-135m-instruct), a local folder, or a hub name")
+    name: str = Field(
+        description="an embedded default (smollm2-135m-instruct), a local folder, a hub name, or a run: RUN is its last "
+        "checkpoint, RUN@best the best by its witness, RUN@3 that after 3 online batches"
+    )
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     reference: str | None = Field(
         None, description="π_0, where it is not the model that training starts from; of the same tokens"

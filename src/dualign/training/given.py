@@ -20,6 +20,7 @@ from dualign.common.durable import write_text
 from dualign.common.errors import UserError
 from dualign.config import Config, build
 from dualign.run.digests import of_model
+from dualign.run.named import pinned
 
 Rows = Iterable[Mapping[str, Any]]  # a datasets.Dataset, or a list of rows
 
@@ -34,9 +35,10 @@ def with_given(
     rewards: Sequence[RewardSettings] = (),
 ) -> Config:
     """`config` with these in place of what it names, and `rewards` beside its own. Rows and models are written into the
-    cache, by their content. Raises UserError for what cannot be written down."""
+    cache, by their content; a run that is named as a model is pinned to its checkpoint. Raises UserError for what cannot
+    be written down."""
     if not rewards and all(given is None for given in (algo, model, data, eval_data)):
-        return config
+        return pinned(config)
     tree = config.model_dump()
     named = algo and algo.model_copy(update={"name": _name("algo", algo, algo.name, ALGORITHMS)})
     tree["algo"] = named or config.algo
@@ -47,7 +49,7 @@ def with_given(
         tree["data"]["eval"] = _rows(eval_data, "eval_data")
     if model is not None:
         tree["model"] |= {"name": _model(model, tokenizer), "revision": None}
-    return build(tree)
+    return pinned(build(tree))
 
 
 def _named(reward: RewardSettings) -> RewardSettings:

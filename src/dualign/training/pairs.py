@@ -16,6 +16,7 @@ from dualign.config import Config
 from dualign.rollout.base import Sampling
 from dualign.rollout.sample import sample_from
 from dualign.run.batch import Row
+from dualign.run.named import pinned
 from dualign.training.source import penalised
 
 
@@ -26,6 +27,7 @@ def make_pairs(config: Config, out: Path, limit: int | None = None) -> str:
     prompts, drawn by the run's seed from those that the run would use."""
     if not config.reward:
         raise UserError("reward: none given; pairs are ranked by the recipe's rewards")
+    config = pinned(config)
     d, r = config.data, config.rollout
     prompts = data.load_prompts(d.train, d, d.split)
     sampling = Sampling(max(2, r.k), r.max_new_tokens, r.temperature, r.top_p)

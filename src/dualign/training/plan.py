@@ -19,6 +19,7 @@ from dualign.config import Config
 from dualign.models.load import context_of
 from dualign.models.tokenizer import Tokenizer, load_tokenizer, source_of
 from dualign.rollout.base import Request
+from dualign.run.named import pinned
 from dualign.run.witness import most_labels
 from dualign.training.evaluations import in_both
 from dualign.training.fits import Asked, NotAtHand, memory_lines
@@ -30,6 +31,7 @@ LOOKED_AT = 500  # prompts whose tokens are counted
 def print_plan(config: Config, gpus: int | None = None, nodes: int = 1, gpu_memory: float | None = None) -> None:
     """Tells what a run would do. `gpus`: in all, on so many nodes, each with `gpu_memory` GB; None: this machine. Raises
     UserError for what would not run; what does not fit is such where its memory was given."""
+    config = pinned(config)
     t, c = config.train, config
     per = c.updates_per_batch
     asked = Asked(gpus, nodes, gpu_memory)

@@ -18,6 +18,7 @@ from dualign.models.tokenizer import Tokenizer
 from dualign.run import digests
 from dualign.run.digests import Digests
 from dualign.run.folder import Run
+from dualign.run.named import pinned
 from dualign.training.source import Source
 
 ALLOWED = (  # none of these changes a number that is already in the folder
@@ -42,8 +43,9 @@ def resumed_config(folder: Path, overrides: Iterable[str]) -> Config:
     run = Run.open(folder)
     run.check(run.config_file, "A run's configuration is changed by overrides: dualign resume RUN key.sub=value")
     config = configs.load(run.config_file, overrides)
+    config = pinned(config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder)})}))
     check_changes(run, config)
-    return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder)})})
+    return config
 
 
 def check_changes(run: Run, config: Config) -> None:
