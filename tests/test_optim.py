@@ -4,8 +4,12 @@ import pytest
 import torch
 from transformers.optimization import Adafactor as Library
 
+from dualign.common.errors import UserError
+from dualign.config import build
 from dualign.training.adafactor import Adafactor
 from dualign.training.checkpoint import load_state, save_state
+from dualign.training.optimizer import Schedule
+from runs_common import tree
 
 SHAPES = [(7, 5), (2500, 3), (11,), (2, 6, 4), (7, 5), (11,), (2, 6, 4), (7, 5), ()]
 
@@ -33,6 +37,28 @@ def test_ten_steps_equal_the_librarys(weight_decay, together, tmp_path):
         for p, q in zip(ours, theirs, strict=True):
             assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
     assert all(not torch.allclose(p, s, atol=1e-3) for p, s in zip(ours, start, strict=True))
+
+
+def shares(tiny, **train):
+    config = build(tree(tiny, tiny / "x.jsonl", tiny / "run", {"name": "dar"}, **train))
+    schedule = Schedule(config, torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0))
+    return [schedule.share(at) for at in range(config.train.online_batches * config.updates_per_batch)]
+
+
+def test_a_rate_falls_as_its_schedule_says(tmp_path):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    cosine, expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6), []
+    for _ in range(6):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        cosine.step()
+    assert shares(tmp_path, warmup=0, schedule="cosine") == pytest.approx(expected)
+    assert shares(tmp_path, warmup=3, schedule="cosine")[:2] == pytest.approx([1 / 3, 2 / 3])
+    assert shares(tmp_path, warmup=0, schedule="cosine", decay=0.5) == pytest.approx([1, 1, 1, 1, 0.75, 0.25])
+    assert shares(tmp_path, warmup=0, schedule="linear") == shares(tmp_path, warmup=0, decay=1.0)
+    assert shares(tmp_path, warmup=0, schedule="constant") == shares(tmp_path, warmup=0) == [1.0] * 6
+    with pytest.raises(UserError, match="schedule: constant does not fall"):
+        shares(tmp_path, schedule="constant", decay=0.5)
 
 
 def test_a_zero_gradient_changes_nothing():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dualign.annotate.registry import RewardConfig
 from dualign.annotate.settings import RewardSettings
@@ -36,7 +36,12 @@ class TrainConfig(Settings):
     lr: float = Field(1e-6, gt=0, description="learning rate")
     critic_lr: float | None = Field(None, gt=0, description="of the value model; default: lr")
     warmup: int = Field(15, ge=0, description="updates of linear warm-up; then the rate is constant (papers)")
-    decay: float = Field(0.0, ge=0, le=1, description="share of the updates, the last, in which it falls linearly to 0")
+    schedule: Literal["constant", "linear", "cosine"] | None = Field(
+        None, description="after warm-up: constant, or a fall to 0 of this shape; none: constant, or linear with decay"
+    )
+    decay: float = Field(
+        0.0, ge=0, le=1, description="share of the updates, the last, in which it falls; 0 with a fall: all of them"
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled, times the learning rate")
     max_grad_norm: float = Field(1.0, gt=0, description="a larger gradient is scaled down to it")
     reuse: list[Annotated[int, Field(ge=1)]] = Field(
@@ -52,6 +57,17 @@ class TrainConfig(Settings):
     max_absent: float = Field(
         0.2, ge=0, le=1, description="stop when a larger share of a batch or an evaluation has no label"
     )
+
+    @model_validator(mode="after")
+    def _falls(self) -> Self:
+        if self.schedule == "constant" and self.decay:
+            raise ValueError("schedule: constant does not fall, so decay must be 0; linear and cosine fall")
+        return self
+
+    @property
+    def falling(self) -> float:
+        """The share of the updates, the last, in which the rate falls."""
+        return self.decay or float(self.schedule in ("linear", "cosine"))
 
 
 class EvalConfig(Settings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ def make_optimizer(config: Config, masters: Masters, device: torch.device) -> An
 
 
 class Schedule:
-    """The learning rate as a function of an update's place in the run: a linear rise, constant, a linear fall to 0."""
+    """The learning rate as a function of an update's place in the run: a linear rise, constant, a fall to 0, linear or
+    as half a cosine."""
 
     def __init__(self, config: Config, optimizer: Any) -> None:
         self.config, self.optimizer = config, optimizer
@@ -42,5 +44,8 @@ class Schedule:
         """Of the learning rate, in update `at` of the run."""
         t = self.config.train
         updates = t.online_batches * self.config.updates_per_batch
-        falling = t.decay * updates
-        return min(1.0, (at + 1) / max(1, t.warmup), (updates - at) / falling if falling else 1.0)
+        falling = t.falling * updates
+        left = min(1.0, (updates - at) / falling) if falling else 1.0
+        if t.schedule == "cosine":
+            left = (1 - math.cos(math.pi * left)) / 2
+        return min(1.0, (at + 1) / max(1, t.warmup), left)

@@ -60,10 +60,10 @@ def check_changes(run: Run, config: Config) -> None:
             raise UserError(
                 f"{key} cannot change on resume: what is stored was made with its old value. These can: {', '.join(allowed)}"
             )
-        if key == "train.online_batches" and stored.train.decay:
+        if key == "train.online_batches" and stored.train.falling:
             raise UserError(
-                "train.online_batches cannot change on resume where train.decay is set: the rates of the updates that are "
-                "done depend on it"
+                "train.online_batches cannot change on resume where train.decay or train.schedule lets the rate fall: the rates "
+                "of the updates that are done depend on it"
             )
 
 
