@@ -6,7 +6,6 @@ import copy
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, Self, get_args, get_origin
 
@@ -18,10 +17,12 @@ from dualign.annotate.registry import RewardConfig, settings_class
 from dualign.annotate.settings import RewardSettings
 from dualign.common.errors import UserError
 from dualign.common.named import class_of, is_place, same_name
-from dualign.common.paths import at_home
 from dualign.common.settings import Settings, fault_at
 from dualign.common.yaml_text import parse_yaml
+from dualign.config import foreign
 from dualign.config.differences import differences as differences
+from dualign.config.recipe_files import find as find
+from dualign.config.recipe_files import recipes as recipes
 from dualign.config.renamed import renamed, with_new_names
 from dualign.config.samples import check_samples
 from dualign.config.sections import EvalConfig, RunConfig, TrainConfig, WitnessConfig
@@ -125,12 +126,6 @@ def system_of(algo: dict[str, Any]) -> type[Algorithm]:
         raise fault_at("name", name, error) from None
 
 
-def recipes() -> dict[str, Path]:
-    """The recipes that ship with the package, by name (`quickstart`, `small/grpo`, ...)."""
-    root = Path(str(resources.files("dualign.config") / "recipes"))
-    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
-
-
 def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
     """The configuration of a recipe (a YAML file, or the name of a shipped one) with overrides applied.
 
@@ -186,20 +181,6 @@ def read(recipe: str | Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, An
         raise UserError(f"{path}: base: expected a recipe's name or file, not {base!r}")
     tree = with_new_names(one_reward(tree))
     return (merge(read(base, (*above, path))[0], tree) if base else tree), path
-
-
-def find(recipe: str | Path, folder: Path = Path()) -> Path:
-    """A file (as given, or beside the recipe that names it), or a shipped recipe by its name."""
-    recipe = at_home(str(recipe))
-    for path in (Path(recipe), folder / recipe):
-        if path.is_file():
-            return path
-    shipped = recipes()
-    if str(recipe) not in shipped:
-        near = difflib.get_close_matches(str(recipe), shipped, 1, 0.5)
-        hint = f"; did you mean {near[0]}?" if near else "; `dualign recipes` lists those that ship"
-        raise UserError(f"{recipe}: no such file or recipe{hint}")
-    return shipped[str(recipe)]
 
 
 def merge(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
@@ -263,7 +244,8 @@ def apply(tree: dict[str, Any], override: str) -> None:
 
 def _position(items: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
-        raise UserError(f"override {override!r}: {part} is no position in a list of {len(items)}")
+        named = "".join(f"; {hint}" for hint in foreign.hints(override.partition("=")[0]))
+        raise UserError(f"override {override!r}: {part} is no position in a list of {len(items)}{named}")
     return int(part)
 
 
@@ -280,8 +262,11 @@ def _explain(tree: Any, item: Any) -> str:
     kind, message = item["type"], item["msg"]
     if kind == "extra_forbidden":
         known = _known(path[:-1], tree)
+        if named := foreign.hints(key, item["input"]):
+            return f"{key}: no such key; {'; '.join(named)}"
         near = difflib.get_close_matches(path[-1], known, 1, 0.6)
-        hint = f"; did you mean {'.'.join(path[:-1] + near)}?" if near else ""
+        elsewhere = "" if near or len(path) > 1 else _elsewhere(key)
+        hint = f"; did you mean {'.'.join(path[:-1] + near)}?" if near else elsewhere
         tag = {"algo": "name", "reward": "type"}.get(path[0], "")
         owner = section.get(tag)
         if owner and not near:
@@ -294,6 +279,12 @@ def _explain(tree: Any, item: Any) -> str:
     if kind == "value_error":
         return (f"{key}: " if key else "") + message.removeprefix("Value error, ")
     return f"{key}: {message[0].lower()}{message[1:]}, not {item['input']!r}"
+
+
+def _elsewhere(key: str) -> str:
+    """Of a key without its section, where it stands."""
+    sections = [name for name, field in Config.model_fields.items() if key in _fields(field.annotation)]
+    return f"; did you mean {sections[0]}.{key}?" if sections else ""
 
 
 def own_class(path: Sequence[str], tree: Any) -> str | None:
@@ -319,7 +310,11 @@ def _known(path: list[str], tree: Any) -> list[str]:
             model = _model_of(model if part.isdigit() else model.model_fields[part].annotation, tree)
         if model is None:
             return []
-    return list(model.model_fields) if hasattr(model, "model_fields") else []
+    return _fields(model)
+
+
+def _fields(model: Any) -> list[str]:
+    return list(getattr(model, "model_fields", ()))
 
 
 def _model_of(annotation: Any, tree: Any) -> Any:
