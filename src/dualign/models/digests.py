@@ -27,13 +27,14 @@ def of_model(name: str, revision: str | None = None) -> Digests:
     folder = assets.cache_dir() / name if embedded else Path(name).expanduser()
     if not folder.is_dir():
         return _of_hub(name, revision)
-    found = {str(p.relative_to(folder)): cached_sha256(p) for p in _files(folder)}
+    found = {str(p.relative_to(folder)): cached_sha256(p) for p in files_of(folder)}
     if "adapter_config.json" in found:
         found |= {f"base/{path}": sha256 for path, sha256 in _of_base(folder).items()}
     return found
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_of(folder: Path) -> Iterator[Path]:
+    """Of a model's folder, what from_pretrained reads."""
     for pattern in (*OF_MODELS, *OF_TOKENIZERS, *OF_TEMPLATES):
         yield from sorted(p for p in folder.glob(pattern) if p.is_file() and p.name not in LEFT_OUT)
 
