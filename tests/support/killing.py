@@ -83,6 +83,7 @@ def prepare(
     lora: dict[str, Any] | None = None,
     twice: bool = False,
     shard: str = "none",
+    settings: dict[str, Any] | None = None,
     **stale: Any,
 ) -> tuple[Path, Path, Path]:
     """A recipe of a few batches, held-out evaluations and checkpoints; (recipe, run, label log)."""
@@ -90,7 +91,7 @@ def prepare(
     log = folder / f"{name}.labels"
     reward = folder / f"{name}_reward.py"
     reward.write_text(REWARD.replace("LOG", repr(str(log))))
-    config = tree(model, write_prompts(folder), folder / name, {"name": algo}, online_batches=4)
+    config = tree(model, write_prompts(folder), folder / name, {"name": algo, **(settings or {})}, online_batches=4)
     config["model"]["lora"] = lora
     config["train"] |= {"shard": shard, "reuse": stale.get("reuse", [])}
     config["rollout"]["ahead"] = stale.get("ahead", 0)

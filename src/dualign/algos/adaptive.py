@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 BETA_RANGE = 1e-3, 1e3  # of a temperature of advantages that have variance 1
-PROPORTIONAL = 5.0  # how far an error moves α at once, in steps of its level
+PROPORTIONAL = 0.5  # how far a relative error of the KL moves log α at once
 
 
 def weights_kl(advantage_N: Tensor, beta: float) -> float:
@@ -41,8 +41,8 @@ def next_alpha(level: float, kl: float, budget: float, rate: float, lowest: floa
     """(α's new level, α) after a KL of `kl` nats was measured: a proportional-integral controller in log α.
 
     With the relative error e, at most 1 either way, the level is multiplied by exp(rate · e), so that it stands still
-    only where the KL is the budget; α is the level times exp(PROPORTIONAL · rate · e), which damps the way there: the
-    KL follows α only after many updates. Both stay within [lowest, 1].
+    only where the KL is the budget; α is the level times exp(PROPORTIONAL · e), which damps the way there: the KL follows
+    α only after many updates. Both stay within [lowest, 1].
     """
     error = max(-1.0, min(1.0, kl / budget - 1))
 
@@ -50,4 +50,4 @@ def next_alpha(level: float, kl: float, budget: float, rate: float, lowest: floa
         return max(lowest, min(1.0, value * math.exp(by)))
 
     level = moved(level, rate * error)
-    return level, moved(level, PROPORTIONAL * rate * error)
+    return level, moved(level, PROPORTIONAL * error)

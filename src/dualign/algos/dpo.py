@@ -25,3 +25,4 @@ class OfflineDPO(DPO):
 
     name: Literal["offline_dpo"] = "offline_dpo"  # type: ignore[assignment]
     source: ClassVar[Literal["online", "pairs", "demonstrations"]] = "pairs"
+    off_policy: ClassVar[bool] = False  # its pairs were sampled by no policy of the run

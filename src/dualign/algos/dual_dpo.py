@@ -44,6 +44,7 @@ class OfflineDualDPO(DualDPO):
 
     name: Literal["offline_dual_dpo"] = "offline_dual_dpo"  # type: ignore[assignment]
     source: ClassVar[Literal["online", "pairs", "demonstrations"]] = "pairs"
+    off_policy: ClassVar[bool] = False
     alpha: float = Field(
         0.1,
         ge=0,

@@ -35,7 +35,9 @@ COLUMNS = {  # column: (key, format); shown when the key is there
     "KL to π_0": ("kl", "{:z.2f}"),
     "clipped": ("clip_rate", "{:.0%}"),
     "ess": ("ess", "{:.0%}"),
-    "tied": ("tied", "{:.0%}"),
+    "tied": ("tied_prompts", "{:.0%}"),
+    "α": ("alpha_found", "{:.3f}"),
+    "β": ("beta_found", "{:.3f}"),
     "length": ("length", "{:.1f}"),
     "truncated": ("truncated", "{:.0%}"),
     "different": ("distinct", "{:.0%}"),
@@ -208,9 +210,10 @@ def warnings_of(record: dict[str, Any], algo: Algorithm) -> list[str]:
         found.append(f"{equal}: there is nothing to learn from; check the reward. {step} (train.no_signal)")
     elif record.get("reward_std") == 0 and algo.source == "online":
         found.append("all rewards are equal: there is nothing to learn from; check the reward")
-    if record.get("tied", 0) > 0.8:
+    if record.get("tied_prompts", 0) > 0.8:
         found.append(
-            f"{record['tied']:.0%} of completions are in groups with equal rewards; a finer reward or more completions would help"
+            f"{record['tied_prompts']:.0%} of prompts have completions of equal rewards; a finer reward or more completions "
+            "would help"
         )
     if record["truncated"] >= 1:
         found.append("no completion ended with EOS: all were cut off; raise rollout.max_new_tokens")
