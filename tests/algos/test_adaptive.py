@@ -20,7 +20,7 @@ from dualign.algos.dar import DAR
 LEVELS = st.lists(st.integers(1, 10).map(float), min_size=2, max_size=40).filter(lambda r: len(set(r)) > 1)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(LEVELS, st.floats(0.05, 0.95))
 def test_beta_puts_the_weights_at_epsilon_and_minimises_the_dual(reward: list[float], share: float) -> None:
     """`share` of the largest KL that the ties at the top allow."""
@@ -43,7 +43,7 @@ def dual(beta: Tensor, A_N: Tensor, epsilon: float) -> Tensor:
     return beta * epsilon + beta * ((A_N / beta).logsumexp(0) - math.log(len(A_N)))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(LEVELS)
 def test_the_weights_are_nearer_to_uniform_the_larger_beta_and_beta_the_smaller_epsilon(reward: list[float]) -> None:
     A_N = torch.tensor(reward, dtype=torch.float64)
@@ -130,7 +130,7 @@ def test_the_kl_ends_at_its_budget(budget: float, step: float) -> None:
     generator = torch.Generator().manual_seed(3)
     pi, carried, kls = world.pi_0, {}, []
     every_N = torch.arange(X * Y)
-    for _ in range(250):
+    for _ in range(200):
         row_N = (
             torch.multinomial(pi, 64, replacement=True, generator=generator) + Y * torch.arange(X)[:, None]
         ).flatten()

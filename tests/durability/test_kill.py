@@ -46,25 +46,23 @@ def test_dropout_does_not_break_it(zygote, tmp_path, tiny):
     assert (result.unreadable, result.different, result.bought_twice) == ([], [], 0)
 
 
-@pytest.mark.parametrize(("processes", "stale"), [(1, {"reuse": [1, 2], "ahead": 1}), (2, {"reuse": [2], "ahead": 2})])
+ADAPTIVE = {"kl_budget": 0.05, "alpha_rate": 0.05, "epsilon": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("processes", "stale"),
+    [(1, {"reuse": [1, 2], "ahead": 1, "settings": ADAPTIVE}), (2, {"reuse": [2], "ahead": 2})],
+)
 def test_older_samples_do_not_break_it(processes, stale, zygote, tiny, tmp_path):
-    """What was sampled ahead belongs to a policy that no checkpoint has."""
+    """What was sampled ahead belongs to a policy that no checkpoint has. An α that adapts rests on the batch of before:
+    after a kill by the checkpoint, or by that batch's file."""
     case = Case(zygote, tmp_path, tiny, "dar", processes, **stale)
+    run = Run.open(case.still)
+    if "settings" in stale:
+        assert len({record["alpha_found"] for record in metrics(case.still)}) == 4
+    assert all(replay(b, run.config.algo).difference == 0 for b in stored(run))
     assert len(list((case.still / "reused").iterdir())) == {1: 5, 2: 2}[processes]
     result = case.disturbed(surely(processes, case))
-    assert result.kills > 0
-    assert (result.unreadable, result.different, result.bought_twice) == ([], [], 0)
-
-
-def test_adaptive_alpha_and_beta_do_not_break_it(zygote, tiny, tmp_path):
-    """α rests on the batch of before: by the checkpoint after a kill, by that batch's file where there is none."""
-    settings = {"kl_budget": 0.05, "alpha_rate": 0.05, "epsilon": 0.3}
-    case = Case(zygote, tmp_path, tiny, "dar", 1, settings=settings, reuse=[1])
-    run = Run.open(case.still)
-    alphas = [record["alpha_found"] for record in metrics(case.still)]
-    assert len(set(alphas)) == len(alphas) == 4
-    assert all(replay(b, run.config.algo).difference == 0 for b in stored(run))
-    result = case.disturbed(surely(5, case))
     assert result.kills > 0
     assert (result.unreadable, result.different, result.bought_twice) == ([], [], 0)
 
