@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from dualign.common.paths import at_home
 
-GROUPS = ("train", "reward", "judge", "evaluate", "compare", "inspect", "models")
+GROUPS = ("train", "reward", "judge", "evaluate", "compare", "inspect", "models", "runs")
 
 
 class Commands(TyperGroup):
@@ -47,7 +47,7 @@ def application() -> typer.Typer:
         name="dualign",
         help="Align language models from online scalar rewards.",
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )

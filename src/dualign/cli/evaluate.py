@@ -59,6 +59,15 @@ app = typer.Typer(
 )
 
 
+@app.callback()
+def printed(
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as one JSON document instead")] = False,
+) -> None:
+    from dualign.eval.show import AS_JSON
+
+    AS_JSON.set(as_json)
+
+
 def register(parent: typer.Typer) -> None:
     from dualign.cli import eval_benchmarks
 

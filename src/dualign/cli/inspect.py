@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,17 +23,23 @@ def register(app: typer.Typer) -> None:
     app.command()(witness)
 
 
-def verify(run: RunFolder) -> None:
+def verify(
+    run: RunFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="print the findings as one JSON document instead")] = False,
+) -> None:
     """Check a run's files, and what it was made from, against their recorded hashes, and its batches against its metrics.
     Exit code 1: damaged or changed."""
     from dualign.run.verify import verify as check
 
     findings = check(run)
-    for finding in findings:
+    for finding in findings if not as_json else ():
         print(f"{finding.kind}: {finding.text}\n  {finding.remedy}")
+    if as_json:
+        print(json.dumps([vars(finding) for finding in findings], indent=1, default=str))
     if any(finding.kind != "unfinished" for finding in findings):
         raise typer.Exit(1)
-    print(f"{run}: every file is what was written" + ("; the run is not finished" if findings else ""))
+    if not as_json:
+        print(f"{run}: every file is what was written" + ("; the run is not finished" if findings else ""))
 
 
 def replay(run: RunFolder) -> None:

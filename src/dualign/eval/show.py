@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.table import Table as Grid
@@ -10,9 +12,16 @@ from rich.text import Text
 
 from dualign.common.errors import clean
 from dualign.eval.result import Result, Table
+from dualign.eval.store import finite
+
+AS_JSON: ContextVar[bool] = ContextVar("AS_JSON", default=False)
+"""Whether results are printed for programs."""
 
 
 def show(result: Result) -> None:
+    if AS_JSON.get():
+        print(json.dumps(finite(result.json()) | {"path": str(result.path)}, indent=1, ensure_ascii=False))
+        return
     # wide enough for every table: a narrow terminal wraps lines, which reads better than columns of one word
     width = max(140, shutil.get_terminal_size().columns)
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
