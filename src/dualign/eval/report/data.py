@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 from dualign.common.errors import UserError
 from dualign.common.yaml_text import parse_yaml
 from dualign.eval import store
+from dualign.eval.report import answers
+from dualign.eval.report.answers import answer, cut, prompt_text
 from dualign.eval.result import Json, Result, Table
 from dualign.run import witness
 from dualign.run.folder import Run, read_table
@@ -161,46 +163,11 @@ def _groups(path: Path) -> list[Json]:
     """A batch's completions by prompt. Per-token columns are left out."""
     schema = pq.read_schema(path)
     flat = [n for n in schema.names if n.startswith("algo.") and not str(schema.field(n).type).startswith("list")]
-    wanted = ["group", "prompt_id", "prompt", "completion", "finish", "reward", "absent", "note", "parts", *flat]
     groups: dict[int, Json] = {}
-    for row in read_table(path).select(wanted).to_pylist():
+    for row in read_table(path).select([*answers.COLUMNS, *flat]).to_pylist():
         group = groups.setdefault(
-            row["group"], {"id": row["prompt_id"], "prompt": _prompt(row["prompt"]), "answers": []}
+            row["group"],
+            {"id": row["prompt_id"], "prompt": cut(prompt_text(row["prompt"]), LONGEST), "answers": []},
         )
-        group["answers"].append(_answer(row))
+        group["answers"].append(answer(row, LONGEST))
     return list(groups.values())
-
-
-def _prompt(text: str) -> str:
-    content = json.loads(text)
-    if isinstance(content, str):
-        return _cut(content)
-    return _cut(
-        "\n\n".join(f"{m['role']}: {m['content']}" for m in content) if len(content) > 1 else content[0]["content"]
-    )
-
-
-def _answer(row: Json) -> Json:
-    """Only what there is: a page of ten thousand answers is mostly keys."""
-    answer: Json = {"text": _cut(row["completion"]), "reward": _round(row["reward"])}
-    if row["finish"] == "length":
-        answer["cut"] = True
-    for key in ("absent", "note"):
-        if row[key]:
-            answer[key] = _cut(row[key])
-    parts = json.loads(row["parts"])
-    if len(parts) > 1:
-        answer["parts"] = {k: _round(v) for k, v in parts.items()}
-    names = {"algo.weight": "weight", "algo.advantage": "advantage", "algo.log_w_reg": "pull", "algo.log_w_adv": "push"}
-    answer |= {short: _round(row[name]) for name, short in names.items() if row.get(name) is not None}
-    if row.get("algo.clipped"):
-        answer["clipped"] = True
-    return answer
-
-
-def _round(value: float | None) -> float | None:
-    return None if value is None or not np.isfinite(value) else float(f"{value:.4g}")
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST:,} more characters)"

@@ -40,7 +40,9 @@ def write_page(result: Result, files: Sequence[str], path: Path) -> None:
     lines = result.headline.splitlines() or ["no judge and no head was asked: there is nothing to judge"]
     page = PAGE.substitute(
         title=escape(f"dualign: is this judge any good? ({', '.join(Path(file).name for file in files)})"),
-        css=(resources.files("dualign.eval.report") / "page.css").read_text(encoding="utf-8"),
+        css="".join(
+            (resources.files("dualign.eval.report") / name).read_text("utf-8") for name in ("parts.css", "page.css")
+        ),
         verdicts="".join(f'<p class="verdict">{escape(line)}</p>' for line in lines),
         tables="".join(map(_section, result.tables)),
     )

@@ -1,10 +1,7 @@
-"use strict";
-// Completions are data: they enter the page through textContent alone.
+// Completions are data: they enter the page through parts.js alone, which stands before this.
 const runs = JSON.parse(document.getElementById("data").textContent);
 const PER_PAGE = 10;
 const at = (id) => document.getElementById(id);
-const number = (v, digits = 2) => (v === null || v === undefined ? "–" : v.toFixed(digits));
-const signed = (v) => (v === null || v === undefined ? "–" : (v < 0 ? "−" : "+") + Math.abs(v).toFixed(2));
 let page = 0;
 
 const SORTS = {
@@ -29,13 +26,6 @@ function extreme(group, of) { const r = rewards(group); return r.length ? of(...
 function gain(group) {
   const first = group.answers[0].reward, last = group.answers[group.answers.length - 1].reward;
   return first === null || last === null ? 0 : last - first;
-}
-
-function make(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
 }
 
 function options(select, pairs, chosen) {

@@ -21,10 +21,10 @@ from dualign.training.witness import verdict as witness_verdict
 
 
 def render(runs: Sequence[RunData], figures: Sequence[Drawn]) -> str:
-    script = _asset("page.js")
+    script = _asset("parts.js").replace("export ", "") + _asset("page.js")
     return Template(_asset("page.html")).substitute(
         title=escape("dualign: " + ", ".join(run.name for run in runs)),
-        css=_asset("page.css"),
+        css=_asset("parts.css") + _asset("page.css"),
         script=script,
         # only this script may run, whatever a completion says
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
