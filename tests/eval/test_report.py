@@ -3,12 +3,12 @@
 import csv
 import json
 import re
-import shutil
 
 import pytest
 from typer.testing import CliRunner
 
 import dualign
+from browser import chromium, severe, shown_as
 from dualign.cli import application
 from dualign.common.errors import UserError
 from dualign.eval.report import write_report
@@ -107,18 +107,8 @@ def test_without_matplotlib_the_remedy_is_named(runs, monkeypatch):
 
 @pytest.fixture(scope="module")
 def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    binary, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not (binary and driver):
-        pytest.skip("no chromium with chromedriver on this machine (apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield opened
-    opened.quit()
+    with chromium() as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -147,7 +137,7 @@ def test_it_opens_without_errors_and_completions_are_inert(opened):
     hostile_card = next(c for c in cards(opened) if "</script>" in c.text)
     assert HOSTILE.split("\n")[0] in hostile_card.text
     assert not opened.find_elements("css selector", ".prompt img, .prompt script, .prompt b b")
-    assert [e for e in opened.get_log("browser") if e["level"] == "SEVERE"] == []
+    assert severe(opened) == []
     assert opened.title == "dualign: first, second"
 
 
@@ -203,11 +193,7 @@ def test_runs_and_keys(opened):
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_phone_and_dark(opened, dark):
-    size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
-    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
-    try:
+    with shown_as(opened, 360, 740, dark):
         assert opened.execute_script("return document.documentElement.scrollWidth") <= 360
         colours = opened.execute_script(
             "const s = getComputedStyle(document.body), t = document.querySelector('figure svg text');"
@@ -216,6 +202,3 @@ def test_phone_and_dark(opened, dark):
         )
         paper, ink, drawn = (sum(c[:3]) / 3 for c in colours)
         assert abs(ink - paper) > 150 and abs(drawn - paper) > 150 and (paper < 60) == dark
-    finally:
-        opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})

@@ -29,7 +29,7 @@ function gain(group) {
 }
 
 function options(select, pairs, chosen) {
-  select.replaceChildren(...pairs.map(([value, label]) => new Option(label, value, false, value === chosen)));
+  select.replaceChildren(...pairs.map(([value, label]) => new Option(plain(label), value, false, value === chosen)));
 }
 
 const named = (step) => (step === "0" ? "π_0" : "after batch " + step);

@@ -28,6 +28,9 @@ export function put(node, text, words = []) {
   return node;
 }
 
+// The same for places that hold no nodes: options, titles.
+export const plain = (text) => text.replace(new RegExp(HIDDEN.source, "gu"), (c) => `U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`);
+
 function marked(text, words) {
   if (!words.length || !text) return text ? [text] : [];
   const lower = text.toLowerCase(), found = [];

@@ -1,5 +1,5 @@
 // The page's frame: where we are (all of it in the address), what the server says, keys, light and dark.
-import { make } from "./parts.js";
+import { make, plain } from "./parts.js";
 import { Runs } from "./runs.js";
 import { Curves } from "./curves.js";
 import { Completions } from "./completions.js";
@@ -50,12 +50,12 @@ function open() {
   document.body.dataset.page = Page.name.toLowerCase();
   const main = at("main");
   main.replaceChildren();
-  app.page = new Page(app, main);
   title();
+  app.page = new Page(app, main);
 }
 
 export function title(more = "") {
-  document.title = (more ? more + " · " : "") + "dualign" + (app.root ? " · " + app.root : "");
+  document.title = plain((more ? more + " · " : "") + "dualign" + (app.root ? " · " + app.root : ""));
 }
 
 function live(ok, text) {

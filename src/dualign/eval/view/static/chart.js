@@ -4,7 +4,7 @@ import { known, make } from "./parts.js";
 const NS = "http://www.w3.org/2000/svg";
 const DASHES = ["", "7 3", "2 2.5", "9 3 2 3", "4 2", "1 3"];
 const LEFT = 46, RIGHT = 10, TOP = 8, BOTTOM = 20;
-const MOST_DOTS = 40;
+const MOST_DOTS = 200;
 
 export function svg(tag, attributes = {}) {
   const node = document.createElementNS(NS, tag);
@@ -73,6 +73,7 @@ export class Chart {
     this.legend = make("div", "legend");
     this.box.append(head, this.view, this.legend);
     this.title = title;
+    this.number = group.charts.length;
     group.add(this);
     this.view.addEventListener("pointermove", (e) => this.move(e));
     this.view.addEventListener("pointerleave", () => group.point(null));
@@ -107,13 +108,15 @@ export class Chart {
     for (const y of ticks(low, high, height / 42)) {
       axes.append(svg("line", { x1: LEFT, x2: width - RIGHT, y1: Y(y), y2: Y(y) }), label(told(y), LEFT - 6, Y(y) + 3.5, "end"));
     }
-    for (const x of ticks(x0, x1, width / 80)) if (X(x) < width - 4) axes.append(label(told(x), X(x), height - 5, "middle"));
-    const lines = svg("g", { class: "lines" });
+    for (const x of ticks(x0, x1, width / 80)) if (X(x) < width - 4 && (this.group.axis !== "batch" || Number.isInteger(x))) axes.append(label(told(x), X(x), height - 5, "middle"));
+    const clip = svg("clipPath", { id: `clip${this.number}` });
+    clip.append(svg("rect", { x: LEFT - 4, y: 0, width: width - LEFT - RIGHT + 8, height }));
+    const lines = svg("g", { class: "lines", "clip-path": `url(#clip${this.number})` });
     for (const mark of this.marks) if (mark.x >= x0 && mark.x <= x1) lines.append(svg("line", { x1: X(mark.x), x2: X(mark.x), y1: TOP, y2: height - BOTTOM, ...look(mark.i), "stroke-dasharray": "2 3" }));
     for (const s of this.series) lines.append(...this.line(s));
     this.cross = svg("g", { class: "cross" });
     this.brush = svg("rect", { class: "brush", y: TOP, height: height - TOP - BOTTOM, width: 0 });
-    this.view.replaceChildren(axes, lines, this.brush, this.cross);
+    this.view.replaceChildren(clip, axes, lines, this.brush, this.cross);
     const all = this.series.filter((s) => !s.faint && s.points.length), drawn = all.filter((s) => !s.dots);
     const last = (drawn.length ? drawn : all).map((s) => s.points.at(-1));
     this.view.setAttribute("aria-label", `${this.title}: ${this.series.filter((s) => !s.faint).map((s) => s.points.length ? `${s.name} ${told(s.points.at(-1)[1])}` : "").filter(Boolean).join(", ")}`);
@@ -122,12 +125,13 @@ export class Chart {
 
   line(s) {
     const { X, Y, x0, x1 } = this;
-    const margin = (x1 - x0) * 0.02, points = s.points.filter((p) => known(p[1]) && p[0] >= x0 - margin && p[0] <= x1 + margin);
+    const there = s.points.filter((p) => known(p[1]));  // with a neighbour on each side, so that lines reach the edge
+    const points = there.filter((p, i) => (there[i + 1] || p)[0] >= x0 && (there[i - 1] || p)[0] <= x1);
     const style = styleOf(s);
     const path = points.map((p, i) => `${i ? "L" : "M"}${X(p[0]).toFixed(1)} ${Y(p[1]).toFixed(1)}`).join("");
     const found = [svg("path", { d: path, ...style, class: style.class + (s.faint ? " faint" : "") + (s.dots ? " held" : "") })];
     if (points.length === 1 && !s.dots) found.push(svg("circle", { cx: X(points[0][0]), cy: Y(points[0][1]), r: 2.5, class: style.class + " dot" }));
-    for (const [x, y, half] of s.dots ? points.slice(-MOST_DOTS * 5) : []) {
+    for (const [x, y, half] of s.dots ? points.slice(-MOST_DOTS) : []) {
       if (known(half)) {
         const d = `M${X(x)} ${Y(y - half)}V${Y(y + half)}M${X(x) - 3} ${Y(y - half)}h6M${X(x) - 3} ${Y(y + half)}h6`;
         found.push(svg("path", { d, class: style.class + " bar" }));
@@ -178,7 +182,7 @@ export class Chart {
     return this.series.filter((s) => !s.faint && s.points.length).map((s) => {
       const p = s.points.reduce((best, q) => (Math.abs(q[0] - x) < Math.abs(best[0] - x) ? q : best));
       return { s, p };
-    });
+    }).filter(({ p }) => Math.abs(p[0] - x) <= (this.x1 - this.x0) * 0.04 + 0.5 * (this.group.axis === "batch"));
   }
 
   point(x) {
@@ -216,9 +220,9 @@ export class Group {
   close() { this.resize.disconnect(); }
 
   zoom(range) {
-    this.zoomed = range;
+    this.zoomed = range && this.axis === "batch" ? [Math.floor(range[0]), Math.ceil(range[1])] : range;
     this.tip.hidden = true;
-    this.onZoom(range);
+    this.onZoom(this.zoomed);
   }
 
   widen(chart) {
@@ -241,6 +245,7 @@ export class Group {
     const box = chart.view.getBoundingClientRect(), at = box.left + (chart.X(x) / chart.width) * box.width;
     const wide = this.tip.offsetWidth, left = at + 14 + wide > innerWidth ? at - wide - 14 : at + 14;
     this.tip.style.left = `${Math.max(4, left)}px`;
-    this.tip.style.top = `${Math.max(4, Math.min(box.top + 8, innerHeight - this.tip.offsetHeight - 8))}px`;
+    const above = box.top - this.tip.offsetHeight + 4;
+    this.tip.style.top = `${above > 4 ? above : Math.min(box.bottom - 10, innerHeight - this.tip.offsetHeight - 8)}px`;
   }
 }

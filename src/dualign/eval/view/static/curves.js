@@ -1,5 +1,5 @@
 // Curves of one or several runs, live.
-import { known, make, number, signed } from "./parts.js";
+import { known, make, number, plain, signed } from "./parts.js";
 import { Chart, Group, smoothed, swatch } from "./chart.js";
 import { dollars, settingText } from "./runs.js";
 import { title } from "./app.js";
@@ -77,7 +77,7 @@ export class Curves {
 
   async load() {
     const zoomed = this.axis.lastChild.value === "batch" ? this.group.zoomed : null;
-    const range = zoomed ? { from: Math.floor(zoomed[0]), to: Math.ceil(zoomed[1]) } : {};
+    const range = zoomed ? { from: Math.floor(zoomed[0]) - 1, to: Math.ceil(zoomed[1]) + 1 } : {};
     await Promise.all(this.names.map(async (name) => {
       try {
         const [curves, about] = await Promise.all([
@@ -261,7 +261,7 @@ const damaged = (entry) => (entry?.curves?.damaged?.length ? [`metrics.jsonl: li
 
 export function select(options, value, label, change) {
   const box = make("label", "", label), list = make("select");
-  for (const [key, text] of Object.entries(options)) list.append(new Option(text, key, false, key === value));
+  for (const [key, text] of Object.entries(options)) list.append(new Option(plain(text), key, false, key === value));
   list.addEventListener("change", () => change(list.value));
   box.append(list);
   return box;

@@ -1,5 +1,5 @@
 // All runs in a table: filtered, sorted, compared by the settings in which they differ.
-import { known, make, number, put, signed } from "./parts.js";
+import { known, make, number, plain, put, signed } from "./parts.js";
 import { dash, swatch } from "./chart.js";
 
 const age = (seconds) => {
@@ -119,7 +119,7 @@ export class Runs {
     const row = make("tr", (picked >= 0 ? "picked " : "") + (i === this.cursor ? "cursor" : ""));
     const box = make("input");
     Object.assign(box, { type: "checkbox", checked: picked >= 0 });
-    box.setAttribute("aria-label", "Select " + run.name);
+    box.setAttribute("aria-label", "Select " + plain(run.name));
     box.addEventListener("change", () => this.pick(run.name));
     const first = make("td", "pick");
     if (picked >= 0) first.append(swatch(picked));
@@ -137,7 +137,7 @@ export class Runs {
       cell.append(link);
       if (run.troubles.length) {
         const mark = make("span", "trouble", "!");
-        mark.title = run.troubles.join("\n");
+        mark.title = plain(run.troubles.join("\n"));
         cell.append(mark);
       }
     } else if (column === "state") cell.append(make("span", "state " + run.state.is, run.state.is));
