@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,10 +18,14 @@ from dualign.config import Config, load
 from dualign.run import witness
 from dualign.run.batch import Row, WeightedBatch, labelled
 from dualign.run.files import RunFiles
+from dualign.run.frames import Completions, Records, held_out_stats, is_number, plot, run_html
 from dualign.run.journal import files_of
 from dualign.run.metrics import MetricsFile, new_names
 from dualign.run.table import from_table, from_use, read_table, to_table, to_use
 from dualign.run.witness import Witnessed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STATE_FILES = ("state.json", "train.safetensors", "optimizer.safetensors")  # what only the newest checkpoint needs
 
@@ -81,9 +85,30 @@ class Run(RunFiles):
             raise UserError(f"{self.folder}: online batch {step} is not stored; there are {_told(self.steps())}")
         return found
 
-    def evaluations(self) -> list[Evaluated]:
-        """The run's evaluations on what is held out, the first one of π_0."""
-        return [Evaluated(done, *reversed(self.read_evaluation(done))) for done in self.evaluated()]
+    def evaluations(self) -> Records[Evaluated]:
+        """The run's evaluations on what is held out, the first one of π_0. As a table, their means."""
+        found = [Evaluated(done, *reversed(self.read_evaluation(done))) for done in self.evaluated()]
+        return Records(found, lambda each: {"done": each.done, **each.stats})
+
+    def completions(
+        self, step: int | Sequence[int] | None = None, *, held_out: bool = False, tokens: bool = False
+    ) -> Completions:
+        """Every stored completion, or those of some online batches, with labels and weights. `held_out`: those of the
+        evaluations instead, `step` being how many batches were done. `tokens`: with the columns that hold a value per
+        token. Raises UserError for a batch that is not stored."""
+        have = self.evaluated() if held_out else self.steps()
+        asked = have if step is None else [step] if isinstance(step, int) else list(step)
+        if missing := [each for each in asked if each not in have]:
+            kind = "evaluation after batch" if held_out else "online batch"
+            raise UserError(f"{self.folder}: {kind} {missing[0]} is not stored; there are {_told(have)}")
+        place = self.evaluation_path if held_out else self.batch_path
+        return Completions({each: place(each) for each in asked}, tokens)
+
+    def plot(self, *names: str) -> Figure:
+        """A figure of these metrics, in training and held out; without names, of the usual ones. Needs the extra
+        `plots`. Raises UserError for a metric that the run does not have."""
+        held_out = {done: held_out_stats(self.evaluation_path(done)) for done in self.evaluated()}
+        return plot(self.folder.name, self.metrics(), held_out, names)
 
     def witness(self, name: str | None = None) -> Witnessed:
         """What a witness said: the run's own, or that which `dualign witness` asked by this `name`. Where the run has
@@ -117,14 +142,31 @@ class Run(RunFiles):
         return saved[name]
 
     def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}: {self._state()})"
+
+    def _state(self) -> str:
         if not self.config_file.is_file():
-            return f"Run({str(self.folder)!r}: no run here)"
+            return "no run here"
         try:
             config, done = self.config, len(self.metrics())
         except UserError as error:
-            return f"Run({str(self.folder)!r}: {error})"
+            return str(error)
         ended = "finished" if self.summary is not None else "not finished"
-        return f"Run({str(self.folder)!r}: {config.algo.name}, {done} of {config.train.online_batches} online batches, {ended})"
+        return f"{config.algo.name}, {done} of {config.train.online_batches} online batches, {ended}"
+
+    def _repr_html_(self) -> str:
+        """What Jupyter shows."""
+        try:
+            records, summary = self.metrics(), self.summary or {}
+            facts = {"model": self.config.model.name, "train": str(self.config.data.train)}
+        except UserError:
+            return run_html(str(self.folder), self._state(), {}, {})
+        if is_number(gain := summary.get("gain")):
+            half = summary.get("gain_ci")
+            facts["held-out gain"] = f"{gain:+.3f}" + (f" ± {half:.3f}" if is_number(half) else "")
+        names = ("reward", "kl", "length", "loss")
+        curves = {name: [r[name] for r in records if is_number(r.get(name))] for name in names}
+        return run_html(str(self.folder), self._state(), facts, curves)
 
     # --- online batches ---
 
@@ -181,9 +223,9 @@ class Run(RunFiles):
     def records(self) -> MetricsFile:
         return MetricsFile(self.metrics_file, self.manifest)
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> Records[dict[str, Any]]:
         """One record of each finished online batch, in order."""
-        return self.records.read()
+        return Records(self.records.read())
 
     def forget_metrics_from(self, step: int) -> None:
         """Drops the records of batches that are about to be replayed. Raises UserError if an earlier one is missing."""
