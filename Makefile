@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv quickstart test test-fast test-slow test-vllm check audit format bench bench-gpu profile clean
+.PHONY: help venv quickstart test test-fast test-slow test-vllm check docs audit format bench bench-gpu profile clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,10 @@ check: $(STAMP)  ## lint, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## build the documentation's site into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "site/index.html opens in a browser; search needs: $(PYTHON) -m http.server -d site"
 
 audit: $(STAMP)  ## known faults of the installed packages (needs the network)
 	$(BIN)/pip-audit --skip-editable --progress-spinner off
