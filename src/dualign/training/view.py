@@ -74,7 +74,8 @@ class View:
             self.live.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(Text(clean(text)))
+        # a file or a notebook gets whole lines, as there is no width that they must fit
+        self.console.print(Text(clean(text)), soft_wrap=not self.console.is_terminal)
 
     def plan(self, lines: list[str]) -> None:
         for line in lines:
