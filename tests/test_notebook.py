@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -14,6 +15,7 @@ import dualign
 from dualign.common.errors import UserError
 from runs_common import tree, vowels, write_prompts
 
+NOTEBOOK = Path(__file__).parents[1] / "examples" / "notebook" / "first_run.ipynb"
 HOSTILE = "<script>alert(1)</script>\x1b[2J\u202e" + "x" * 500
 
 
@@ -111,22 +113,28 @@ def test_a_damaged_file_is_named(run, tmp_path):
         other.completions().table()
 
 
-def test_training_in_a_kernel_shows_its_progress(tiny, tmp_path):
-    """Where an event loop runs already, and standard output is no terminal."""
-    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}, online_batches=2)
-    reward = "async def reward(completions, **columns):\n    return [len(c[0]['content']) for c in completions]\n"
-    cells = [
-        reward,
-        f"import dualign\nrun = dualign.train({config!r}, reward=reward)",
-        "run",
-        "run.metrics()",
-        "run.plot()",
+def test_the_example_notebook_runs_and_shows_its_progress(tiny, tmp_path):
+    """In a real kernel, where an event loop runs already and standard output is no terminal; on a tiny model, with a
+    reward that is async."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    settings, reward = (cell for cell in notebook.cells if "SETTINGS = [" in cell.source or "def brief" in cell.source)
+    prompts = write_prompts(tmp_path)
+    own = [f"model.name={tiny}", "model.precision=fp32", f"data.train={prompts}", f"data.eval={prompts}"]
+    own += [
+        "rollout.max_new_tokens=12",
+        "train.online_batches=2",
+        "train.online_batch=16",
+        "train.micro_batch_tokens=128",
     ]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
-    trained, shown, metrics, figure = (cell.outputs for cell in notebook.cells[1:])
+    settings.source += f"\nSETTINGS += {[*own, 'train.update_size=8', 'eval.prompts=4']!r}"
+    reward.source = reward.source.replace("def brief", "async def brief")
+    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
+    client.execute()
+    outputs = {cell.source.splitlines()[-1]: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+    assert not [o for shown in outputs.values() for o in shown if o["output_type"] == "error"]
+    trained = next(shown for source, shown in outputs.items() if "dualign.train" in source)
     said = "".join(o.get("text") or o["data"].get("text/plain", "") for o in trained)
     assert "batch 1" in said and "held-out reward" in said
-    assert "2 of 2 online batches, finished" in shown[0]["data"]["text/html"]
-    assert "<th>reward</th>" in metrics[0]["data"]["text/html"]
-    assert len(figure) == 1 and "image/png" in figure[0]["data"]
+    assert "2 of 2 online batches, finished" in outputs["run"][0]["data"]["text/html"]
+    assert len(outputs["run.plot()"]) == 1 and "image/png" in outputs["run.plot()"][0]["data"]
+    assert "<th>reward</th>" in outputs["run.evaluations()"][0]["data"]["text/html"]

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FETCHED = re.compile(r"""<(?:script|img|iframe)[^>]+src="?(https?:[^">]+)|<link[^>]+stylesheet[^>]+href="?(https?:[^">]+)""")
+FETCHED = re.compile(
+    r"""<(?:script|img|iframe)[^>]+src="?(https?:[^">]+)|<link[^>]+stylesheet[^>]+href="?(https?:[^">]+)"""
+)
 
 
 @pytest.fixture(scope="module")
