@@ -15,7 +15,7 @@ from dualign.models.master import gradient_of
 
 CHUNK = 512  # tokens whose logits are made by one matrix product, into one buffer
 GPU_CHUNK = 2**31  # bytes of logits that are made at a time on a GPU
-BLOCK = 8  # tokens whose logits are turned into probabilities at a time: they stay in the cache of a core
+CACHED = 2**18  # logits that are turned into probabilities at a time: they stay in the cache of a core
 BACK = 256  # tokens whose hidden states' gradient is one product: of more, a CPU's takes twice as long a token
 SLICE = 2048  # entries of the vocabulary whose weight gradient is made at a time
 
@@ -111,7 +111,12 @@ def _room_for_logits(hidden_MH: Tensor, weight_VH: Tensor) -> bool:
 
 
 def _blocks(logits: Tensor) -> list[slice]:
-    return _slices(len(logits), BLOCK if logits.device.type == "cpu" else len(logits))
+    return _slices(len(logits), rows_in_cache(logits))
+
+
+def rows_in_cache(logits_NV: Tensor) -> int:
+    """How many rows of logits a CPU makes probabilities of at a time; a GPU, all."""
+    return max(8, CACHED // logits_NV.shape[1]) if logits_NV.device.type == "cpu" else max(1, len(logits_NV))
 
 
 def _slices(count: int, size: int) -> list[slice]:

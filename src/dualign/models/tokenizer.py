@@ -41,7 +41,9 @@ class Tokenizer:
         self._before = self._surroundings()
         # SentencePiece's ways: a text begins with a space that it has not, and what is decoded loses one that it has
         self._begins = self._ids("\na")[len(self._ids("\n")) :] != self._ids("a")
-        self._strips = not self._decoded(self._ids("a a")[len(self._ids("a")) :]).startswith(" ")
+        self._start = self._ids("a")
+        self._strips = not self._decoded(self._ids("a a")[len(self._start) :]).startswith(" ")
+        self._started = self._decoded(self._start)
 
     # ---- ids ----
 
@@ -82,8 +84,7 @@ class Tokenizer:
         from another, with the space that it may begin with."""
         if chat or not self._strips:
             return self._decoded(completion_ids)
-        start = self._ids("a")
-        return self._decoded([*start, *completion_ids]).removeprefix(self._decoded(start))
+        return self._decoded([*self._start, *completion_ids]).removeprefix(self._started)
 
     # ---- a conversation's answer ----
 

@@ -124,10 +124,10 @@ def sampled_by(b: WeightedBatch, logp: Mapping[int, Sequence[float]]) -> Weighte
 
 def recorded_logp(b: WeightedBatch) -> Tensor:
     """(N, T) fp32: log π_t of the rows with a label, as the sampler recorded it; 0 where it recorded none."""
-    logp_NT = torch.zeros(len(b.tokens), b.tokens.width)
+    logp_NT = np.zeros((len(b.tokens), b.tokens.width), np.float32)
     for i, row in enumerate(row for row in b.rows if row.label.value is not None):
-        logp_NT[i, : len(row.rollout.sampler_logp)] = torch.tensor(row.rollout.sampler_logp)
-    return logp_NT
+        logp_NT[i, : len(row.rollout.sampler_logp)] = row.rollout.sampler_logp
+    return torch.from_numpy(logp_NT)
 
 
 def importance(b: WeightedBatch, logp_NT: Tensor | None, cap: float | None) -> Tensor | None:

@@ -88,9 +88,8 @@ def _is_made(name: str) -> bool:
 def _spread(value: Tensor, b: WeightedBatch, present: list[int]) -> pa.Array:
     """(N,) or (N, T) of the present rows -> one entry per row, tokens without padding."""
     out: list[Any] = [None] * len(b.rows)
-    for i, row in enumerate(present):
-        entry = value[i]
-        out[row] = entry[: len(b.tokens.completion_ids[i])].tolist() if entry.dim() else entry.item()
+    for i, entry in enumerate(value.tolist()):
+        out[present[i]] = entry[: len(b.tokens.completion_ids[i])] if value.dim() > 1 else entry
     kind = pa.bool_() if value.dtype == torch.bool else pa.float32() if value.is_floating_point() else pa.int64()
     return pa.array(out, pa.list_(kind) if value.dim() > 1 else kind)
 

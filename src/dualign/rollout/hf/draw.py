@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from dualign.models.compile import Fused
-from dualign.models.logprobs import target_logp
+from dualign.models.logprobs import rows_in_cache, target_logp
 from dualign.rollout.base import Sampling
 
 BLOCK = 256  # two-level inverse CDF: a sum per block of the vocabulary, then a scan inside one block
-ROWS = 8  # rows whose logits are turned into tokens at a time on a CPU
 
 
 def choose(logits_NV: Tensor, s: Sampling, draw_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,16 +25,16 @@ def choose(logits_NV: Tensor, s: Sampling, draw_N: Tensor) -> tuple[Tensor, Tens
     else:
         drawn = [
             inverse_cdf(nucleus(torch.softmax(logits.float() / s.temperature, -1), s.top_p), draw)
-            for logits, draw in zip(_few(logits_NV), _few(draw_N), strict=True)
+            for logits, draw in zip(_few(logits_NV, logits_NV), _few(draw_N, logits_NV), strict=True)
         ]
         token_N = torch.cat(drawn)
-    parts = zip(_few(logits_NV), _few(token_N), strict=True)
+    parts = zip(_few(logits_NV, logits_NV), _few(token_N, logits_NV), strict=True)
     return token_N, torch.cat([target_logp(*part)[0] for part in parts])
 
 
-def _few(x: Tensor) -> Sequence[Tensor]:
+def _few(x: Tensor, logits_NV: Tensor) -> Sequence[Tensor]:
     """On a CPU a few rows at a time, so that a row's passes over the vocabulary stay in cache."""
-    return x.split(ROWS) if x.device.type == "cpu" else (x,)
+    return x.split(rows_in_cache(logits_NV))
 
 
 def nucleus(weight_NV: Tensor, top_p: float) -> Tensor:
@@ -48,7 +47,7 @@ def nucleus(weight_NV: Tensor, top_p: float) -> Tensor:
 def draw_from(logits_NV: Tensor, temperature: float, draw_N: Tensor) -> tuple[Tensor, Tensor]:
     """The token at which the cumulative softmax(logits / temperature) passes the uniform, and its untempered log-prob;
     the softmax is never held as a whole."""
-    parts = [_masses(part, temperature) for part in _few(logits_NV)]
+    parts = [_masses(part, temperature) for part in _few(logits_NV, logits_NV)]
     top_N1, mass_NB, norm_N = map(torch.cat, zip(*parts, strict=True))
     token_N = _two_levels(
         mass_NB, lambda block_N: ((_block(logits_NV, block_N, -torch.inf).float() - top_N1) / temperature).exp(), draw_N
