@@ -1,12 +1,14 @@
 """Frozen sentence features of (prompt, answer): mean-pooled, normalised MiniLM embeddings, as sentence-transformers
-computes them (Reimers & Gurevych 2019, arXiv 1908.10084)."""
+computes them (Reimers & Gurevych 2019, arXiv 1908.10084); or, without a model, a random vector for each word."""
 
 from __future__ import annotations
 
 import functools
+import re
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,7 @@ from dualign.assets import resolve
 
 Array = npt.NDArray[np.float32]
 ENCODER = "all-minilm-l6-v2"
+WORDS = "words"
 DIM = 384
 MAX_TOKENS = 256  # word pieces, the encoder's own limit
 ROWS, STEP = 8, 32  # every forward pass has so many rows, of a multiple of so many word pieces
@@ -83,10 +86,45 @@ class Encoder:
         return unit[: len(ids)]
 
 
-@functools.cache
-def encoder() -> Encoder:
-    """The process's one encoder."""
-    return Encoder()
+class WordEncoder:
+    """Texts -> unit vectors: the mean over a text's words of a random vector of each, fixed by the word alone. A linear
+    head on `features` is then a random projection of one on counts of words and of pairs (word of the prompt, word of
+    the answer): Rahimi & Recht 2007's idea. It knows no order and no meaning, needs no model, and takes microseconds."""
+
+    def __init__(self) -> None:
+        self._vectors: dict[str, Array] = {}
+
+    def encode(
+        self, texts: Sequence[str], keep: Literal["start", "end"], progress: Callable[[int], None] = lambda n: None
+    ) -> Array:
+        """As Encoder's; of long texts, so many words."""
+        found = np.zeros((len(texts), DIM), np.float32)
+        for i, text in enumerate(texts):
+            words = re.findall(r"\w+", text.casefold())
+            for word in words[:MAX_TOKENS] if keep == "start" else words[-MAX_TOKENS:]:
+                found[i] += self._vector(word)
+        progress(len(texts))
+        return found / np.linalg.norm(found, axis=1, keepdims=True).clip(min=1e-9)
+
+    def _vector(self, word: str) -> Array:
+        if word not in self._vectors:
+            rng = np.random.default_rng(zlib.crc32(word.encode()))
+            self._vectors[word] = rng.normal(size=DIM).astype(np.float32)
+        return self._vectors[word]
+
+
+class Encodes(Protocol):
+    def encode(
+        self, texts: Sequence[str], keep: Literal["start", "end"], progress: Callable[[int], None] = ...
+    ) -> Array: ...
+
+
+def encoder(name: str = ENCODER) -> Encodes:
+    """The process's one encoder of this name."""
+    return _words() if name == WORDS else _sentences()
+
+
+_words, _sentences = functools.cache(WordEncoder), functools.cache(Encoder)
 
 
 def features(prompt_ND: Array, answer_ND: Array) -> Array:

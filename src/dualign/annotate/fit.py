@@ -57,9 +57,11 @@ class Agreement:
         )
 
 
-def encode_pairs(examples: Sequence[Example], progress: Callable[[int], None] = lambda n: None) -> Pairs:
+def encode_pairs(
+    examples: Sequence[Example], progress: Callable[[int], None] = lambda n: None, by: str = ENCODER
+) -> Pairs:
     """Encode prompts (last user turn) and answers. Calls `progress` with numbers that sum to 3 per example."""
-    encode = encoder().encode
+    encode = encoder(by).encode
     chosen, rejected = ([e.completions[side] for e in examples] for side in (0, 1))
     opening = [e.prompt.messages[0]["content"].strip().lower() for e in examples]
     gap = np.array([len(c) - len(r) for c, r in zip(chosen, rejected, strict=True)])
@@ -72,9 +74,12 @@ def encode_pairs(examples: Sequence[Example], progress: Callable[[int], None] = 
     )
 
 
-def fit_head(sets: Sequence[Pairs], c: float | None = None, gate_prompts: Sequence[Array] = ()) -> Head:
-    """One head over all sets. `c` is the inverse ridge strength; None chooses it for each set by cross-validation.
-    `gate_prompts`: encoded prompts without answers, one array per set, that the gate learns from as well."""
+def fit_head(
+    sets: Sequence[Pairs], c: float | None = None, gate_prompts: Sequence[Array] = (), by: str = ENCODER
+) -> Head:
+    """One head over all sets, encoded `by` one encoder. `c` is the inverse ridge strength; None chooses it for each set
+    by cross-validation. `gate_prompts`: encoded prompts without answers, one array per set, that the gate learns from as
+    well."""
     fitted = [_fit_one(pairs, c) for pairs in sets]
     origins = [(source, pairs.prompt_ND) for source, pairs in enumerate(sets)] + list(enumerate(gate_prompts))
     gate_weight, gate_bias = _fit_gate(origins, len(sets))
@@ -84,7 +89,7 @@ def fit_head(sets: Sequence[Pairs], c: float | None = None, gate_prompts: Sequen
         std=np.array([std for _, _, std, _ in fitted], np.float32),
         gate_weight=gate_weight,
         gate_bias=gate_bias,
-        about={"encoder": ENCODER, "features": "a, sqrt(D) q*a", "fits": [about for *_, about in fitted]},
+        about={"encoder": by, "features": "a, sqrt(D) q*a", "fits": [about for *_, about in fitted]},
     )
 
 

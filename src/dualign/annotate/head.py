@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dualign.annotate.base import BatchSession, Item, Session
-from dualign.annotate.features import DIM, ENCODER, Array, encoder, features
+from dualign.annotate.features import DIM, ENCODER, WORDS, Array, Encodes, encoder, features
 from dualign.annotate.settings import HeadReward
 from dualign.common.errors import UserError
 from dualign.common.types import Label
@@ -52,7 +52,11 @@ class Head:
 
     def score_texts(self, prompts: Sequence[str], answers: Sequence[str]) -> Array:
         """Rewards (N,) of answers to the prompts' last user turns."""
-        return self.score(encoder().encode(prompts, "end"), encoder().encode(answers, "start"))
+        return self.score(self.encoder.encode(prompts, "end"), self.encoder.encode(answers, "start"))
+
+    @property
+    def encoder(self) -> Encodes:
+        return encoder(self.about.get("encoder", ENCODER))
 
     def to_bytes(self) -> bytes:
         """The head as a safetensors file, its provenance as JSON in the header."""
@@ -76,8 +80,8 @@ def load_head(path: str) -> Head:
     good = set(tensors) == set(SHAPES) and all(tensors[k].shape[1:] == v for k, v in SHAPES.items()) and len(sizes) == 1
     if not (isinstance(about, dict) and good):
         raise UserError(f"{file}: not a reward head; `dualign reward fit` makes them")
-    if about.get("encoder") != ENCODER:
-        raise UserError(f"{file}: made for the encoder {about.get('encoder')!r}; this version has {ENCODER!r}")
+    if about.get("encoder") not in (ENCODER, WORDS):
+        raise UserError(f"{file}: made for the encoder {about.get('encoder')!r}; this version has {ENCODER}, {WORDS}")
     return Head(**tensors, about=about)
 
 
@@ -101,7 +105,7 @@ class HeadAnnotator:
     def __init__(self, settings: HeadReward) -> None:
         self.head = load_head(settings.path)
         self.name = settings.name or Path(settings.path.removeprefix("builtin:")).stem
-        encoder()  # a model that cannot be had must be known before the first batch is sampled
+        self.head.encoder  # noqa: B018  (a model that cannot be had must be known before the first batch is sampled)
 
     def open(self) -> Session:
         return BatchSession(self.label)

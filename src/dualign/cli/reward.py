@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 PromptColumn = Annotated[str, typer.Option(help="the column that holds the prompt")]
 
+ENCODER = "all-minilm-l6-v2"
+
 app = typer.Typer(no_args_is_help=True, help="Rewards from human preferences: make a head, score with it.")
 
 
@@ -44,19 +46,23 @@ def fit(
     gate: Annotated[str | None, typer.Option(help="prompts whose column `kind` says which sub-head they need")] = None,
     gate_kinds: Annotated[str, typer.Option(help="that column's value for each preference file, in order")] = "",
     prompt_column: PromptColumn = "prompt",
+    encoder: Annotated[str, typer.Option(help="what makes features of texts: all-minilm-l6-v2, or words")] = ENCODER,
 ) -> None:
-    """Fit a ridge Bradley-Terry head on frozen MiniLM features, and say how often it agrees with people."""
+    """Fit a ridge Bradley-Terry head on frozen features, and say how often it agrees with people."""
+    from dualign.annotate.features import WORDS
     from dualign.annotate.fit import fit_head, head_agreement
 
+    if encoder not in (ENCODER, WORDS):
+        raise UserError(f"--encoder: {encoder}; there are {ENCODER} and {WORDS}")
     kinds = [kind.strip() for kind in gate_kinds.split(",") if kind.strip()]
     if gate and (len(kinds) != len(preferences) or len(kinds) < 2):
         raise UserError("--gate needs two preference files or more, and --gate-kinds with one value for each of them")
     examples = {source: _preferences(source, prompt_column) for source in [*preferences, *(holdout or [])]}
     with _progress() as progress:
-        pairs = {source: _encode(progress, source, rows) for source, rows in examples.items()}
-        gate_prompts = _gate_prompts(progress, gate, kinds, prompt_column) if gate else []
+        pairs = {source: _encode(progress, source, rows, encoder) for source, rows in examples.items()}
+        gate_prompts = _gate_prompts(progress, gate, kinds, prompt_column, encoder) if gate else []
         progress.add_task("fitting", total=None)
-        head = fit_head([pairs[source] for source in preferences], c, gate_prompts)
+        head = fit_head([pairs[source] for source in preferences], c, gate_prompts, encoder)
     held_out = {source: head_agreement(head, pairs[source]) for source in holdout or []}
     sources = [*preferences, *(holdout or []), *([gate] if gate else [])]
     head.about.update(
@@ -133,14 +139,14 @@ def _preferences(source: str, prompt_column: str) -> list[Example]:
     return rows
 
 
-def _encode(progress: Progress, source: str, rows: Sequence[Example]) -> Pairs:
+def _encode(progress: Progress, source: str, rows: Sequence[Example], by: str) -> Pairs:
     from dualign.annotate.fit import encode_pairs
 
     task = progress.add_task(f"encoding {Path(source).name}", total=3 * len(rows))
-    return encode_pairs(rows, functools.partial(progress.advance, task))
+    return encode_pairs(rows, functools.partial(progress.advance, task), by)
 
 
-def _gate_prompts(progress: Progress, source: str, kinds: Sequence[str], prompt_column: str) -> list[Array]:
+def _gate_prompts(progress: Progress, source: str, kinds: Sequence[str], prompt_column: str, by: str) -> list[Array]:
     """Encoded prompts of each kind. Raises UserError for a kind that no prompt has."""
     from dualign.annotate.features import encoder
     from dualign.data.rows import load_prompts
@@ -152,7 +158,7 @@ def _gate_prompts(progress: Progress, source: str, kinds: Sequence[str], prompt_
             have = ", ".join(sorted({str(p.columns.get("kind")) for p in prompts})[:9])
             raise UserError(f"{source}: no prompt with kind {kind!r}; there are {have}")
     task = progress.add_task(f"encoding {Path(source).name}", total=sum(map(len, texts.values())))
-    return [encoder().encode(found, "end", functools.partial(progress.advance, task)) for found in texts.values()]
+    return [encoder(by).encode(found, "end", functools.partial(progress.advance, task)) for found in texts.values()]
 
 
 def _name(source: str) -> str:
