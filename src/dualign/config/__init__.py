@@ -66,6 +66,8 @@ class Config(Settings):
         algo.check(k)
         if (lora := self.model.lora) and lora.quantize and (t.shard != "none" or algo.critic):
             raise ValueError("model.lora.quantize: 4 bits cannot be divided (train.shard) or be a value model (PPO)")
+        if self.eval.kl == "exact" and t.shard != "none":
+            raise ValueError("eval.kl: exact needs whole models (train.shard: none)")
         check_samples(algo, self.rollout, t)
         if self.data.eval is not None and any(each.compares for reward in self.reward for each in reward.all_rewards):
             raise ValueError(

@@ -75,6 +75,11 @@ class EvalConfig(Settings):
     k: int = Field(1, ge=1, description="completions per held-out prompt")
     every: int = Field(0, ge=0, description="evaluate each so many online batches; 0: only before and after")
     temperature: float | None = Field(None, ge=0, description="default: the rollouts'")
+    kl: Literal["sampled", "exact"] = Field(
+        "sampled",
+        description="KL to π_0 on held-out prompts: log π/π_0 of the tokens that were sampled, or at each of them the sum "
+        "over the vocabulary (far less noise, two more products with the head)",
+    )
 
 
 class RunConfig(Settings):

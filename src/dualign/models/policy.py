@@ -82,7 +82,7 @@ class Policy(nn.Module):
 
     def hidden(self, micro: MicroBatch) -> Tensor:
         """(M, H): what the decoder says at the positions that are scored."""
-        out = self.base(**_inputs(micro)).last_hidden_state
+        out = self.base(**inputs_of(micro)).last_hidden_state
         return out.flatten(0, 1).index_select(0, micro.predictor_M)
 
     def width(self) -> int:
@@ -103,7 +103,7 @@ class Policy(nn.Module):
             if self.plain_head:
                 logp_M = token_logp(self.hidden(micro), self.head.weight, self.rounded_head(), micro.target_M)
             else:  # a head that scales, caps or shifts its logits: let the model do it
-                logits_MV = self.model(**_inputs(micro)).logits.flatten(0, 1).index_select(0, micro.predictor_M)
+                logits_MV = self.model(**inputs_of(micro)).logits.flatten(0, 1).index_select(0, micro.predictor_M)
                 logp_M = torch.log_softmax(logits_MV.float(), -1).gather(1, micro.target_M[:, None])[:, 0]
         return micro.scatter(logp_M)
 
@@ -342,6 +342,6 @@ def _to_bf16(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output.to(torch.bfloat16) if torch.is_autocast_enabled(output.device.type) else output
 
 
-def _inputs(micro: MicroBatch) -> dict[str, Any]:
+def inputs_of(micro: MicroBatch) -> dict[str, Any]:
     inputs = {"input_ids": micro.input_ids, "position_ids": micro.position_ids, "attention_mask": micro.mask}
     return inputs | {"use_cache": False} | ({"layout": micro.layout} if micro.layout else {})

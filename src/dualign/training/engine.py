@@ -23,6 +23,7 @@ from dualign.common import cpu
 from dualign.common.errors import StopRun, out_of_memory
 from dualign.config import Config
 from dualign.models.adapters import merged_weights, own_base, with_lora, without_adapters
+from dualign.models.divergence import Divergence
 from dualign.models.finite import first_gradient, first_not_finite
 from dualign.models.load import context_of, has_dropout
 from dualign.models.packing import Tokens, deal, plan, size_of
@@ -85,8 +86,8 @@ class Engine:
 
     # --- scoring and training ---
 
-    def score(self, model: Policy, tokens: Tokens, but: Collection[int] = ()) -> Tensor:
-        """(N, T) fp32 on the CPU: log-probs (or values) of every row, without gradient; 0 for the rows of `but`."""
+    def score(self, model: Policy | Divergence, tokens: Tokens, but: Collection[int] = ()) -> Tensor:
+        """(N, T) fp32 on the CPU: log-probs (values, KL) of every row, without gradient; 0 for the rows of `but`."""
         out_NT = torch.zeros(len(tokens), tokens.width, device=self.device)
 
         def work() -> None:

@@ -8,10 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dualign.annotate.normalised import unnormalised
 from dualign.common.intervals import all_equal, half_width, none_for_nan
 from dualign.config import Config
+from dualign.models.divergence import Divergence
+from dualign.models.packing import Tokens
 from dualign.rollout.base import Request, Sampling
 from dualign.run.batch import Row, labelled, tokens_of
 from dualign.run.metrics import distinct
@@ -26,7 +30,8 @@ SEED_SHIFT = 0x4E5A_1D07  # batch numbers of held-out sampling: no training batc
 @dataclass(frozen=True)
 class HeldOut:
     """Means over prompts with 95 % t-intervals' half widths (None: there is none). `kl`: mean of log π_θ/π_0 over the
-    completions, nats each; that is KL(π_θ‖π_0) where they are sampled at temperature 1 and top-p 1."""
+    completions (or, by eval.kl, of its expectation at each token), nats each; that is KL(π_θ‖π_0) where they are sampled
+    at temperature 1 and top-p 1."""
 
     batches: int
     prompts: int  # that have a label
@@ -43,6 +48,7 @@ class HeldOut:
     asked: int | None = None  # prompts that were sampled on; None, here and below: a run of before does not say
     temperature: float | None = None
     top_p: float | None = None
+    rewards: dict[str, float] | None = None  # the mean of each, where there are several
 
     def record(self) -> dict[str, Any]:
         return none_for_nan(asdict(self))
@@ -62,11 +68,8 @@ def evaluate(
     b = labelled(done, [replace(row, label=unnormalised(row.label)) for row in rows])
     every = tokens_of(b.rows)  # how far the policy is from π_0 needs no label
     with clock("score"):
-        if at_pi_0(config, done):
-            gap = np.zeros(len(every))
-        else:
-            policy_NT, reference_NT = engine.score(engine.policy, every), engine.score_reference(every)
-            gap = (policy_NT - reference_NT).double().sum(-1).numpy()
+        apart_NT = torch.zeros(len(every), 1) if at_pi_0(config, done) else apart(config, engine, every)
+    gap = apart_NT.double().sum(-1).numpy()
     reward = b.batch.reward_N.numpy()
     per_prompt = by_group(reward, b.tokens.group)
     kl = by_group(gap, every.group)
@@ -86,8 +89,25 @@ def evaluate(
         asked=len(chosen),
         temperature=temperature,
         top_p=r.top_p,
+        rewards=means_of(b.rows),
     )
     return result, list(b.rows)
+
+
+def apart(config: Config, engine: Engine, tokens: Tokens) -> Tensor:
+    """(N, T): log π_θ/π_0 of each token, or with eval.kl=exact the KL of the distributions that it was drawn from."""
+    if config.eval.kl == "exact":
+        return engine.score(Divergence(engine.policy, engine.reference), tokens)
+    return engine.score(engine.policy, tokens) - engine.score_reference(tokens)
+
+
+def means_of(rows: Sequence[Row]) -> dict[str, float] | None:
+    """Each reward's own mean over prompts, by name; None where there is one alone."""
+    names = sorted({name for row in rows for name in row.label.parts or {}})
+    if len(names) < 2:
+        return None
+    found = {name: by_prompt(rows, part_of_label(name)).values() for name in names}
+    return {name: float(np.mean([np.mean(each) for each in values])) for name, values in found.items() if values}
 
 
 def at_pi_0(config: Config, done: int) -> bool:
@@ -133,7 +153,7 @@ def change(before: Sequence[Row], after: Sequence[Row], value: Value) -> dict[st
     """`gain`, and the means that it lies between."""
     means = []
     for rows in (before, after):
-        per_prompt = [float(np.mean(values)) for values in _by_prompt(rows, value).values()]
+        per_prompt = [float(np.mean(values)) for values in by_prompt(rows, value).values()]
         means.append(float(np.mean(per_prompt)) if per_prompt else float("nan"))
     return none_for_nan(dict(zip(("before", "after"), means, strict=True))) | gain(before, after, value)
 
@@ -144,7 +164,7 @@ def gain(
     """The paired difference of reward over the `n` prompts that have a label before and after, with half its 95 %
     interval, also in standard deviations of π_0's rewards. None: it does not exist (no such prompt; one prompt or equal
     differences have no interval; equal rewards of π_0 have no standard deviation)."""
-    start, end = (_by_prompt(rows, value) for rows in (before, after))
+    start, end = (by_prompt(rows, value) for rows in (before, after))
     shared = sorted(set(start) & set(end))
     pairs = np.array([(np.mean(start[g]), np.mean(end[g])) for g in shared]).reshape(-1, 2)
     difference = pairs[:, 1] - pairs[:, 0]
@@ -167,7 +187,7 @@ def part_of_label(name: str) -> Value:
     return lambda row: (row.label.parts or {}).get(name)
 
 
-def _by_prompt(rows: Sequence[Row], value: Value) -> dict[str, list[float]]:
+def by_prompt(rows: Sequence[Row], value: Value) -> dict[str, list[float]]:
     """By what the prompt is, not by its place: of a run that a version before began, places may differ."""
     out: dict[str, list[float]] = {}
     for row in rows:
