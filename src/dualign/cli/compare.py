@@ -14,6 +14,11 @@ ReportOnly = Annotated[bool, typer.Option("--report-only", help="run nothing; re
 Jobs = Annotated[int, typer.Option(min=1, help="runs side by side; the cores are shared out, GPUs and memory are not")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="show the runs, their labels and their time, and stop")]
 
+Power = Annotated[
+    float | None,
+    typer.Option(help="run nothing; by the finished runs, what it takes to tell a difference of this size"),
+]
+
 
 def register(app: typer.Typer) -> None:
     app.command()(compare)
@@ -29,9 +34,18 @@ def compare(
     jobs: Jobs = 1,
     report_only: ReportOnly = False,
     dry_run: DryRun = False,
+    power: Power = None,
 ) -> None:
     """Run systems side by side over seeds, and report: table, curves, figures. Called again, it resumes."""
-    _run(grid, base, out, jobs, report_only, dry_run, needs="systems")
+    if power is None:
+        _run(grid, base, out, jobs, report_only, dry_run, needs="systems")
+        return
+    from dualign.eval.compare.grid import load
+    from dualign.eval.compare.power import power_lines
+    from dualign.eval.compare.report import finished
+
+    loaded = load(grid, base, str(out) if out else None)
+    print("\n".join(power_lines(loaded, finished(loaded), power)))
 
 
 def sweep(

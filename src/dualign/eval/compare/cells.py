@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
+import runpy
 import shlex
 import signal
 import subprocess
@@ -10,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Event, current_thread, main_thread
 from typing import Any, Literal
@@ -122,7 +126,7 @@ def selected(grid: Grid) -> dict[str, Any]:
     not collapse, where there are any."""
     best: dict[str, tuple[tuple[bool, float], Any]] = {}
     for cell in selection_cells(grid):
-        if found := final(cell.folder):
+        if found := final(cell.folder, grid.measure):
             reward, share = found
             score = (share >= grid.select.distinct if grid.select else True, reward)
             if cell.system not in best or score > best[cell.system][0]:
@@ -134,28 +138,75 @@ def subprocesses(launch: str, jobs: int) -> Execute:
     """Runs each cell as `dualign train` (or resume) in a process of its own, with its words in a log beside its folder:
     memory is given back, and a crash takes one cell. Side by side they share the cores, unless `launch` has a say in
     that. Asked to stop, the interrupt is handed on once, and the cell saves itself."""
-    start = shlex.split(launch) or [sys.executable, "-m"]
-    environment = dict(os.environ)
     if jobs > 1 and not launch:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // jobs)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // jobs)))
+    start: Start = partial(_launched, shlex.split(launch)) if launch else _forked
 
     def execute(cell: Cell, resume: bool, stopping: Event) -> None:
         cell.folder.parent.mkdir(parents=True, exist_ok=True)
         recipe, log = (cell.folder.with_name(f"{cell.folder.name}.{kind}") for kind in ("yaml", "log"))
         recipe.write_text(dump(cell.config), encoding="utf-8")
-        command = [*start, "dualign", *(["resume", str(cell.folder)] if resume else ["train", str(recipe)])]
-        with log.open("a", encoding="utf-8") as out:
-            child = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environment
-            )
-            while child.poll() is None:
-                if stopping.wait(0.2):
-                    child.send_signal(signal.SIGTERM)
-                    child.wait()
-        if child.returncode or not (cell.folder / "summary.json").is_file():
-            raise CellError(f"exit code {child.returncode}: {_last_line(log)} ({log})")
+        pid, ended = start(["resume", str(cell.folder)] if resume else ["train", str(recipe)], log)
+        while (code := ended(0.2)) is None:
+            if stopping.is_set():
+                os.kill(pid, signal.SIGTERM)
+                code = ended(None)
+                break
+        if code or not (cell.folder / "summary.json").is_file():
+            raise CellError(f"exit code {code}: {_last_line(log)} ({log})")
 
     return execute
+
+
+Ended = Callable[[float | None], int | None]  # waits so many seconds: the exit code, or None while it runs
+Start = Callable[[list[str], Path], tuple[int, Ended]]  # what `dualign` is called with, its log; the process's id
+PRELOADED = (  # what every run imports
+    "dualign.trainer",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.conversion_mapping",
+    "transformers.models.llama.modeling_llama",
+    "accelerate",
+    "scipy.stats",
+)
+
+
+def _launched(launch: list[str], words: list[str], log: Path) -> tuple[int, Ended]:
+    with log.open("a", encoding="utf-8") as out:
+        child = subprocess.Popen(
+            [*launch, "dualign", *words], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def ended(seconds: float | None) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(seconds)
+        return None
+
+    return child.pid, ended
+
+
+def _forked(words: list[str], log: Path) -> tuple[int, Ended]:
+    """As `python -m dualign WORDS`, from a process that has imported what a run needs and done nothing with it: the
+    imports of a small run take longer than the run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED])
+    child = context.Process(target=_as_command, args=(words, log))
+    child.start()
+
+    def ended(seconds: float | None) -> int | None:
+        child.join(seconds)
+        return child.exitcode
+
+    return child.pid or 0, ended
+
+
+def _as_command(words: list[str], log: Path) -> None:
+    os.setsid()
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(out, stream)
+    sys.argv = ["dualign", *words]
+    runpy.run_module("dualign", run_name="__main__")
 
 
 def _cores() -> int:

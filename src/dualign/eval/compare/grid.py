@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from dualign import config as configs
 from dualign.common.errors import UserError
@@ -38,6 +38,33 @@ class System(Settings):
     axes: dict[str, list[Any]] = Field(default_factory=dict)
 
 
+class Claim(Settings):
+    """A difference that is expected, written down before the runs: of a number of each run of one system, its mean over
+    seeds is above that of another system; or, without `than`, above 0. A setting of a system that has axes is named as
+    in the report: `dar, algo.alpha = 0.0`."""
+
+    says: str = Field(description="the claim in words")
+    more: str = Field(description="the system that is said to have more")
+    than: str | None = Field(None, description="the one that is said to have less; none: 0")
+    reward: str | None = Field(None, description="which reward's held-out mean; default: what the grid measures")
+    of: Literal["end", "change", "fall", "at_kl", "labels"] = Field(
+        "end",
+        description="end: after the run; change: since π_0; fall: the deepest fall below what was reached before; at_kl: "
+        "where the run first came to `kl` nats; labels: those bought until it first reached `to`",
+    )
+    kl: float | None = Field(None, gt=0, description="nats, for at_kl")
+    to: float | None = Field(None, description="the reward, for labels")
+    after: float = Field(1.0, gt=0, le=1, description="of `more`: after this share of its batches")
+    less: bool = Field(False, description="it is below, not above")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        for key, of in {"kl": "at_kl", "to": "labels"}.items():
+            if (self.of == of) != (getattr(self, key) is not None):
+                raise ValueError(f"{key}: goes with of: {of}, and with nothing else")
+        return self
+
+
 class Grid(Settings):
     PATHS: ClassVar[tuple[str, ...]] = ("base", "out")
     base: str = Field(description="the recipe that all cells start from: a file, or a shipped recipe's name")
@@ -52,6 +79,12 @@ class Grid(Settings):
     )
     select: Select | None = None
     reference: str | None = Field(None, description="the system to whose final reward labels are counted")
+    measure: str | None = Field(
+        None, description="the reward by whose held-out mean systems are compared and selected; default: their sum"
+    )
+    claims: list[Claim] = Field(
+        default_factory=list, description="tested by the report; default: a row for each system"
+    )
     at_kl: list[float] = Field(default_factory=list, description="nats of KL to π_0 at which systems are compared, too")
     keep_weights: bool = Field(True, description="of the finished cells; those of the selection are always dropped")
     launch: str = Field("", description="what starts a run, where not this Python: `accelerate launch -m`")
@@ -74,9 +107,18 @@ class Cell:
     config: Config
 
     @property
+    def setting(self) -> str:
+        """Its name without the seed, as claims and the report's table have it."""
+        return setting_name(self.system, self.axis, self.value)
+
+    @property
     def name(self) -> str:
         moved = f" {self.axis}={self.value}" if self.axis else ""
         return f"{self.system}{moved} seed {self.seed}"
+
+
+def setting_name(system: str, axis: str | None, value: Any) -> str:
+    return f"{system}, {axis} = {value}" if axis else system
 
 
 def load(path: str | Path, base: str | None = None, out: str | None = None) -> Grid:
@@ -114,6 +156,12 @@ def _find(name: str) -> Path:
 def _check(grid: Grid, file: Path) -> None:
     if grid.reference is not None and grid.reference not in grid.systems:
         raise UserError(f"{file}: reference: no system {grid.reference!r}; there are {', '.join(grid.systems)}")
+    points = [(name, axis, value) for name in grid.systems for axis, value, _ in _points(grid.system(name))]
+    known = [setting_name(*point) for point in points]
+    for i, claim in enumerate(grid.claims):
+        for key, name in {"more": claim.more, "than": claim.than}.items():
+            if name is not None and name not in known:
+                raise UserError(f"{file}: claims.{i}.{key}: no {name!r}; there are: {'; '.join(known)}")
     if len(set(grid.seeds)) < len(grid.seeds):
         raise UserError(f"{file}: seeds: {grid.seeds} names one twice; it would count as two runs")
     if grid.select and grid.select.seed in grid.seeds:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dualign.common.durable import write_text
 from dualign.common.errors import UserError
-from dualign.eval.compare import plots
+from dualign.eval.compare import claims, plots
 from dualign.eval.compare.cells import State, selected, state
 from dualign.eval.compare.grid import Cell, Grid, cells, selection_cells, unique
 from dualign.eval.compare.pareto import fit
@@ -33,9 +33,7 @@ def write_report(grid: Grid, failed: dict[str, str]) -> str:
     for cell in selection_cells(grid):
         state(cell)  # raises where a folder holds other settings
     states = [(cell, state(cell)) for cell in cells(grid, selected(grid)) if cell.name not in failed]
-    results = [r for cell, s in states if s == "finished" and (r := read(cell)) is not None]
-    if not results:
-        raise UserError(f"{grid.out}: no cell is finished, so there is nothing to report")
+    results = finished(grid, failed)
     folder = Path(grid.out) / "report"
     folder.mkdir(parents=True, exist_ok=True)
     found = rows(results, grid.reference, grid.at_kl)
@@ -54,6 +52,7 @@ def write_report(grid: Grid, failed: dict[str, str]) -> str:
         "fixed set buy no labels while training; what the set cost is not counted.\n",
         table,
         *_chance(results),
+        *claims.lines(claims.verdicts(claims.claims_of(grid), results), bool(grid.claims)),
         *_equal_kl(grid),
         *_codes(results),
         *_target(results, grid),
@@ -65,6 +64,15 @@ def write_report(grid: Grid, failed: dict[str, str]) -> str:
     figures = plots.draw(results, folder)
     write_text(folder / "report.md", "\n".join([*parts, "", *(f"![{f.stem}]({f.name})\n" for f in figures)]))
     return table
+
+
+def finished(grid: Grid, failed: Collection[str] = ()) -> list[Result]:
+    """What the grid's finished cells hold. Raises UserError where there are none."""
+    compared = [cell for cell in cells(grid, selected(grid)) if cell.name not in failed and state(cell) == "finished"]
+    results = [r for cell in compared if (r := read(cell, grid.measure)) is not None]
+    if not results:
+        raise UserError(f"{grid.out}: no cell is finished, so there is nothing to report")
+    return results
 
 
 def pareto_lines(results: Sequence[Result]) -> list[str]:
@@ -89,16 +97,19 @@ def _chance(results: Sequence[Result]) -> list[str]:
     """Whether final rewards differ by more than seeds do: among the values of each axis, and among systems."""
     compared = {f"{system}, {axis}": some for (system, axis), some in along_axes(results).items()}
     compared["systems"] = [r for r in results if r.cell.axis is None]
-    lines = []
+    lines, tested = [], {}
     for name, some in compared.items():
         settings = [[r.last.reward for r in seeds if r.last] for seeds in groups(some).values()]
         if few := too_few_prompts(some):
             if chance(settings) is not None:
                 lines.append(f"- {name}: {few}")
         elif (p := chance(settings)) is not None:
-            words = "more than seeds do" if p < 0.05 else "no more than seeds do"
-            lines.append(f"- {name}: the final rewards of {len(settings)} differ {words} (p = {p:.2g})")
-    about = "One-way analysis of variance over seeds; with many axes, one in twenty is below 0.05 by chance.\n"
+            tested[name] = (p, len(settings))
+    for (name, (p, count)), corrected in zip(tested.items(), claims.holm([p for p, _ in tested.values()]), strict=True):
+        words = "more than seeds do" if corrected < claims.LEVEL else "no more than seeds do"
+        holm = f"; by Holm {corrected:.2g}" if len(tested) > 1 else ""
+        lines.append(f"- {name}: the final rewards of {count} differ {words} (p = {p:.2g}{holm})")
+    about = "One-way analysis of variance over seeds; of several lines, corrected by Holm.\n"
     return ["\n## Beyond chance?\n", about, *lines, ""] if lines else []
 
 
@@ -152,7 +163,7 @@ def _selection(grid: Grid) -> list[str]:
     for cell in selection_cells(grid):
         by_system.setdefault(cell.system, []).append(cell)
     for name, tried in by_system.items():
-        scores = [final(c.folder) for c in tried]
+        scores = [final(c.folder, grid.measure) for c in tried]
         texts = ["–" if v is None else f"{v[0]:.3f} ({v[1]:.0%})" for v in scores]
         edge = " (edge of the grid)" if best.get(name) in (s.values[0], s.values[-1]) and len(s.values) > 1 else ""
         lines.append(f"| {name} | {' | '.join(texts)} | {best.get(name, '–')}{edge} |")

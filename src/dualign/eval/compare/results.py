@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from dualign.algos import Algorithm
+from dualign.common.errors import UserError
 from dualign.common.intervals import all_equal, half_width, too_few
 from dualign.config import Config
 from dualign.eval.compare.grid import Cell
@@ -35,6 +36,7 @@ class Point:
     missing_eos: float  # share
     distinct: float  # share of different completions
     prompts: int = 0  # that have a label
+    rewards: Mapping[str, float] = field(default_factory=dict)  # the mean of each, where there are several
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ class Result:
     summary: dict[str, Any]
     curve: tuple[Point, ...]
     batch_seconds: float  # median over online batches
+    measure: str | None = None  # which of several rewards the points' is
+
+    @property
+    def gain_sd(self) -> float | None:
+        gain = self.summary.get("rewards", {}).get(self.measure, {}) if self.measure else self.summary
+        return gain.get("gain_sd")
 
     @property
     def online(self) -> bool:
@@ -80,14 +88,14 @@ def is_online(config: Config) -> bool:
     return algo.source == "online"
 
 
-def final(folder: Path) -> tuple[float, float] | None:
-    """The reward that a run ended with, and the share of different completions it was measured on; None where it did
-    not end, or measured none."""
+def final(folder: Path, measure: str | None = None) -> tuple[float, float] | None:
+    """The reward that a run ended with (by `measure`, one of several), and the share of different completions it was
+    measured on; None where it did not end, or measured none."""
     path = folder / "summary.json"
     if not path.is_file():
         return None
     after = json.loads(path.read_text(encoding="utf-8")).get("after", {})
-    reward = after.get("reward")
+    reward = (after.get("rewards") or {}).get(measure) if measure else after.get("reward")
     if reward is None or not np.isfinite(reward):
         return None
     return reward, _distinct(Run.open(folder).evaluation_path(after["batches"]))
@@ -99,8 +107,8 @@ def _distinct(path: Path) -> float:
     return distinct(pq.read_table(path, columns=["completion"])["completion"].to_pylist())
 
 
-def read(cell: Cell) -> Result | None:
-    """A finished cell's numbers; None if it is not finished."""
+def read(cell: Cell, measure: str | None = None) -> Result | None:
+    """A finished cell's numbers, its reward by `measure`; None if it is not finished."""
     path = cell.folder / "summary.json"
     if not path.is_file():
         return None
@@ -110,11 +118,11 @@ def read(cell: Cell) -> Result | None:
     median = float(np.median(spent)) if spent else float("nan")
     labels = [record["labels"] if is_online(cell.config) else 0 for record in run.metrics()]
     alpha = float(getattr(cell.config.algo, "alpha", 1.0))
-    curve = tuple(_points(run, [0, *labels], median, alpha))
-    return Result(cell, json.loads(path.read_text(encoding="utf-8")), curve, median)
+    curve = tuple(_points(run, [0, *labels], median, alpha, measure))
+    return Result(cell, json.loads(path.read_text(encoding="utf-8")), curve, median, measure)
 
 
-def _points(run: Run, labels: Sequence[int], seconds: float, alpha: float) -> Iterable[Point]:
+def _points(run: Run, labels: Sequence[int], seconds: float, alpha: float, measure: str | None) -> Iterable[Point]:
     import pyarrow.parquet as pq
 
     for path in sorted(run.evaluations_dir.glob("*.parquet")):
@@ -123,7 +131,12 @@ def _points(run: Run, labels: Sequence[int], seconds: float, alpha: float) -> It
         if "reward" not in e:  # a fixed set's loss, margin, accuracy
             continue
         measured = {key: e[key] for key in ("reward", "kl", "length")} | {"missing_eos": e["truncated"]}
-        measured |= {"kl_interpolated": alpha * e["kl"], "distinct": _distinct(path)}
+        rewards = e.get("rewards") or {}
+        if measure is not None:
+            if measure not in rewards:
+                raise UserError(f"{path}: has no mean of a reward {measure!r}, which the grid measures")
+            measured["reward"] = rewards[measure]
+        measured |= {"rewards": rewards, "kl_interpolated": alpha * e["kl"], "distinct": _distinct(path)}
         yield Point(done, labels[done], seconds * done, prompts=e["prompts"], **measured)
 
 
@@ -155,7 +168,7 @@ def mean_curve(seeds: Sequence[Result]) -> list[tuple[Point, Mean]]:
         reward = Mean.of(p.reward for p in points)
         if reward is not None and len(points) == len(seeds):
             rest = ("seconds", "kl", "kl_interpolated", "length", "missing_eos", "distinct")
-            means = {key: float(np.mean([getattr(p, key) for p in points])) for key in rest}
+            means: dict[str, Any] = {key: float(np.mean([getattr(p, key) for p in points])) for key in rest}
             labels, prompts = round(np.mean([p.labels for p in points])), min(p.prompts for p in points)
             point = Point(batches=batches, labels=labels, reward=reward.value, prompts=prompts, **means)
             out.append((point, reward))

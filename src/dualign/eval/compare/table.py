@@ -62,7 +62,7 @@ def _value(r: Result, name: str) -> float | None:
     if name == "labels":
         return float(r.summary["labels"]) if r.online else None
     if name == "gain_sd":
-        return r.summary.get("gain_sd")
+        return r.gain_sd
     return float(getattr(r.last, name)) if r.last else None
 
 
