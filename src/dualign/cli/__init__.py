@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from dualign.common.paths import at_home
 
-GROUPS = ("train", "reward", "judge", "evaluate", "view", "compare", "inspect", "models", "runs")
+GROUPS = ("train", "reward", "judge", "evaluate", "view", "compare", "lab", "inspect", "models", "runs")
 
 
 class Commands(TyperGroup):
