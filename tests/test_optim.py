@@ -66,3 +66,15 @@ def test_a_zero_gradient_changes_nothing():
     p.grad = torch.zeros(3, 4)
     Adafactor([p], lr=0.1).step()
     assert torch.equal(p.detach(), torch.ones(3, 4))
+
+
+def test_a_batch_of_more_updates_than_planned_never_climbs_back(tmp_path):
+    found = tree(tmp_path, tmp_path / "p", tmp_path / "run", {"name": "grpo"}, warmup=0, schedule="linear")
+    found["rollout"]["resample"] = 4
+    config = build(found)
+    schedule = Schedule(config, optimizer := torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0))
+    rates = []
+    for step, update in [(1, 1), (1, 3), (2, 0), (2, 1), (2, 3)]:  # two are planned
+        schedule.set(step, update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1 / 2, 1 / 2, 1 / 3, 1 / 6, 1 / 6])

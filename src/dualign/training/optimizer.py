@@ -35,8 +35,10 @@ class Schedule:
         self.rates = [group["lr"] for group in optimizer.param_groups]
 
     def set(self, step: int, update: int) -> None:
-        """For update `update` of online batch `step`."""
-        share = self.share(step * self.config.updates_per_batch + update)
+        """For update `update` of online batch `step`. A batch with further prompts (rollout.resample) may have more
+        updates than its place in the run: they keep the rate of the last that has one."""
+        planned = self.config.updates_per_batch
+        share = self.share(step * planned + min(update, planned - 1))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
 
