@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 import dualign
 from dualign.common.errors import UserError
+from dualign.common.processes import Processes
+from dualign.common.types import Label, Prompt, Rollout
 from dualign.config import build
+from dualign.rollout.base import Request
+from dualign.run.batch import Row
 from dualign.run.verify import verify
+from dualign.training.clock import Clock
+from dualign.training.labeller import Asked
+from dualign.training.source import OnlineSource
 from runs_common import metrics, tree, vowels, write_prompts
 
 LIKED = {"p1", "p2", "p5", "p7", "p8"}  # of twelve
@@ -47,6 +57,57 @@ def test_a_further_prompt_for_each_that_is_tied(resample, tiny, tmp_path):
     longer["train"]["online_batches"] = 4
     dualign.train(longer, reward=some_tell, quiet=True, resume=True)
     assert len(metrics(run.folder)) == 4
+
+
+class Beside:
+    """Labels every completion of prompts 0 and 2 with 1; every second one is cut off where it says so."""
+
+    def __init__(self, cut=False):
+        self.cut = cut
+
+    def ask(self, requests, sampling, seed, clock):
+        rows = [
+            Row(
+                Rollout(
+                    4 * r.group + i, r.group, r.prompt, (1,), (2,), "", "length" if self.cut and i % 2 else "eos", ()
+                ),
+                Label(1.0 if r.group in (0, 2) else float(i)),
+            )
+            for r in requests
+            for i in range(4)
+        ]
+        return Asked([row.rollout for row in rows], lambda clock: rows)
+
+
+class Two(Processes):
+    """One of two, in a thread of its own."""
+
+    def everyones(self, make):
+        said[self.rank] = list(make())
+        both.wait(10)
+        return said[0] + said[1]
+
+
+said, both = {}, threading.Barrier(2)
+
+
+def groups(tiny, tmp_path, processes, labeller=None, penalty=0.0):
+    found = settings(tiny, tmp_path, 4)
+    found["rollout"]["missing_eos_penalty"] = penalty
+    requests = [Request(i, Prompt(f"p{i}", "x"), (1,)) for i in range(12)]
+    source = OnlineSource(build(found), processes, labeller or Beside(), requests)
+    return {row.rollout.group for row in source.ask(0, Clock()).rows(Clock())}
+
+
+def test_how_many_further_prompts_there_are_rests_on_no_number_of_processes(tiny, tmp_path):
+    """All prompts that are tied are the first process's, and half of the further ones."""
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda rank: groups(tiny, tmp_path, Two(rank, 2)), (0, 1))
+    assert one | two == groups(tiny, tmp_path, Processes()) == set(range(6))
+
+
+def test_what_is_tied_is_the_reward_that_is_trained_on(tiny, tmp_path):
+    assert groups(tiny, tmp_path, Processes(), Beside(cut=True), penalty=0.5) == set(range(4))
 
 
 @pytest.mark.parametrize(("algo", "rollout", "says"), [

@@ -67,17 +67,22 @@ class OnlineSource:
         self.further = Stream(requests, r.resample, self.seed + FURTHER, config.data.shuffle)
 
     def ask(self, step: int, clock: Clock) -> Asked:
-        prompts = self._numbered(step)
-        mine, further = (
-            self.processes.mine(part) for part in (prompts[: self.stream.per_batch], prompts[self.stream.per_batch :])
-        )
-        asked = self._ask(mine, step, clock)
+        prompts, own = self._numbered(step), self.stream.per_batch
+        asked = self._ask(self.processes.mine(prompts[:own]), step, clock)
 
         def rows(clock: Clock) -> list[Row]:
-            found = asked.rows(clock)
-            if self.further.per_batch:
-                found += self._ask(further[: tied_groups(found, self.tie)], step, clock).rows(clock)
-            return [penalised(row, self.penalty) for row in found]
+            found: list[Row] = []
+
+            def labelled() -> list[int]:
+                found.extend(penalised(row, self.penalty) for row in asked.rows(clock))
+                return [tied_groups(found, self.tie)]
+
+            if not self.further.per_batch:
+                labelled()
+                return found
+            tied = sum(self.processes.everyones(labelled))  # of all processes, so that their number decides nothing
+            more = self._ask(self.processes.mine(prompts[own:][:tied]), step, clock).rows(clock)
+            return found + [penalised(row, self.penalty) for row in more]
 
         return replace(asked, rows=rows)
 
@@ -94,7 +99,7 @@ class OnlineSource:
 
 
 def tied_groups(rows: Sequence[Row], tie: float) -> int:
-    """How many prompts have two labels or more, all within `tie` of each other: none of their completions is preferred."""
+    """How many prompts have two rewards or more, all within `tie` of each other: none of their completions is preferred."""
     labels: dict[int, list[float]] = {}
     for row in rows:
         if row.label.value is not None:
