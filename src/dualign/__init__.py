@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from dualign.rollout.settings import SamplerSettings
     from dualign.run.folder import Run
     from dualign.trainer import train
+    from dualign.training.callbacks import Callback
 
 __version__ = "0.1.0"
 __all__ = [
     "Algorithm",
     "Annotator",
     "Batch",
+    "Callback",
     "Config",
     "Evaluation",
     "RewardSettings",
@@ -41,6 +43,7 @@ if not TYPE_CHECKING:  # imported when they are asked for, so that `import duali
         "Algorithm": "algos",
         "Annotator": "annotate.base",
         "Batch": "algos",
+        "Callback": "training.callbacks",
         "Config": "config",
         "Evaluation": "eval.evaluation",
         "RewardSettings": "annotate.settings",

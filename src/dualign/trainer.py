@@ -29,6 +29,7 @@ from dualign.run import digests
 from dualign.run.batch import WeightedBatch, check_finite, importance, sampled_by, updates, weigh
 from dualign.run.folder import Run
 from dualign.run.metrics import batch_record, reuse_record
+from dualign.training.callbacks import Callback
 from dualign.training.clock import Clock
 from dualign.training.engine import Engine, Sums
 from dualign.training.evaluations import Evaluations, stop_if_absent
@@ -65,13 +66,14 @@ def train(
     eval_data: Rows | None = None,
     resume: bool = False,
     quiet: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Trains by `config` and returns the run.
 
     `reward`: Python functions (TRL's convention), annotators and reward settings, one or a list, beside those that the
     configuration names. `algo`, `sampler`, `data` and `eval_data` (rows: a list of mappings, or a datasets.Dataset),
-    `model` and `tokenizer` (of transformers) take the place of what it names. To resume, call again with the same and
-    `resume=True`.
+    `model` and `tokenizer` (of transformers) take the place of what it names. `callbacks` are told what happens. To resume,
+    call again with the same and `resume=True`.
 
     Raises UserError for what the user must fix (before any work is lost), StopRun for a clean stop.
     """
@@ -93,7 +95,7 @@ def train(
     engine = Engine(config, machine, policy, tokenizer)
     if resume:  # what a hub calls by one name may have changed while it was fetched
         check_inputs(Run.open(Path(config.run.dir)), digests.of_models(config.model))
-    view = View(config, quiet=quiet or not processes.main)
+    view = View(config, quiet or not processes.main, callbacks if processes.main else ())
     run = Run(Path(config.run.dir), processes.rank)
     if processes.main:
         _open(run, config, rewards, given, changes if resume else None)
@@ -106,8 +108,7 @@ def train(
             if processes.main and not resume:
                 note_fetched(run, config)
         with Interrupts() as interrupts, Witness(config, run, processes, interrupts, view.say) as witness, view:
-            for note in changes.notes:
-                view.say(note)
+            view.plan(list(changes.notes))
             Trainer(config, machine, engine, sampler, run, annotator, witness, view, interrupts).fit()
     except Exception as error:
         if processes.main and isinstance(error, RewardError | AbsentError):
@@ -345,6 +346,4 @@ class Trainer:
         asked = [why for why in self.processes.gather([self.interrupts.requested]) if why]
         if asked:
             self._checkpoint(step, update, losses)
-            raise StopRun(
-                f"stopped by {asked[0]} in online batch {step}, after {update} of its updates; all of it is kept"
-            )
+            raise StopRun(f"stopped by {asked[0]} in online batch {step}, after {update} of its updates; all is kept")

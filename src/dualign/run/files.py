@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -17,10 +18,17 @@ from typing import Any
 from dualign.common.code_digest import code_digest
 from dualign.common.durable import durable, remove
 from dualign.common.errors import UserError
+from dualign.common.git import git_state
 from dualign.run.journal import Journal
 from dualign.run.manifest import Manifest, sha256_of
 
 VERSIONED = ("dualign", "torch", "transformers", "accelerate", "datasets", "peft", "numpy", "pyarrow")
+
+
+GIT = {
+    "git": Path(),
+    "dualign_git": Path(__file__).parent,
+}  # what the run was begun in; the package, if it is a checkout
 
 
 class RunFiles:
@@ -68,8 +76,10 @@ class RunFiles:
         for name in VERSIONED:
             with contextlib.suppress(metadata.PackageNotFoundError):
                 versions[name] = metadata.version(name)
-        about = {"format": 1, "begun": datetime.now().astimezone().isoformat(), "versions": versions}
+        about: dict[str, Any] = {"format": 1, "begun": datetime.now().astimezone().isoformat(), "versions": versions}
         about |= {"code": code_digest(), "functions": list(functions), "inputs": inputs}
+        about |= {"python": platform.python_version(), "platform": platform.platform()}
+        about |= {key: state for key, place in GIT.items() if (state := git_state(place))}
         self.write_text("run.json", json.dumps(about, indent=1))
         self.write_text("config.yaml", config_text)  # last: with it, it is a run
 

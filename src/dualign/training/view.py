@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from dualign.common.cpu import bf16_units
 from dualign.common.errors import clean
 from dualign.common.intervals import bracket, known, plus_minus, too_few
 from dualign.config import Config
+from dualign.training.callbacks import Callback
 from dualign.training.heldout import HeldOut, key_of, kl_name
 from dualign.training.heldout_set import HeldOutSet
 
@@ -52,8 +54,8 @@ COLUMNS = {  # column: (key, format); shown when the key is there
 class View:
     """Everything that a run says. Quiet in all processes but the first."""
 
-    def __init__(self, config: Config, quiet: bool = False) -> None:
-        self.config = config
+    def __init__(self, config: Config, quiet: bool = False, callbacks: Sequence[Callback] = ()) -> None:
+        self.config, self.callbacks = config, callbacks
         self.columns = columns_of(config)
         self.console = Console(quiet=quiet, highlight=False, markup=False, emoji=False)
         self.rows: list[dict[str, Any]] = []
@@ -93,8 +95,15 @@ class View:
             if warning not in self.said:
                 self.said.add(warning)
                 self.say(f"note (batch {record['step']}): {warning}")
+        for each in self.callbacks:
+            each.on_batch(record)
 
     def evaluation(self, result: HeldOut | HeldOutSet) -> None:
+        self._say_evaluation(result)
+        for each in self.callbacks:
+            each.on_evaluation(result.batches, result.record())
+
+    def _say_evaluation(self, result: HeldOut | HeldOutSet) -> None:
         if isinstance(result, HeldOutSet):
             self.say(f"held-out {result.data} after {result.batches} batches: {_of_set(result.record())}")
             return
@@ -122,6 +131,8 @@ class View:
         spent = summary["seconds"]
         self.say("seconds by phase: " + ", ".join(f"{k} {v:.1f}" for k, v in spent.items()))
         self.say(f"run folder: {run.folder}")
+        for each in self.callbacks:
+            each.on_end(summary)
 
     def _eta(self) -> str:
         done = len(self.rows)
