@@ -38,7 +38,7 @@ def test_every_word_is_told_where_it_is_set():
     ("rollout.n=4", "verl's actor_rollout_ref.rollout.n is rollout.k here"),
     ("completion_only_loss=true", "has no key here: always so"),
     ("lr=1", "lr: no such key; did you mean train.lr"),
-    ("algo.gamma=1", "algo.gamma: no such key; dar has epochs, alpha"),  # PPO's, not DAR's
+    ("algo.gamma=1", "algo.gamma: no such key; dar has epochs, tie, alpha"),  # PPO's, not DAR's
     ("foo.bar=1", "foo: no such key$"),
 ])  # fmt: skip
 def test_words_of_part_of_a_path(override, said):
