@@ -6,6 +6,8 @@ import fcntl
 import json
 import logging
 import os
+import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from dualign.common.errors import UserError
 from dualign.eval.view import serve
 from dualign.eval.view.folders import Folders
 from dualign.eval.view.server import HEADERS
-from serving import serving
+from serving import Served, serving
 from view_runs import LONG, MARKUP, record, write_batch, write_run
 
 ODD = "<img src=x onerror=alert(1)>"
@@ -246,6 +248,21 @@ def test_elsewhere_a_token_is_asked_for_and_never_told(root, caplog, capfd):
 def test_neither_torch_nor_scipy_is_loaded():
     code = "import sys, dualign.eval.view.server; print({'torch', 'scipy', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_the_command_serves_until_it_is_interrupted(root):
+    command = [sys.executable, "-m", "dualign", "view", str(root), "--port", "0"]
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        served = Served(re.search(r"http://127.0.0.1:\d+", started.stdout.readline())[0])
+        assert served.api("list", run="finished", q="apples", sort="best")["troubles"] == []
+        started.send_signal(signal.SIGINT)
+        assert started.wait(30) == 0 and "Traceback" not in started.stderr.read()
+    finally:
+        started.kill()
 
 
 def test_what_is_missing_is_said(tmp_path, monkeypatch):

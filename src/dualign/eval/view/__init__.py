@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Callable
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 
 from dualign.common.errors import UserError
@@ -28,10 +31,10 @@ def serve(
         if error.name and error.name.startswith("dualign"):
             raise
         raise UserError(f"view needs {error.name}: pip install 'dualign[view]'") from None
-    _calm()
     local = host in ("127.0.0.1", "localhost", "::1")
     token = None if local else os.environ.get(TOKEN) or secrets.token_urlsafe(24)
     listening = _listen(host, port)
+    _calm()
     at = int(listening.getsockname()[1])
     page = application(root, token, at)
     shown = f"[{host}]" if ":" in host else socket.gethostname() if host in ("0.0.0.0", "::") else host
@@ -45,18 +48,25 @@ def serve(
 
         webbrowser.open(address)
     settings = uvicorn.Config(page, log_level="warning", access_log=False, server_header=False, lifespan="off")
-    uvicorn.Server(settings).run(sockets=[listening])
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(settings).run(sockets=[listening])
 
 
 def _calm() -> None:
-    """Yields to training on the same machine, and gives memory back."""
+    """Takes little of the memory and of the processors that training on the same machine needs. pyarrow would load
+    pandas, where it is installed, at its first conversion (half a second, 45 MB)."""
+    sys.meta_path.insert(0, _WithoutPandas())
     import pyarrow as pa
 
-    if hasattr(os, "nice"):
-        os.nice(5)
     pa.set_memory_pool(pa.system_memory_pool())
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
+
+
+class _WithoutPandas(MetaPathFinder):
+    def find_spec(self, name: str, path: object, target: object = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError("the page does without", name=name)
 
 
 def _listen(host: str, port: int | None) -> socket.socket:
@@ -68,6 +78,7 @@ def _listen(host: str, port: int | None) -> socket.socket:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             found.bind((host, each))
+            found.listen()  # who opens the address at once waits until it is answered
             return found
         except OSError as error:
             found.close()

@@ -7,13 +7,14 @@ import json
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dualign.eval.report import answers
@@ -21,18 +22,13 @@ from dualign.eval.report.answers import Json
 from dualign.eval.view.folders import stamp
 from dualign.eval.view.query import Query
 
-ROWS = 256  # that are decoded together
+TOGETHER = 4 << 20  # bytes that are decoded together
 HELD = 3_000_000  # numbers of all indices that are remembered
 SNIPPET = 240  # characters of a prompt in the list
 LONGEST = 6000  # characters of a text before it is asked for by pieces
 PIECE = 40_000
 
-SORTS: dict[str, Callable[[Json], float]] = {
-    "best": lambda g: -g["best"],
-    "worst": lambda g: g["worst"],
-    "spread": lambda g: g["worst"] - g["best"],
-    "weight": lambda g: -g["weight"],
-}
+SORTS = {"best": "reward", "worst": "reward", "spread": "reward", "weight": "algo.weight", "tokens": "completion_ids"}
 LIGHT = ("group", "prompt_id", "prompt", "reward", "algo.weight")
 
 
@@ -76,45 +72,38 @@ class Completions:
 
 
 def _index(path: Path, query: Query, sort: str) -> Index:
-    wanted = {"group", *query.columns}
-    if sort in SORTS:
-        wanted |= {"algo.weight"} if sort == "weight" else {"reward"}
-    if sort == "tokens":
-        wanted.add("completion_ids")
+    wanted = {"group", *query.columns, *([SORTS[sort]] if sort in SORTS else [])}
     groups, masks, values = [], [], []
     for table in tables(path, wanted):
         groups.append(table["group"].to_numpy())
         masks.append(query.mask(table))
         values.append(_values(table, sort))
     if not groups:
-        return Index(*(np.zeros(0, int),) * 2, np.zeros(0))
+        return Index(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
     group_N, mask_N, value_N = np.concatenate(groups), np.concatenate(masks), np.concatenate(values)
     start_G = np.flatnonzero(np.append(True, np.diff(group_N) != 0))
-    found_G = np.maximum.reduceat(mask_N, start_G) if len(group_N) else np.zeros(0, bool)
     count_G = np.diff(np.append(start_G, len(group_N)))
-    key_G = np.array([_key(value_N[s : s + c], sort) for s, c in zip(start_G[found_G], count_G[found_G], strict=True)])
-    return Index(start_G[found_G].astype(np.int32), count_G[found_G].astype(np.int32), key_G.astype(np.float32))
+    found_G = np.maximum.reduceat(mask_N, start_G)
+    key_G = _keys(value_N, start_G, sort)
+    return Index(
+        start_G[found_G].astype(np.int32), count_G[found_G].astype(np.int32), key_G[found_G].astype(np.float32)
+    )
 
 
 def _values(table: pa.Table, sort: str) -> np.ndarray:
-    name = {"weight": "algo.weight", "tokens": "completion_ids"}.get(sort, "reward")
-    if sort not in (*SORTS, "tokens") or name not in table.column_names:
+    if (name := SORTS.get(sort)) not in table.column_names:
         return np.full(table.num_rows, np.nan)
-    if sort == "tokens":
-        return np.array([len(ids) for ids in table[name]], float)
-    return np.asarray(table[name].cast(pa.float64()).to_numpy(zero_copy_only=False), float)
+    column = pc.list_value_length(table[name]) if sort == "tokens" else table[name]
+    return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False), float)
 
 
-def _key(values: np.ndarray, sort: str) -> float:
-    """What is not known comes last."""
-    if sort not in (*SORTS, "tokens"):
-        return 0.0
-    there = values[~np.isnan(values)]
-    if not len(there):
-        return math.inf
-    if sort == "tokens":
-        return float(-there.max())
-    return SORTS[sort]({"best": there.max(), "worst": there.min(), "weight": there.max()})
+def _keys(value_N: np.ndarray, start_G: np.ndarray, sort: str) -> np.ndarray:
+    """The smallest comes first; what is not known comes last."""
+    if sort not in SORTS:
+        return np.zeros(len(start_G))
+    high_G, low_G = np.fmax.reduceat(value_N, start_G), np.fmin.reduceat(value_N, start_G)
+    key_G = {"worst": low_G, "spread": low_G - high_G}.get(sort, -high_G)
+    return np.where(np.isnan(key_G), np.inf, key_G)
 
 
 def tables(path: Path, columns: set[str], start: int = 0, count: int | None = None) -> Iterator[pa.Table]:
@@ -122,13 +111,21 @@ def tables(path: Path, columns: set[str], start: int = 0, count: int | None = No
     with pq.ParquetFile(path, pre_buffer=False) as file:
         names = [name for name in file.schema_arrow.names if name in columns]
         at, end = 0, math.inf if count is None else start + count
-        for batch in file.iter_batches(batch_size=ROWS, columns=names, use_threads=False):
+        for batch in file.iter_batches(batch_size=_rows(file, columns), columns=names, use_threads=False):
             low, high = max(start - at, 0), min(end - at, batch.num_rows)
             at += batch.num_rows
             if high > low:
                 yield pa.Table.from_batches([batch.slice(low, int(high) - low)])
             if at >= end:
                 break
+
+
+def _rows(file: pq.ParquetFile, columns: set[str]) -> int:
+    """How many to decode together, by what the columns take."""
+    meta = file.metadata
+    parts = [meta.row_group(g).column(c) for g in range(meta.num_row_groups) for c in range(meta.num_columns)]
+    size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.partition(".list")[0] in columns)
+    return int(np.clip(TOGETHER * meta.num_rows // max(size, 1), 16, 4096))
 
 
 def names(path: Path) -> list[str]:

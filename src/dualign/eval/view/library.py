@@ -27,7 +27,7 @@ from dualign.eval.view.reading import Reader, Troubles, spark
 HELD = 4_000_000  # numbers of metrics that are remembered
 POINTS = 1200  # of a curve that are sent
 SAME = ("run.dir",)  # settings by which runs are not told apart
-SORTS = ("order", *completions.SORTS, "tokens", "gain", "loss")
+SORTS = ("order", *completions.SORTS, "gain", "loss")
 
 Kind = Literal["batches", "evaluations"]
 
@@ -59,7 +59,7 @@ class Library:
         keys = dict.fromkeys(key for row in rows for key in row["settings"])
         differing = [
             key for key in keys
-            if key not in SAME and len({json.dumps(row["settings"].get(key)) for row in rows}) > 1
+            if key not in SAME and len({json.dumps(row["settings"].get(key)) for row in rows if row["settings"]}) > 1
         ]  # fmt: skip
         rows = [row | {"settings": {k: row["settings"].get(k) for k in differing}} for row in rows]
         told = {"root": self.folders.root.name, "runs": rows, "differing": differing, "locks": held is not None}

@@ -48,7 +48,7 @@ export function told(v) {
   if (!known(v)) return "–";
   const size = Math.abs(v);
   const text = size && (size < 1e-3 || size >= 1e6) ? v.toExponential(size < 1e-3 ? 1 : 2) : size >= 1000 ? Math.round(v).toLocaleString("en") : String(Number(v.toPrecision(3)));
-  return text.replace(/-/g, "−");
+  return text.replace(/\.?0+e/, "e").replace(/-/g, "−");
 }
 
 // A mean over `n` neighbours on each side, the line itself staying faint behind it.

@@ -58,6 +58,7 @@ export class Completions {
     const at = Number(this.app.params().get("at"));
     if (this.app.params().get("at") !== null && Number.isInteger(at)) this.list.select(at);
     else if (this.list.total && innerWidth > 800) this.list.select(0);
+    this.begun = true;
   }
 
   defaultColumns() {
@@ -167,7 +168,9 @@ export class Completions {
   }
 
   async choose(item, at) {
+    const first = innerWidth <= 800 && !document.body.classList.contains("reading"); // a phone's own "back" leads to the list
     this.app.set({ at });
+    if (first && this.begun) { this.app.set({ at: null }); history.pushState(null, "", location.href); this.app.set({ at }); }
     document.body.classList.add("reading");
     const place = this.held ? { col: this.app.params().getAll("col"), row: item.row } : { run: this.name, step: item.step, row: item.row, count: Math.max(1, (item.rewards || []).length) };
     const words = textWords(this.app.params().get("q") || "");

@@ -173,7 +173,7 @@ export class Curves {
     if (!this.group.zoomed || by !== "batch" || !this.group.full) this.group.full = [0, Math.max(1e-6, ...most.filter(known))];
     this.group.axis = { batch: "batch", labels: "labels", hours: "hours" }[by];
     this.out.hidden = !this.group.zoomed;
-    const rest = [...keys].filter((k) => !TAKEN.has(k) && !/^(label_)?seconds\//.test(k));
+    const rest = [...keys].filter((k) => !TAKEN.has(k) && !/^(label_)?seconds\//.test(k)).sort((a, b) => a.replace("/mean", "/0").localeCompare(b.replace("/mean", "/0"), "en"));
     const words = this.find.value.toLowerCase();
     for (const [name, charts] of SECTIONS) {
       const more = name === "Each reward" ? rest.filter((k) => k.includes("/")) : name === "More" ? rest.filter((k) => !k.includes("/")) : [];

@@ -68,7 +68,9 @@ export class Runs {
     const money = this.app.runs.some((r) => r.money.length);
     this.columns = ["name", "state", "progress", "reward", ...this.settings.map((k) => "=" + k), "held", "gain", "kl", "labels", ...(money ? ["dollars"] : []), "written"];
     this.bar(chosen);
+    const focused = this.table.contains(document.activeElement) ? document.activeElement.ariaLabel || document.activeElement.textContent : "";
     this.table.replaceChildren(this.head(), this.body(runs, chosen));
+    if (focused) [...this.table.querySelectorAll("input, a, button")].find((n) => (n.ariaLabel || n.textContent) === focused)?.focus({ preventScroll: true });
     this.note.hidden = runs.length > 0;
     this.note.textContent = this.app.runs.length ? "No run fits this filter." : "No run here yet. A run appears as soon as `dualign train` has begun it.";
     this.draw(runs);
