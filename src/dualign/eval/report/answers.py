@@ -37,13 +37,13 @@ def prompt_text(text: str) -> str:
 
 def answer(row: Mapping[str, Any], longest: float) -> Json:
     """Only what there is: a page of ten thousand answers is mostly keys."""
-    found: Json = {"text": cut(row["completion"], longest), "reward": rounded(row["reward"])}
-    if row["finish"] == "length":
+    found: Json = {"text": cut(row["completion"], longest), "reward": rounded(row.get("reward"))}
+    if row.get("finish") == "length":
         found["cut"] = True
     for key in ("absent", "note"):
         if row.get(key):
             found[key] = cut(row[key], longest)
-    parts = json.loads(row["parts"])
+    parts = json.loads(row.get("parts") or "{}")
     if len(parts) > 1:
         found["parts"] = {name: rounded(value) for name, value in parts.items()}
     found |= {short: rounded(row[name]) for name, short in WEIGHTS.items() if row.get(name) is not None}

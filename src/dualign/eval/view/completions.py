@@ -143,7 +143,7 @@ def light(path: Path, start: int, count: int) -> Json:
     return {
         "id": rows[0]["prompt_id"],
         "prompt": " ".join(str(turns[-1]["content"])[: 4 * SNIPPET].split())[:SNIPPET] if turns else "",
-        "rewards": [answers.rounded(row["reward"]) for row in rows],
+        "rewards": [answers.rounded(row.get("reward")) for row in rows],
         "weight": answers.rounded(max(weights)) if weights else None,
     }
 
@@ -172,7 +172,7 @@ def full(path: Path, start: int, count: int) -> Json:
 def _answer(row: Json) -> Json:
     """The report's, with what only the files hold: tokens, single rewards, and the lengths of texts that were cut."""
     found = answers.answer(row, math.inf)
-    parts = {name: answers.rounded(value) for name, value in _mapping(row["parts"]).items()}
+    parts = {name: answers.rounded(value) for name, value in _mapping(row.get("parts")).items()}
     more = {
         name.removeprefix("algo."): answers.rounded(float(value))
         for name, value in row.items()

@@ -69,6 +69,7 @@ export class Chart {
     if (about) this.box.title = about;
     this.now = make("span", "now");
     head.append(this.now);
+    head.addEventListener("click", () => group.widen(this));
     this.view = svg("svg", { role: "img" });
     this.legend = make("div", "legend");
     this.box.append(head, this.view, this.legend);

@@ -72,6 +72,7 @@ export class List {
         row = this.draw(item, at);
         row.classList.add("row");
         row.setAttribute("role", "option");
+        row.id = `row-${at}`;
         row.addEventListener("click", () => this.select(at));
         this.rows.set(at, row);
         this.inner.append(row);
@@ -80,6 +81,7 @@ export class List {
       row.style.transform = `translateY(${top}px)`;
       row.setAttribute("aria-selected", at === this.chosen);
     }
+    this.box.setAttribute("aria-activedescendant", this.chosen < 0 ? "" : `row-${this.chosen}`);
   }
 
   async select(at) {
