@@ -85,7 +85,8 @@ def test_numbers_move_while_a_run_grows(tmp_path):
             file.write(json.dumps(record(2)) + "\n" + json.dumps(record(3))[:20])  # the last one is being written
         curves = served.api("curves", run="live")
         assert curves["curves"]["reward"] == [[0, 1, 2], [0, 0.1, 0.2]] and curves["damaged"] == []
-        assert curves["labels"] == [8, 16, 24] and curves["hours"][-1] == pytest.approx(9 / 3600, abs=1e-5)
+        assert curves["before"]["labels"] == [0, 8, 16] and curves["total"]["labels"] == 24
+        assert curves["before"]["hours"] == pytest.approx([0, 3 / 3600, 6 / 3600], abs=1e-5)
         assert by_name(served, "live")["done"] == 3 and served.api("runs")["version"] != first["version"]
         write_batch(run / "batches" / "000002.parquet", 2, ["new one"] * 8, 4)
         assert served.api("list", run="live", q='"new one"')["completions"] == 8

@@ -88,7 +88,8 @@ class Library:
         }
 
     def curves(self, name: str, low: float, high: float, most: int) -> Json:
-        """Every number of metrics.jsonl as a curve over batches, from `low` to `high`, thinned to about `most` points."""
+        """Every number of metrics.jsonl as a curve over batches, from `low` to `high`, thinned to about `most` points.
+        `before`: labels and hours that were spent when the batches in `steps` began."""
         metrics, damaged = self._read_metrics(self.folders.run(name))
         with self._lock:
             columns = dict(metrics.columns)
@@ -97,19 +98,16 @@ class Library:
                 return {"name": name, "curves": {}, "done": 0, "damaged": damaged}
             seconds = [columns[key] for key in columns if key.startswith("seconds/")]
             hours = np.nancumsum(np.nansum(np.array(seconds), 0)) / 3600 if seconds else np.zeros(len(step))
+            spent = {"hours": hours, "labels": columns.get("labels", np.zeros(len(step)))}
             curves = {key: points(step, y, low, high, most) for key, y in columns.items()}
-            at = sorted({i for x, _ in curves.values() for i in x})
             where = {s: i for i, s in enumerate(step)}
-            labels = columns.get("labels")
-            return {
-                "name": name,
-                "done": len(step),
-                "damaged": damaged,
-                "steps": at,
-                "hours": [round(float(hours[where[s]]), 5) for s in at],
-                "labels": [labels[where[s]] for s in at] if labels is not None else None,
-                "curves": curves,
+            at = sorted({i for x, _ in curves.values() for i in x})
+            before = {
+                key: [round(float(y[where[s] - 1]), 5) if where[s] else 0.0 for s in at] for key, y in spent.items()
             }
+            total = {key: float(y[-1]) if len(y) else 0.0 for key, y in spent.items()}
+            told = {"name": name, "done": len(step), "damaged": damaged, "curves": curves}
+            return told | {"steps": at, "before": before, "total": total}
 
     def _read_metrics(self, folder: Path) -> tuple[Metrics, list[int]]:
         path = self.folders.file(folder / "metrics.jsonl")

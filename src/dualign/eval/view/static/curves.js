@@ -108,7 +108,7 @@ export class Curves {
   along(entry, xs, ys) {
     const by = this.axis.lastChild.value;
     if (by === "batch") return xs.map((x, i) => [x, ys[i]]);
-    const to = new Map(entry.curves.steps.map((s, i) => [s, entry.curves[by]?.[i]]));
+    const to = new Map(entry.curves.steps.map((s, i) => [s, entry.curves.before[by][i]]));
     return xs.map((x, i) => [to.get(x), ys[i]]).filter(([x]) => known(x));
   }
 
@@ -117,15 +117,16 @@ export class Curves {
     return this.spread(entry, rows.map((h) => [h.batches, h[key], h[key + "_ci"]]));
   }
 
-  // points between batches, as evaluations after so many: along labels or hours by the batch before
+  // evaluations after so many batches stand where the next batch begins
   spread(entry, points) {
     const by = this.axis.lastChild.value;
     if (by === "batch") return points;
-    const steps = entry.curves.steps || [], to = entry.curves[by] || [];
+    const { steps, before, total } = entry.curves;
+    if (!steps) return [];
     return points.map(([x, ...rest]) => {
-      const i = steps.findLastIndex((s) => s < x);
-      return [i < 0 ? 0 : to[i], ...rest];
-    }).filter(([x]) => known(x));
+      const i = steps.findIndex((s) => s >= x);
+      return [i < 0 ? total[by] : before[by][i], ...rest];
+    });
   }
 
   seriesOf(key) {
@@ -169,7 +170,7 @@ export class Curves {
   draw() {
     this.drawRuns();
     const entries = [...this.data.values()].filter((e) => e.curves), keys = new Set(entries.flatMap((e) => Object.keys(e.curves.curves)));
-    const by = this.axis.lastChild.value, most = entries.map((e) => by === "batch" ? Math.max(e.curves.done - 1, ...e.about.heldout.map((h) => h.batches), 1) : Math.max(...(e.curves[by] || [1])));
+    const by = this.axis.lastChild.value, most = entries.map((e) => by === "batch" ? Math.max(e.curves.done - 1, ...e.about.heldout.map((h) => h.batches), 1) : (e.curves.total?.[by] ?? 1));
     if (!this.group.zoomed || by !== "batch" || !this.group.full) this.group.full = [0, Math.max(1e-6, ...most.filter(known))];
     this.group.axis = { batch: "batch", labels: "labels", hours: "hours" }[by];
     this.out.hidden = !this.group.zoomed;
