@@ -88,3 +88,14 @@ def test_pairs_are_made_of_as_many_prompts_as_were_asked_for(some_too_long, tmp_
     assert " pairs of 5 prompts in " in make_pairs(config, tmp_path / "pairs.jsonl", 5)
     made = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert made and all(int(pair["id"][1:]) % 3 == 0 for pair in made)
+
+
+def test_a_dry_run_says_that_plain_prompts_have_no_template(tiny, tmp_path, capsys):
+    prompts = tmp_path / "plain.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(8)))
+    config = tree(tiny, prompts, tmp_path / "run", {"name": "dar"}) | {"reward": [reward_file()]}
+    print_plan(build(config))
+    assert "prompts are plain text and reach the model as they are" in capsys.readouterr().out
+    config["data"] |= {"chat": True}
+    print_plan(build(config))
+    assert "plain text" not in capsys.readouterr().out

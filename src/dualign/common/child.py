@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import logging
 import os
 import re
 import signal
@@ -18,11 +19,13 @@ from pathlib import Path
 from dualign.common.errors import UserError
 from dualign.common.paths import cache_dir
 
+logger = logging.getLogger(__name__)
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "PYTHONPATH")
 SECRETS = re.compile(r"(?:^|_)(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(?:_|$)", re.I)
 HUB = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # what fetches a model from a hub
 LAST = 15  # lines of its log in an error
 GRACE = 15.0  # seconds in which it may end by itself
+SILENT = 5.0  # seconds of waiting after which it is said what for
 PR_SET_PDEATHSIG = 1
 
 
@@ -71,9 +74,13 @@ class Child:
                 )  # fmt: skip
             except OSError as error:
                 raise UserError(f"{self.what}: {command[0]} cannot be run: {error.strerror}") from None
-        until = time.monotonic() + within
+        began = time.monotonic()
+        until, told = began + within, False
         try:
             while not (answers() and self.alive):
+                if not told and time.monotonic() > began + SILENT:
+                    told = True
+                    logger.warning("waiting for %s to start, at most %g s; its log: %s", self.what, within, self.log)
                 if not self.alive:
                     raise UserError(f"{self.what} ended as it started ({self._code()}); {self.said()}")
                 if time.monotonic() > until:

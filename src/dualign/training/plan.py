@@ -23,7 +23,7 @@ from dualign.run.named import pinned
 from dualign.run.witness import most_labels
 from dualign.training.evaluations import in_both
 from dualign.training.fits import Asked, NotAtHand, memory_lines
-from dualign.training.source import load_heldout, load_stream
+from dualign.training.source import load_heldout, load_stream, mention_plain_text
 
 LOOKED_AT = 500  # prompts whose tokens are counted
 
@@ -50,6 +50,8 @@ def print_plan(config: Config, gpus: int | None = None, nodes: int = 1, gpu_memo
     if train := len(rows):
         epochs = t.online_batches * c.prompts_per_batch / train
         print(f"data: {_most(c, leaver)}{train} rows of {c.data.train}; {epochs:.2f} epochs")
+        if reader and not leaver:  # what leaves rows out has said so
+            mention_plain_text([getattr(row, "prompt", row) for row in rows], c.data, reader, print)
     held = 0
     if c.data.eval:
         drawn = _load(

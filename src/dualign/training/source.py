@@ -177,9 +177,8 @@ def fits(example: Example, size: int, tokenizer: Tokenizer, context: int, limit:
     return len(prompt_ids) + longest <= context
 
 
-def _mention_plain_text(
-    prompts: Sequence[Prompt], config: DataConfig, reads: Reads, say: Callable[[str], None]
-) -> None:
+def mention_plain_text(prompts: Sequence[Prompt], config: DataConfig, reads: Reads, say: Callable[[str], None]) -> None:
+    """Says where a chat template or a system prompt is not used, as prompts are plain text."""
     if data.lost_system_prompt(prompts, config):
         say("note: every prompt is plain text, so data.system_prompt is not used; it needs data.chat=true")
     if reads.tokenizer.hf.chat_template is not None and any(not p.conversational for p in prompts):
@@ -220,11 +219,11 @@ def load_stream(config: Config, reads: Reads, say: Callable[[str], None]) -> lis
     d, context = config.data, reads.context
     if config.algo.source == "online":
         prompts = data.load_prompts(d.train, d, d.split)
-        _mention_plain_text(prompts, config.data, reads, say)
+        mention_plain_text(prompts, config.data, reads, say)
         new, limit = config.rollout.max_new_tokens, d.max_prompt_tokens
         return requests_of(prompts, reads.tokenizer, context, new, limit, say, bad_rows=d.bad_rows)
     examples = data.load_examples(d.train, d, d.split)
-    _mention_plain_text([e.prompt for e in examples], config.data, reads, say)
+    mention_plain_text([e.prompt for e in examples], config.data, reads, say)
     return _keep_fitting(config, reads, say, "data.train", d.train, examples)
 
 
