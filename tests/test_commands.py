@@ -117,6 +117,21 @@ def test_python_is_python(page):
         ast.parse(block)
 
 
+def test_the_table_of_other_libraries_is_what_the_errors_say():
+    """docs/moving.md's short table, beside config/foreign.yaml."""
+    libraries = yaml.safe_load((ROOT / "src" / "dualign" / "config" / "foreign.yaml").read_text(encoding="utf-8"))
+    rows = re.findall(r"^\| (.*) \| (.*) \| (.*) \| (.*) \|$", (ROOT / "docs" / "moving.md").read_text(), re.MULTILINE)
+    checked = 0
+    for *theirs, ours in (row for row in rows if "`" in row[3]):
+        for keys, cell in zip(libraries.values(), theirs, strict=True):
+            for key in re.findall(r"`([^`]+)`", cell):
+                known = keys.get(key) or keys.get(f"actor_rollout_ref.{key}")
+                assert known is not None, key
+                assert known["ours"] is None or ours.startswith(f"`{known['ours'].split('.0.')[0]}"), (key, known, ours)
+                checked += 1
+    assert checked > 50
+
+
 def test_what_is_wrong_is_found(tmp_path):
     """The tests above are no use if they find nothing, or accept anything."""
     page = tmp_path / "page.md"
