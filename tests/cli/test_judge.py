@@ -164,6 +164,14 @@ def test_agreement(pairs: Path, tmp_path: Path) -> None:
     assert report["orders"]["first_named"] == 0.5
 
 
+def test_agreement_asks_what_the_rubric_has_words_for(pairs: Path, tmp_path: Path) -> None:
+    rubric = tmp_path / "mine.yaml"
+    rubric.write_text('name: mine\nreward: {template: "{context} {response} SCORE:"}\n')
+    with FaultServer() as server:
+        said = run("agreement", pairs, *judge_options(server, tmp_path), "--rubric", rubric)
+    assert "AI reward" in said and "AI preference" not in said
+
+
 def test_agreement_needs_no_judge(pairs: Path) -> None:
     assert "longer answer" in run("agreement", pairs)
     with pytest.raises(UserError, match="--model"):

@@ -193,6 +193,7 @@ def agreement(
     page: Annotated[Path | None, typer.Option(help="write verdict and tables to this .html file")] = None,
 ) -> None:
     """Is this judge any good? AI rewards, AI preferences and reward heads beside people and the longer answer."""
+    from dualign.annotate.rubric import load
     from dualign.annotate.serve import held
     from dualign.common.errors import UserError
     from dualign.eval.agreement import measure_file, result, write_plot
@@ -206,8 +207,12 @@ def agreement(
     if page and page.suffix != ".html":
         raise UserError(f"--page {page}: a page is an .html file")
     settings = {**given, **_settings(more)}
-    reward, preference = (_validated(kind, settings) if given else None for kind in ("judge", "preference"))
-    with held([reward]):
+    reward = preference = None
+    if given:  # what the rubric has no words for is not measured
+        asks = load(str(rubric))
+        reward = _validated("judge", settings) if asks.reward or asks.checklist else None
+        preference = _validated("preference", settings) if asks.preference else None
+    with held([reward or preference]):
         reports = [measure_file(file, limit, head or [], reward, preference, prompt_column) for file in files]
     found = result(reports)
     show(found)

@@ -81,7 +81,7 @@ def _labelled(
         from dualign.annotate.head import HeadAnnotator
 
         yield _scored(f"head {Path(path).stem}", HeadAnnotator(HeadReward(path=path)), pairs, choices)
-    if judge and preference:
+    if judge:
         from dualign.annotate.judge import JudgeAnnotator
 
         annotator = JudgeAnnotator(judge)
@@ -89,6 +89,7 @@ def _labelled(
             yield replace(_scored(f"AI reward ({judge.model})", annotator, pairs, choices), judge=judge)
         finally:
             annotator.close()
+    if preference:
         yield _preferred(preference, pairs, choices)
 
 
