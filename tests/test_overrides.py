@@ -54,7 +54,8 @@ def test_a_grid_sets_the_default_system_and_names_a_system_first(recipe, tmp_pat
 @pytest.mark.parametrize(("overrides", "told"), [
     (["algo.alhpa=0.3"], "override algo.alhpa: no such key; did you mean algo.alpha"),
     (["algo.name=grpo", "algo.alpha=0.3"], "override algo.alpha: no such key; grpo has epochs, tie, beta, clip, clip_high"),
-    (["algo.mu=1"], "override algo.mu: no such key; dar has epochs, tie, alpha"), (["algo.alpha=x"], "override algo.alpha: .*not 'x'"),
+    (["algo.mu=1"], "override algo.mu: no such key; dar has epochs, tie, alpha"),
+    (["algo.alpha=x"], "override algo.alpha: .*not 'x'"),
     (["trian.lr=1"], "override trian.lr: trian: no such key; did you mean train"),
     (["train.lr=1", "train.rl=1"], "override train.rl: no such key"), (["reward.0.weight=2"], "0 is no position in a list of 0"),
     (["algo.alpha.x=1"], "override algo.alpha.x: algo.alpha"),
