@@ -129,7 +129,7 @@ def test_the_table_of_other_libraries_is_what_the_errors_say():
                 assert known is not None, key
                 assert known["ours"] is None or ours.startswith(f"`{known['ours'].split('.0.')[0]}"), (key, known, ours)
                 checked += 1
-    assert checked > 50
+    assert checked > 40
 
 
 def test_what_is_wrong_is_found(tmp_path):
