@@ -163,23 +163,43 @@ def test_verify_and_replay_know_every_use(tiny, tmp_path):
     assert [finding.kind for finding in verify(run.folder)] == ["damaged"]
 
 
-def test_a_batch_that_was_sampled_ahead_and_lost_is_named(tiny, tmp_path, monkeypatch):
-    """Its policy is gone: another must not sample it in silence."""
-    config, update, done = settings(tiny, tmp_path, ahead=1), Engine.update, []
+def stopped(config, monkeypatch, update):
+    """A run that is told to stop during its update of this number, from 1 on."""
+    real, done = Engine.update, []
 
     def stopping(self, *arguments):
         done.append(1)
-        if len(done) == 3:  # of batch 1
+        if len(done) == update:
             signal.raise_signal(signal.SIGTERM)
-        return update(self, *arguments)
+        return real(self, *arguments)
 
-    monkeypatch.setattr(Engine, "update", stopping)
-    with pytest.raises(StopRun):
-        dualign.train(config, reward=vowels, quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "update", stopping)
+        with pytest.raises(StopRun):
+            dualign.train(config, reward=vowels, quiet=True)
+
+
+@pytest.mark.parametrize(("at", "lost", "past"), [
+    (3, 0, r"000001\+1"),  # in the midst of batch 1, all of batch 2
+    (3, 1, r"000001\+1"),  # the last lines
+    (4, 0, "000002"),  # between two batches
+])  # fmt: skip
+def test_a_batch_that_was_sampled_ahead_and_lost_is_named(at, lost, past, tiny, tmp_path, monkeypatch):
+    """Its policy is gone: another must not sample it in silence."""
+    config = settings(tiny, tmp_path, ahead=1)
+    stopped(config, monkeypatch, at)
     (journal,) = (tmp_path / "run" / "batches").glob("000002.*.journal")
-    journal.unlink()
-    with pytest.raises(UserError, match=r"000002\.\*\.journal: missing.*000001\+1 is past the policy"):
+    kept = [line for line in journal.read_bytes().splitlines(True) if b"behaviour" not in line]
+    journal.write_bytes(b"".join(kept) if lost else b"")
+    with pytest.raises(UserError, match=rf"000002\.\*\.journal: missing.*{past} is past the policy"):
         dualign.train(config, reward=vowels, quiet=True, resume=True)
+
+
+def test_a_run_that_was_stopped_in_its_last_batch_can_be_made_longer(tiny, tmp_path, monkeypatch):
+    """No policy was to sample the batch that comes next: this one does."""
+    stopped(settings(tiny, tmp_path, ahead=1, online_batches=2), monkeypatch, 3)
+    run = dualign.train(settings(tiny, tmp_path, ahead=1, online_batches=4), reward=vowels, quiet=True, resume=True)
+    assert len(metrics(run.folder)) == 4 and verify(run.folder) == []
 
 
 @pytest.mark.parametrize("section", [("rollout", {"ahead": 1}), ("train", {"reuse": [2]})])

@@ -180,7 +180,7 @@ class Trainer:
                 if skip == 0 and self.evaluations.due(step):
                     self.evaluations.evaluate(step, partial(self._sync, clock))
                 for due in self.ahead.due(step):
-                    self._begin(due, clock, skip if due > step else 0)
+                    self._begin(due, clock)
                 b = self.run.read_batch(step) or self._collect(step, clock)
                 if skip == 0:
                     self.witness.batch(b, clock)
@@ -204,14 +204,13 @@ class Trainer:
 
     # --- one online batch ---
 
-    def _begin(self, step: int, clock: Clock, updated: int) -> None:
-        """Samples batch `step` from the policy as it is; what annotates it gets every completion as it is finished.
-        `updated`: how many updates lie between that policy and the one that should sample it, after a stop."""
+    def _begin(self, step: int, clock: Clock) -> None:
+        """Samples batch `step` from the policy as it is; what annotates it gets every completion as it is finished."""
         self.view.phase(step, "sampling and labelling")
         self.engine.free_memory()
         if self.algo.source == "online":
             self._sync(clock)
-        self.ahead.begin(step, clock, f"{self.run.resumable()} is past the policy that sampled it" if updated else "")
+        self.ahead.begin(step, clock)
 
     def _collect(self, step: int, clock: Clock) -> WeightedBatch:
         """Rows from all processes, then what is constant while they are used: log π_t, log π_0, weights; on disk."""
@@ -311,12 +310,12 @@ class Trainer:
     def _checkpoint(self, step: int, update: int, losses: list[dict[str, float]]) -> None:
         self.view.phase(step, "saving a checkpoint")
         progress = {"step": step, "update": update, "labels": self.labels, "losses": losses, "carried": self.carried}
-        main = self.processes.main
+        progress["ahead"] = self.ahead.begun
         if own_base(self.config.model, self.config.run.dir) is not None and not self.run.base.exists():
-            self.run.keep_base(self.engine.save_base) if main else self.engine.save_base(None)
-        if main:
-            keep = self.config.run.keep_last
-            self.run.save_checkpoint(step, update, lambda folder: self.engine.save(folder, progress), keep)
+            self.run.keep_base(self.engine.save_base) if self.processes.main else self.engine.save_base(None)
+        if self.processes.main:
+            save = partial(self.engine.save, progress=progress)
+            self.run.save_checkpoint(step, update, save, self.config.run.keep_last)
         else:
             self.engine.save(None, progress)
         self.processes.barrier()
@@ -337,6 +336,7 @@ class Trainer:
                 f"train.online_batches={self.config.train.online_batches}: the run has done {progress['step']} already"
             )
         self.labels, self.carried = progress["labels"], progress.get("carried", {})
+        self.ahead.owed = frozenset(progress.get("ahead", ()))
         if self.processes.main:
             self.run.forget_metrics_from(progress["step"])
         self.processes.barrier()

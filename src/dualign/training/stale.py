@@ -41,29 +41,39 @@ class Ahead:
         self.config, self.engine, self.run = config, engine, run
         self.source, self.processes = source, processes
         self._begun: dict[int, Begun] = {}
+        self.owed: frozenset[int] = (
+            frozenset()
+        )  # what had begun when the checkpoint that training resumes from was made
+
+    @property
+    def begun(self) -> list[int]:
+        """The batches whose labels are on their way."""
+        return sorted(self._begun)
 
     def due(self, step: int) -> list[int]:
         """The batches that are to be begun before `step` is trained on."""
         last = min(step + self.config.rollout.ahead, self.config.train.online_batches - 1)
         return [s for s in range(step, last + 1) if s not in self._begun and not self.run.batch_path(s).exists()]
 
-    def begin(self, step: int, clock: Clock, moved: str = "") -> None:
-        """Samples batch `step`. Where the policy that should have is gone (`moved` says why), it must be there already:
-        raises UserError otherwise."""
+    def begin(self, step: int, clock: Clock) -> None:
+        """Samples batch `step`. Where the policy that should have is gone, it must be there already: raises UserError
+        otherwise."""
         stem = self.run.batch_path(step).with_suffix("")
         book = self.run.journal.begin(stem)
-        if moved and not book.behaviour:
+        if step in self.owed and any(index not in book.behaviour for index in range(self.config.train.online_batch)):
             raise UserError(
-                f"{stem}.*.journal: missing or cut short, and {moved}. Delete that checkpoint and resume: training resumes "
-                "from an earlier one, and samples the batch again"
+                f"{stem}.*.journal: missing or cut short, and {self.run.resumable()} is past the policy that sampled it. "
+                "Delete that checkpoint and resume: training resumes from an earlier one, and samples the batch again"
             )
         asked = self.source.ask(step, clock)
         self._begun[step] = Begun(asked, book, self._behaviour(step, asked, book, clock))
 
     def finish(self, step: int, clock: Clock, carried: Mapping[str, float]) -> tuple[Begun, WeightedBatch]:
         """Waits for the labels of batch `step`, of all processes. `carried`: what the last batch left for it."""
-        begun = self._begun.pop(step)
-        return begun, labelled(step, self.processes.everyones(lambda: begun.asked.rows(clock)), carried)
+        begun = self._begun[step]
+        rows = self.processes.everyones(lambda: begun.asked.rows(clock))
+        del self._begun[step]  # not before: who stops while it waits owes the batch
+        return begun, labelled(step, rows, carried)
 
     def _behaviour(self, step: int, asked: Asked, book: Book, clock: Clock) -> Mapping[int, Sequence[float]] | None:
         """log μ of all processes' completions. Once it is on disk, and they with it, the policy may move on."""
