@@ -136,6 +136,22 @@ def test_an_upload_brings_every_file_and_tells_no_token(whole):
         assert TOKEN not in text and "hf_wrong" not in text and "Traceback" not in text
 
 
+def test_a_hub_that_is_not_there_is_a_sentence(whole):
+    with FakeHub(TOKEN) as hub:
+        pass
+    said = push(hub, whole.folder, "me/it")
+    assert said.returncode == 2 and said.stderr.strip().splitlines()[-1].startswith("dualign: me/it: ")
+    assert "Traceback" not in said.stderr
+
+
+def test_nothing_is_written_beside_a_checkpoint_and_no_run_is_named(whole, tmp_path):
+    said = command("push", whole.checkpoint(), "me/it", "--dry")
+    assert said.code == 0 and f"{whole.folder / 'push'}: the whole model" in said.out, said.text
+    assert command("verify", whole.folder).code == 0
+    for name in (tmp_path / "none", f"{tmp_path / 'none'}@3"):
+        assert "no run here" in command("push", name, "me/it").err
+
+
 def test_offline_nothing_is_uploaded(whole, monkeypatch):
     said = command("push", whole.folder, "me/it")
     assert said.code == 2 and "HF_HUB_OFFLINE is set" in said.err

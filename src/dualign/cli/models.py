@@ -62,11 +62,11 @@ def push(
 ) -> None:
     """Upload a run's model to a hub, with a card made from the run. The token is the hub client's own (HF_TOKEN, or
     `hf auth login`)."""
-    from dualign.eval.handing import hand_on
+    from dualign.eval.handing import found, hand_on
     from dualign.eval.handing import push as upload
 
     _quiet()
-    folder = Path(run if Path(run).is_dir() else run.rpartition("@")[0])
+    folder = found(run)[0].folder
     if dry:
         handed = hand_on(run, out or folder / "push", merge, base, repository)
         _tell(handed)

@@ -37,14 +37,20 @@ class Handed:
         return told
 
 
+def found(name: str) -> tuple[Run, Path]:
+    """The run and the checkpoint that a run's name, or a checkpoint's folder, stands for. Raises UserError where there is
+    none."""
+    checkpoint = Path(checkpoint_of(name))
+    if str(checkpoint) == name and checkpoint.parent.name != "checkpoints":
+        raise UserError(f"{name}: no run here (config.yaml is missing)")
+    return Run.open(checkpoint.parent.parent), checkpoint
+
+
 def hand_on(
     name: str, out: Path | None = None, merge: bool = False, base: str | None = None, called: str | None = None
 ) -> Handed:
     """Exports the checkpoint that a run's name stands for, with a card. `called`: the model's name on it."""
-    checkpoint = Path(checkpoint_of(name))
-    if str(checkpoint) == name and checkpoint.parent.name != "checkpoints":
-        raise UserError(f"{name}: no run here (config.yaml is missing)")
-    run = Run.open(checkpoint.parent.parent)
+    run, checkpoint = found(name)
     out = out or run.folder / "export"
     rows, recorded = _rows(run, int(checkpoint.name.partition("+")[0]))
 
@@ -109,7 +115,6 @@ def push(folder: Path, repository: str, private: bool) -> str:
     """Uploads a folder to a hub's model repository, made if need be, and returns its address. The token is the hub
     client's own (HF_TOKEN, or `hf auth login`). Raises UserError where the hub refuses or cannot be reached."""
     from huggingface_hub import HfApi, constants, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set: nothing can be uploaded; unset it, or write the files by --dry")
@@ -120,6 +125,6 @@ def push(folder: Path, repository: str, private: bool) -> str:
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload by dualign push")
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except Exception as error:  # a network's are those of whatever library the hub's client uses
         raise UserError(f"{repository}: {first_line(error).replace(token, '***')}") from None
     return str(url)
