@@ -54,7 +54,7 @@ def test_runs_are_listed_for_people_and_programs(shelf):
 
 def test_cleaning_shows_asks_and_leaves_what_is_not_the_runs(shelf):
     (shelf / "one/batches/notes.txt").write_text("mine")
-    (shelf / "one/paper.pdf").write_text("mine")
+    (shelf / "one/mine.log").write_text("mine")
     refused = command("runs", shelf, "--clean", "all")  # no terminal, no --yes
     assert refused.code == 2 and "--yes" in refused.err and (shelf / "one/config.yaml").exists()
     assert refused.out.count("not the run's") == 2
@@ -65,7 +65,7 @@ def test_cleaning_shows_asks_and_leaves_what_is_not_the_runs(shelf):
         said = command("runs", shelf, "--clean", "all", "--yes")
     assert said.code == 0 and "a process is working on it" in said.out
     left = {p.relative_to(shelf / "one").as_posix() for p in (shelf / "one").rglob("*")}
-    assert left == {"batches", "batches/notes.txt", "paper.pdf"}
+    assert left == {"batches", "batches/notes.txt", "mine.log"}
     assert (shelf / "deep/two/batches/000000.parquet").exists()
     command("runs", shelf, "--clean", "all", "--yes")
     assert not (shelf / "deep/two").exists() and (shelf / "prompts.jsonl").exists()
@@ -80,6 +80,32 @@ def test_only_finished_runs_give_up_checkpoints_and_verify_afterwards(shelf):
         assert command("verify", shelf / "one").code == 0
     assert len(list((shelf / "deep/two/checkpoints").iterdir())) == 2
     assert command("export", shelf / "one", "--out", shelf / "m").code == 0
+
+
+def test_a_folder_that_only_looks_like_a_run_keeps_everything(tmp_path):
+    for name in ("config.yaml", "run.json", "eval/results.csv", "notes.log"):
+        (tmp_path / "other" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "other" / name).write_text("{}")
+    for what in ("all", "checkpoints"):
+        said = command("runs", tmp_path, "--clean", what, "--yes")
+        assert said.code == 0 and "no run of dualign's" in said.out
+    assert len(list((tmp_path / "other").rglob("*"))) == 5
+
+
+def test_what_another_run_is_made_from_stays_while_that_does(shelf):
+    (shelf / "deep/two/summary.json").write_text("{}")
+    config = shelf / "deep/two/config.yaml"
+    tree = yaml.safe_load(config.read_text())
+    tree["model"]["name"] = str(shelf / "one/checkpoints/000001")
+    config.write_text(yaml.safe_dump(tree))
+    command("runs", shelf, "--clean", "checkpoints", "--yes")
+    assert {p.name for p in (shelf / "one/checkpoints").iterdir()} == {"000001", "000002"}
+    assert {p.name for p in (shelf / "deep/two/checkpoints").iterdir()} == {"000002"}
+    shutil.move(shelf / "deep/two", shelf / "two")
+    said = command("runs", shelf / "one", "--clean", "all", "--yes")  # it is seen beside what was named
+    assert said.code == 0 and f"stays: {shelf / 'one'}: {shelf.resolve() / 'two'} is made from it" in said.out
+    command("runs", shelf, "--clean", "all", "--yes")
+    assert not (shelf / "one").exists() and not (shelf / "two").exists()
 
 
 def test_init_writes_a_recipe_that_runs(tiny, tmp_path, monkeypatch):

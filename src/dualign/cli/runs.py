@@ -39,7 +39,7 @@ def runs(
     if clean is not None:
         if clean not in shelf.WHATS:
             raise UserError(f"--clean {clean}: one of {', '.join(f'{w} ({told})' for w, told in shelf.WHATS.items())}")
-        _clean([shelf.plan(folder, clean) for folder in folders], yes)  # type: ignore[arg-type]
+        _clean(shelf.plans(folders, clean), yes)  # type: ignore[arg-type]
         return
     listed = [shelf.shelved(folder) for folder in folders]
     if as_json:

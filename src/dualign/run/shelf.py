@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,9 +95,14 @@ def running(folder: Path) -> bool:
 
 
 def size_of(paths: Iterable[Path]) -> int:
-    """Bytes on disk; links are not followed."""
-    files = (p for path in paths for p in ([path] if path.is_symlink() or not path.is_dir() else path.rglob("*")))
-    return sum(p.lstat().st_size for p in files if p.is_symlink() or p.is_file())
+    """Bytes on disk; links are not followed, and what a run at work takes away meanwhile is not counted."""
+    total = 0
+    for path in paths:
+        inner = not path.is_symlink() and path.is_dir()
+        for file in (Path(top, name) for top, _, names in os.walk(path) for name in names) if inner else (path,):
+            with contextlib.suppress(FileNotFoundError):
+                total += file.lstat().st_size
+    return total
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,38 @@ class Plan:
         return size_of(self.paths)
 
 
+def plans(folders: Sequence[Path], what: What) -> list[Plan]:
+    """Of several runs. A checkpoint that another run is made from stays, unless that run goes as well."""
+    made = [plan(folder, what) for folder in folders]
+    beside = [p for folder in folders for p in folder.absolute().parent.iterdir() if (p / "config.yaml").is_file()]
+    needs = {folder.resolve(): _models_of(folder) for folder in (*folders, *beside)}
+    while True:  # what stays may need what would go
+        going = {each.folder.resolve() for each in made if what == "all" and each.why is None}
+        needed = {model: run for run, models in needs.items() if run not in going for model in models}
+        kept = [_without(each, needed) for each in made]
+        if kept == made:
+            return made
+        made = kept
+
+
+def _models_of(folder: Path) -> list[Path]:
+    """The folders of models that a run is made from: of one that cannot be read, none."""
+    try:
+        model = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"), str(folder))["model"]
+        return [Path(name).resolve() for key in ("name", "reference") if (name := model.get(key))]
+    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
+
+
+def _without(made: Plan, needed: Mapping[Path, Path]) -> Plan:
+    """The plan without the models that other runs need."""
+    own = made.folder.resolve()
+    theirs = {model: run for model, run in needed.items() if own in model.parents and run != own}
+    if made.what == "all" and theirs and made.why is None:
+        return Plan(made.folder, made.what, why=f"{next(iter(theirs.values()))} is made from it")
+    return replace(made, paths=[path for path in made.paths if path.resolve() not in theirs])
+
+
 def plan(folder: Path, what: What) -> Plan:
     """Looks, and changes nothing. A run that is being worked on, a link to a run, and what is not finished (but for
     "all") stay."""
@@ -121,10 +160,12 @@ def plan(folder: Path, what: What) -> Plan:
         return Plan(folder, what, why="a link")
     if running(folder):
         return Plan(folder, what, why="a process is working on it")
-    if what == "all":
-        ours, foreign = _sorted_out(run)
-        return Plan(folder, what, ours, foreign)
     try:
+        if not {"config.yaml", "run.json"} <= run.manifest.files.keys():
+            return Plan(folder, what, why="its manifest is missing, or it is no run of dualign's")
+        if what == "all":
+            ours, foreign = _sorted_out(run)
+            return Plan(folder, what, ours, foreign)
         if run.summary is None:
             return Plan(folder, what, why="it is not finished, and could not be resumed")
         paths = [p for saved in run.saved() for name in STATE_FILES if (p := saved / name).exists()]
@@ -145,7 +186,7 @@ def clean(planned: Plan) -> None:
         if planned.what != "all":
             run._drop(planned.paths)
             return
-        for path in planned.paths:
+        for path in (*planned.paths, run.folder / ".lock"):
             path.unlink(missing_ok=True)
         for folder, _, _ in os.walk(planned.folder, topdown=False):
             if not os.listdir(folder):
@@ -163,7 +204,7 @@ def _sorted_out(run: Run) -> tuple[list[Path], list[Path]]:
         top, last = name.parts[0], name.name
         mine = (
             name.as_posix() in run.manifest.files
-            or (len(name.parts) == 1 and (top in OURS or top.startswith("spent.sqlite") or top.endswith(".log")))
+            or (len(name.parts) == 1 and (top in OURS or fnmatch(top, "spent.sqlite*") or fnmatch(top, "server-*.log")))
             or (len(name.parts) > 1 and (top in MADE or top == "witness" or top.startswith("witness-")))
             or (top in PARTS and (last.endswith(".journal") or last.endswith(".partial")))
             or any(part.startswith(".") and part.endswith(".partial") for part in name.parts)
