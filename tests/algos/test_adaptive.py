@@ -77,18 +77,6 @@ def test_without_a_difference_beta_is_as_set_and_weights_are_those_of_the_refere
     assert (stats["beta_found"], stats["weights_kl"], stats["beta_bounded"]) == (pytest.approx(0.05), 0, 1)
 
 
-def test_each_online_batch_has_its_beta() -> None:
-    """Rows sampled in two batches are weighted as each batch alone."""
-    one, two = batch_of([1, 3, 3, 9], [0, 0, 1, 1]), batch_of([2, 4, 4, 5, 1, 9], [2, 2, 2, 3, 3, 3])
-    algo = DAR(alpha=0.0, epsilon=0.5, w_clip=UNCLIPPED)
-    both = replace(
-        batch_of([1, 3, 3, 9, 2, 4, 4, 5, 1, 9], [0, 0, 1, 1, 2, 2, 2, 3, 3, 3]),
-        batch_N=torch.tensor([4] * 4 + [5] * 6),
-    )
-    alone = torch.cat([algo.prepare(b)[0]["weight"] for b in (one, two)])
-    torch.testing.assert_close(algo.prepare(both)[0]["weight"], alone, rtol=1e-9, atol=0)
-
-
 def test_alpha_rises_above_the_budget_and_falls_below_it() -> None:
     for kl, way in [(8.0, 1), (4.4, 1), (3.6, -1), (0.0, -1), (-0.1, -1)]:
         level, alpha = next_alpha(0.2, kl, 4.0, 0.1, 0.01)
@@ -112,10 +100,10 @@ def test_alpha_is_handed_on() -> None:
     assert columns["weight"].tolist() == pytest.approx([math.exp(-3 * alpha), math.exp(-5 * alpha)])
 
 
-def test_the_kl_is_that_of_the_policy_that_sampled_and_of_the_newest_rows() -> None:
+def test_the_kl_is_that_of_the_policy_that_sampled() -> None:
     batch = batch_of([1, 2, 1, 2], [0, 0, 1, 1], [-1.0, -3.0, -7.0, -9.0])
     algo = DAR(kl_budget=1.0)
-    assert algo.prepare(replace(batch, batch_N=torch.tensor([3, 3, 4, 4])))[1]["kl_sampled"] == 8
+    assert algo.prepare(batch)[1]["kl_sampled"] == 5
     stale = replace(batch, logp_behaviour_NT=batch.logp_ref_NT + 0.5)
     assert algo.prepare(stale)[1]["kl_sampled"] == pytest.approx(0.5)
 

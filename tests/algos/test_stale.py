@@ -1,4 +1,4 @@
-"""DAR on completions of an older policy μ: the same optimum, whoever sampled; each row within its own online batch."""
+"""DAR on completions of an older policy μ: the same optimum, whoever sampled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import golden
 from algos import reference
 from algos.test_theory import SETTINGS, UNCLIPPED, World, X, Y, kl, table
 from dualign.algos import ALGORITHMS, Batch
-from dualign.algos.advantages import EPS, advantages, normalise
+from dualign.algos.advantages import EPS, advantages
 from dualign.algos.dar import DAR
 
 
@@ -72,27 +72,8 @@ def test_sampled_from_pi_t_it_is_dar(settings: dict) -> None:
     """To the bit: weights, and what is logged."""
     batch = golden.batch_of(reference.make_case(), torch.float64)
     columns, stats = DAR(**settings).prepare(batch)
-    one = torch.zeros(len(batch), dtype=torch.long)
-    for fresh in (
-        replace(batch, logp_behaviour_NT=batch.logp_old_NT),
-        replace(batch, logp_behaviour_NT=batch.logp_old_NT, batch_N=one) if "baseline" not in settings else batch,
-    ):
-        again, numbers = DAR(**settings).prepare(fresh)
-        assert numbers == stats and all(torch.equal(again[name], columns[name]) for name in columns)
-
-
-@pytest.mark.parametrize("baseline", ["group", "batch", "none"])
-def test_advantages_are_of_the_batch_in_which_a_row_was_sampled(baseline: str) -> None:
-    """Rows of two online batches together: each has the advantage that it had alone."""
-    one, two = torch.tensor([1.0, 4, 2, 2]).double(), torch.tensor([10.0, 70, 20, 90, 5, 5]).double()
-    groups = torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2, 3, 3, 4, 4])
-    alone = [normalise(advantages(r, g, baseline))[0] for r, g in zip((one, two), groups, strict=True)]
-    batch_N = torch.tensor([7] * 4 + [3] * 6)
-    A_N = advantages(torch.cat([one, two]), torch.cat(groups), baseline, batch_N)
-    together, sigma = normalise(A_N, batch_N)
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=1e-12)
-    apart = [normalise(A_N[batch_N == n])[1] for n in (3, 7)]
-    assert sigma == pytest.approx(sum(map(float, apart)) / 2)
+    again, numbers = DAR(**settings).prepare(replace(batch, logp_behaviour_NT=batch.logp_old_NT))
+    assert numbers == stats and all(torch.equal(again[name], columns[name]) for name in columns)
 
 
 def test_which_systems_take_such_rows() -> None:

@@ -28,20 +28,15 @@ def group_mean(x_N: Tensor, group_N: Tensor) -> Tensor:
     return group_sum(x_N, group_N) / group_size(group_N, x_N.dtype)
 
 
-def advantages(reward_N: Tensor, group_N: Tensor, baseline: Baseline, batch_N: Tensor | None = None) -> Tensor:
+def advantages(reward_N: Tensor, group_N: Tensor, baseline: Baseline) -> Tensor:
     """A_i = r_i - baseline (ICLR Alg. 1): the group's mean, the batch's mean, or nothing. (N,)
-
-    `batch_N`: in which online batch each row was sampled, and so which mean is its own; None: all in one.
 
     A difference within the rounding of a mean is 0: four rewards of 0.1 are tied, though their mean in floating point
     is not quite 0.1, and `normalise` would blow that up to a signal.
     """
     if baseline == "none":
         return reward_N.clone()
-    if baseline == "batch" and batch_N is None:
-        mean_N = reward_N.mean().expand_as(reward_N)
-    else:
-        mean_N = group_mean(reward_N, batch_N if baseline == "batch" and batch_N is not None else group_N)
+    mean_N = reward_N.mean().expand_as(reward_N) if baseline == "batch" else group_mean(reward_N, group_N)
     advantage_N = reward_N - mean_N
     rounding_N = 8 * torch.finfo(reward_N.dtype).eps * mean_N.abs()
     return advantage_N.masked_fill(advantage_N.abs() <= rounding_N, 0.0)
@@ -74,20 +69,12 @@ def tied_rows(reward_N: Tensor, group_N: Tensor, tie: float = 0.0) -> Tensor:
     return (spread_N <= tie * (1 + 1e-9)) & (group_size(group_N, reward_N.dtype) > 1)  # 0.8 - 0.3 is 0.5
 
 
-def normalise(advantage_N: Tensor, batch_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(A - μ_A) / σ_A with the unbiased σ_A over the batch (ICLR Alg. 1), and σ_A. Rows of several online batches
-    (`batch_N`) are each held to their own; σ_A is then the mean of theirs.
+def normalise(advantage_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(A - μ_A) / σ_A with the unbiased σ_A over the batch (ICLR Alg. 1), and σ_A.
 
     σ_A = 0 (all equal, or a single row) gives A_norm = 0 exactly: there is nothing to prefer. Rounding must not be
     mistaken for signal, so a σ_A below the rounding of the numbers themselves counts as 0.
     """
-    if batch_N is not None:
-        out_N, sigmas = torch.empty_like(advantage_N), []
-        for number in batch_N.unique():
-            rows = batch_N == number
-            out_N[rows], sigma = normalise(advantage_N[rows])
-            sigmas.append(sigma)
-        return out_N, torch.stack(sigmas).mean()
     if len(advantage_N) < 2:
         return torch.zeros_like(advantage_N), advantage_N.new_zeros(())
     sigma = advantage_N.std(unbiased=True)

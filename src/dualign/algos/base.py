@@ -34,7 +34,6 @@ class Batch:
     value_old_NT: Tensor | None = None  # the critic's value before each token, at sampling time
     missing_eos_N: Tensor | None = None  # bool: cut off at max_new_tokens
     logp_behaviour_NT: Tensor | None = None  # log μ per token, of the policy that sampled the row; None: it was π_t
-    batch_N: Tensor | None = None  # long; in which online batch a row was sampled; None: all of them in this one
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # what prepare and refresh computed
     carried: Mapping[str, float] = field(default_factory=dict)  # of the last batch's stats, those that `carried` names
 
@@ -102,8 +101,8 @@ class Algorithm(BaseModel):
     proportional: ClassVar[str | None] = None  # the column that a row's loss, but for its KL, is a multiple of
     carried: ClassVar[tuple[str, ...]] = ()  # the numbers of `prepare` that the next batch's `prepare` is given
     off_policy: ClassVar[bool] = False
-    """Whether rows of an older policy μ may stand in a batch (`logp_behaviour_NT`, `batch_N`): its optimum does not
-    depend on who sampled. Such a batch is given log π_t, whatever `needs_old` says."""
+    """Whether a batch may be of an older policy μ (`logp_behaviour_NT`): its optimum does not depend on who sampled.
+    Such a batch is given log π_t, whatever `needs_old` says."""
     by_prompt: ClassVar[bool] = False
     """Whether what `prepare` makes of a prompt's rows rests on log π_t of these rows alone, and leaves none out. Then
     log π_t of the rows of a batch's first update can come from that update's own forward pass, a micro-batch at a
@@ -121,7 +120,7 @@ class Algorithm(BaseModel):
     def has_signal(self, batch: Batch) -> bool:
         """Whether the rewards tell any completion from those that it is held against."""
         baseline: Baseline = "group" if self.compares else "batch"
-        return bool(advantages(batch.reward_N, batch.group_N, baseline, batch.batch_N).any())
+        return bool(advantages(batch.reward_N, batch.group_N, baseline).any())
 
     def check(self, k: int) -> None:
         """Raise ValueError (naming the key, and what to do) where `k` completions per prompt cannot serve."""

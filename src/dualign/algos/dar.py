@@ -90,15 +90,14 @@ class DAR(Algorithm):
 
     def prepare(self, batch: Batch) -> tuple[Columns, Stats]:
         # A_i = r_i - baseline;  A_norm = (A - μ_A) / σ_A                                        (Alg. 1)
-        # each row within the online batch in which it was sampled
-        A_N = advantages(batch.reward_N, batch.group_N, self.baseline, batch.batch_N)
-        A_norm_N, sigma = normalise(A_N, batch.batch_N)
+        A_N = advantages(batch.reward_N, batch.group_N, self.baseline)
+        A_norm_N, sigma = normalise(A_N)
         alpha, about_alpha = self.find_alpha(batch)
-        beta_N, about_beta = self.find_beta(A_norm_N, batch)
+        beta, about_beta = self.find_beta(A_norm_N)
         # w_reg = (π_0/π_t)^α,  w_adv = exp(A_norm/β),  w = min(w_reg · w_adv, w_clip)           (Thm 4.2, Alg. 1)
         # in log space: β = 0.05 and A_norm = 5 overflow exp in fp32
         log_reg_N = alpha * (batch.seq_ref_N - batch.seq_old_N) if self.needs_ref else torch.zeros_like(A_N)
-        log_adv_N = A_norm_N / beta_N
+        log_adv_N = A_norm_N / beta
         log_w_N = log_reg_N + log_adv_N
         # y ~ μ: the target π* is the same, the proposal is not: w = π_0^α π_t^(1-α) exp(A_norm/β) / μ
         stale: Columns = {}
@@ -129,33 +128,19 @@ class DAR(Algorithm):
         if "kl_sampled" in batch.carried:
             kl = batch.carried["kl_sampled"]
             level, alpha = next_alpha(level, kl, self.kl_budget, self.alpha_rate, self.alpha_lowest)
-        newest = slice(None) if batch.batch_N is None else batch.batch_N == batch.batch_N.max()
+        # y ~ μ: an estimate of KL(μ‖π_0), and of π_t where fresh
         sampled_N = batch.seq_old_N if batch.logp_behaviour_NT is None else batch.seq_behaviour_N
-        kl = float(
-            (sampled_N - batch.seq_ref_N)[newest].mean()
-        )  # y ~ μ: an estimate of KL(μ‖π_0), and of π_t where fresh
+        kl = float((sampled_N - batch.seq_ref_N).mean())
         return alpha, {"alpha_found": alpha, "alpha_level": level, "kl_sampled": kl}
 
-    def find_beta(self, A_norm_N: Tensor, batch: Batch) -> tuple[float | Tensor, Stats]:
-        """β of each row, found for the online batch in which it was sampled. `beta` where all of a batch's advantages
-        are equal, and so all its weights, whatever β is."""
+    def find_beta(self, A_norm_N: Tensor) -> tuple[float, Stats]:
+        """β for this batch: `beta` where all advantages are equal, and so all weights, whatever β is."""
         if self.epsilon is None:
             return self.beta, {}
-        batch_N = torch.zeros_like(batch.group_N) if batch.batch_N is None else batch.batch_N
-        beta_N, reached, bounded = torch.empty_like(A_norm_N), [], 0
-        numbers = batch_N.unique()
-        for number in numbers:
-            A_n = A_norm_N[batch_N == number]
-            found = trust_region(A_n, self.epsilon)
-            beta = self.beta if found is None else found
-            beta_N[batch_N == number] = beta
-            reached.append(weights_kl(A_n, beta))
-            bounded += found in (None, *BETA_RANGE)
-        return beta_N, {
-            "beta_found": float(beta_N.mean()),
-            "weights_kl": sum(reached) / len(reached),
-            "beta_bounded": bounded / len(numbers),  # share of online batches in which no β reaches epsilon
-        }
+        found = trust_region(A_norm_N, self.epsilon)
+        beta = self.beta if found is None else found
+        bounded = float(found in (None, *BETA_RANGE))  # no β reaches epsilon
+        return beta, {"beta_found": beta, "weights_kl": weights_kl(A_norm_N, beta), "beta_bounded": bounded}
 
     def loss(self, logp_NT: Tensor, rows: Batch, value_NT: Tensor | None = None) -> tuple[Tensor, Columns]:
         # L(θ) = -(1/N) Σ w_i log π_θ(y_i|x)                                                     (Eq. 4)
