@@ -103,3 +103,11 @@ def test_a_file_is_written_there(home, tmp_path):
                    "--out=~/out.jsonl", "--set", "cache=~/c.sqlite")  # fmt: skip
     assert said.code == 2 and str(home / "none.yaml") in said.text
     assert Endpoint(base_url="http://x/v1", model="m", cache="~/c.sqlite").cache == str(home / "c.sqlite")
+
+
+@pytest.mark.parametrize("key", ["model.name", "model.reference", "data.train", "rollout.engine", "reward.0.path"])
+def test_the_folder_of_nobody_is_a_sentence(key, tiny, tmp_path):
+    made = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}) | {"reward": [reward_file()]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(made))
+    said = command("train", tmp_path / "r.yaml", f"{key}=~nobody-of-this-name/x.py:f")
+    assert said.code == 2 and "~nobody-of-this-name" in said.err

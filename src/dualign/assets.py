@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dualign.common.errors import UserError
-from dualign.common.paths import cache_dir
+from dualign.common.paths import cache_dir, path_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def resolve(name: str) -> str:
     An existing local path wins over an embedded name. Fetches an embedded model on first use.
     Raises UserError where a local path or an embedded model cannot be had.
     """
-    if (folder := Path(name).expanduser()).exists():
+    if (folder := path_of(name)).exists():
         if (folder / "run.json").is_file() and not (folder / "config.json").exists():
             raise UserError(
                 f"model {name!r}: a run's folder; name one of its checkpoints ({folder}/checkpoints/NUMBER)"
@@ -71,7 +71,7 @@ class Adapter:
 def adapter_of(name: str, revision: str | None = None) -> Adapter | None:
     """The adapter that a folder or a hub's name holds; None where it holds whole weights. Raises UserError, by the name,
     where its base is not there."""
-    folder = Path(name).expanduser()
+    folder = path_of(name)
     file = folder / "adapter_config.json" if folder.is_dir() else _on_hub(name, "adapter_config.json", revision)
     if file is None or not file.is_file():
         return None

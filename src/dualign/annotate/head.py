@@ -15,6 +15,7 @@ from dualign.annotate.base import BatchSession, Item, Session
 from dualign.annotate.features import DIM, ENCODER, WORDS, Array, Encodes, encoder, features
 from dualign.annotate.settings import HeadReward
 from dualign.common.errors import UserError
+from dualign.common.paths import path_of
 from dualign.common.types import Label
 
 SHAPES = {"weight": (2 * DIM,), "mean": (), "std": (), "gate_weight": (DIM,), "gate_bias": ()}
@@ -88,9 +89,9 @@ def load_head(path: str) -> Head:
 def file_of(path: str) -> Path:
     """The file of a head, also of a shipped one. Raises UserError where there is none."""
     if not path.startswith("builtin:"):
-        if not Path(path).expanduser().is_file():
+        if not path_of(path).is_file():
             raise UserError(f"reward head {path}: no such file; make one with `dualign reward fit`")
-        return Path(path).expanduser()
+        return path_of(path)
     folder = Path(str(files("dualign.annotate"))) / "heads"
     file = folder / f"{path.removeprefix('builtin:')}.safetensors"
     if file.name != f"{path.removeprefix('builtin:')}.safetensors" or not file.is_file():  # no way out of the package

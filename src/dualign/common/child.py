@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from dualign.common.errors import UserError
-from dualign.common.paths import cache_dir
+from dualign.common.paths import cache_dir, path_of
 
 logger = logging.getLogger(__name__)
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "PYTHONPATH")
@@ -149,7 +149,7 @@ def vllm_python(named: str | None, key: str) -> Path:
 
 
 def vllm_place(named: str | None) -> Path:
-    return Path(named).expanduser() if named else cache_dir() / "vllm" / "bin" / "python"
+    return path_of(named) if named else cache_dir() / "vllm" / "bin" / "python"
 
 
 def vllm_command(python: Path, model: str, port: int, options: Sequence[str]) -> list[str]:

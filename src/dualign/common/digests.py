@@ -12,7 +12,7 @@ from pathlib import Path
 from dualign.common.code_files import with_imports
 from dualign.common.errors import UserError
 from dualign.common.named import importable
-from dualign.common.paths import cache_dir
+from dualign.common.paths import cache_dir, path_of
 
 Digests = dict[str, str]  # sha256 by file name, or by what else a thing is told by; empty: cannot be had
 LARGE = 2**20  # bytes from which a file's digest is remembered between processes
@@ -29,7 +29,7 @@ def sha256_of(path: Path) -> str:
 
 
 def of_file(path: str | Path) -> Digests:
-    file = Path(path).expanduser()
+    file = path_of(path)
     return {file.name: cached_sha256(file)} if file.is_file() else {}
 
 
@@ -47,7 +47,7 @@ def of_code(path: str) -> Digests:
 
 
 def _with_imported(path: str) -> Digests:
-    file = Path(path).expanduser().absolute()
+    file = path_of(path).absolute()
     others = {name: other for name, other in with_imports([file]).items() if other != file}
     return of_file(file) | imported(others)
 

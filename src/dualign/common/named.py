@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from dualign.common.errors import StopRun, UserError
+from dualign.common.paths import path_of
 
 X = TypeVar("X")
 
@@ -40,7 +41,7 @@ def load_named(path: str, what: str) -> Any:
     if not place or not name:
         raise UserError(f"{what} {path!r}: expected FILE.py:NAME or package.module:NAME")
     try:
-        module = _load_file(Path(place).expanduser(), what) if place.endswith(".py") else _load_module(place)
+        module = _load_file(path_of(place), what) if place.endswith(".py") else _load_module(place)
     except UserError:
         raise
     except Exception as error:

@@ -15,6 +15,11 @@ def at_home(text: str) -> str:
     return os.path.expanduser(text) if HOME.match(text) else text
 
 
+def path_of(text: str | Path) -> Path:
+    """The path that a text names; of the folder of a user who is not there, as it is written: nothing lies there."""
+    return Path(os.path.expanduser(text))
+
+
 def as_written(text: str | None) -> str | None:
     """A text of a command line that is no path: left as it is."""
     return text

@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from dualign.common.errors import UserError
+from dualign.common.paths import path_of
 from dualign.common.types import TEMPLATE_COLUMNS, Example, Finish, Message, Prompt, text_of
 from dualign.data.conversation import as_json, kind_of, without_nulls
 from dualign.data.layouts import Row, layout_of, parse, prompt_of
@@ -155,7 +156,7 @@ def local_file(source: str, split: str = "train") -> Path | None:
             have = ", ".join(f"builtin:{p.stem.replace('_', '/')}" for p in sorted(path.parent.glob("*.jsonl")))
             raise UserError(f"{source}: no such data in the package; it has {have or 'none'}")
         return path
-    path = Path(source).expanduser()
+    path = path_of(source)
     looks_local = source.endswith(FILE_SUFFIXES) or source.startswith((".", "/", "~"))
     return path if path.is_file() or (looks_local and not path.is_dir()) else None
 
@@ -166,7 +167,7 @@ def names_data(words: str) -> bool:
     if words.startswith("builtin:"):
         return True
     try:
-        if Path(words).expanduser().exists():
+        if path_of(words).exists():
             return True
     except (OSError, ValueError, RuntimeError):  # too long for a path; no such user
         return False
@@ -187,7 +188,7 @@ def _rows(source: str, config: DataConfig, split: str) -> Iterator[Row]:
     elif file:
         yield from _file_rows(file)
     else:
-        folder = Path(source).expanduser()
+        folder = path_of(source)
         yield from _dataset_rows(str(folder) if folder.is_dir() else source, config.subset, split)
 
 

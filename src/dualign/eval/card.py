@@ -13,6 +13,7 @@ from dualign import assets
 from dualign.annotate.settings import RewardSettings
 from dualign.common.errors import clean
 from dualign.common.intervals import plus_minus
+from dualign.common.paths import path_of
 from dualign.config import Config
 from dualign.eval import store
 from dualign.eval.cost import cost_of
@@ -55,7 +56,7 @@ def card(run: Run, checkpoint: Path, exported: Exported, name: str) -> str:
 
 def public(name: str) -> str:
     """What others may read of a model's or a data set's name: of a path of this machine's, its last parts."""
-    path = Path(name).expanduser()
+    path = path_of(name)
     if name in assets.EMBEDDED or not (path.exists() or name.startswith(("/", "~", "."))):
         return name
     run = path.parent.parent.name if path.parent.name == "checkpoints" else ""

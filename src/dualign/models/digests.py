@@ -8,6 +8,7 @@ from pathlib import Path
 from dualign import assets
 from dualign.common.digests import Digests, cached_sha256
 from dualign.common.errors import UserError
+from dualign.common.paths import path_of
 
 LEFT_OUT = {"state.json", "train.safetensors", "optimizer.safetensors"}  # a checkpoint's training state
 OF_MODELS = (
@@ -24,7 +25,7 @@ OF_TEMPLATES = ("chat_template.*", "additional_chat_templates/*.jinja", "*.tikto
 def of_model(name: str, revision: str | None = None) -> Digests:
     """A model's or adapter's weights, settings, tokenizer and templates; of a hub's, its commit. Fetches nothing."""
     embedded = name in assets.EMBEDDED and not Path(name).exists()
-    folder = assets.cache_dir() / name if embedded else Path(name).expanduser()
+    folder = assets.cache_dir() / name if embedded else path_of(name)
     if not folder.is_dir():
         return _of_hub(name, revision)
     found = {str(p.relative_to(folder)): cached_sha256(p) for p in files_of(folder)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from dualign import data
 from dualign.annotate import Reward
@@ -16,6 +15,7 @@ from dualign.annotate.settings import RewardSettings
 from dualign.common.digests import Digests, changed, imported, of_code, of_file
 from dualign.common.errors import UserError
 from dualign.common.named import is_place
+from dualign.common.paths import path_of
 from dualign.config import Config
 from dualign.models.digests import of_model
 from dualign.models.settings import ModelConfig
@@ -77,7 +77,7 @@ def of_data(source: str, subset: str | None = None, split: str = "train", near: 
         return {}
     if file is not None:
         return of_file(file)
-    folder = Path(source).expanduser()
+    folder = path_of(source)
     if near and not folder.is_dir():
         return {}
     return _of_rows(str(folder) if folder.is_dir() else source, subset, split)

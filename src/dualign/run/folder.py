@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dualign.common.errors import UserError
+from dualign.common.paths import path_of
 from dualign.config import Config, load
 from dualign.run import witness
 from dualign.run.batch import Row, WeightedBatch, labelled
@@ -46,7 +47,7 @@ class Run(RunFiles):
     @staticmethod
     def open(folder: str | Path) -> Run:
         """An existing run, to be read. Raises UserError where there is none."""
-        run = Run(Path(folder).expanduser())
+        run = Run(path_of(folder))
         if not run.config_file.is_file():
             raise UserError(f"{folder}: no run here (config.yaml is missing)")
         return run

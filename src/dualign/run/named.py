@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dualign.common.errors import UserError
+from dualign.common.paths import path_of
 from dualign.config import Config, load
 from dualign.run.folder import Run
 
@@ -24,9 +25,9 @@ def checkpoint_of(name: str) -> str:
 
 def _parts(name: str) -> tuple[Path | None, str]:
     """The run and what follows its @; (None, "") for the name of any other model."""
-    whole = Path(name).expanduser()
+    whole = path_of(name)
     folder, sign, which = name.rpartition("@")
-    for run, kind in ((whole, "latest"), (Path(folder).expanduser(), which)) if sign else ((whole, "latest"),):
+    for run, kind in ((whole, "latest"), (path_of(folder), which)) if sign else ((whole, "latest"),):
         if (run / "config.yaml").is_file() and (run / "run.json").is_file():
             return run, kind
     return None, ""

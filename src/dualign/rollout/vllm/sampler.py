@@ -13,7 +13,7 @@ import torch
 
 from dualign.common.child import Child, free_port, vllm_command
 from dualign.common.errors import StopRun, UserError
-from dualign.common.paths import cache_dir
+from dualign.common.paths import cache_dir, path_of
 from dualign.common.processes import Processes
 from dualign.common.types import Rollout
 from dualign.models.load import context_of
@@ -54,7 +54,7 @@ class VLLMSampler:
             self._find()
         self.check.ids = self.check.ids[: self.context - 1]
         untie = is_tied(policy) and policy.device.type == "cpu" and settings.serve  # see docs/vllm.md
-        place = Path(settings.weights_dir).expanduser() if settings.weights_dir else cache_dir() / "weights"
+        place = path_of(settings.weights_dir) if settings.weights_dir else cache_dir() / "weights"
         self.folders = Folders(place, policy, tokenizer, untie, writer=bool(self.owned))
 
     def _serve(self) -> None:
