@@ -52,7 +52,7 @@ def write_report(grid: Grid, failed: dict[str, str]) -> str:
         "fixed set buy no labels while training; what the set cost is not counted.\n",
         table,
         *_chance(results),
-        *claims.lines(claims.verdicts(claims.claims_of(grid), results), bool(grid.claims)),
+        *_claims(grid, results),
         *_equal_kl(grid),
         *_codes(results),
         *_target(results, grid),
@@ -111,6 +111,13 @@ def _chance(results: Sequence[Result]) -> list[str]:
         lines.append(f"- {name}: the final rewards of {count} differ {words} (p = {p:.2g}{holm})")
     about = "One-way analysis of variance over seeds; of several lines, corrected by Holm.\n"
     return ["\n## Beyond chance?\n", about, *lines, ""] if lines else []
+
+
+def _claims(grid: Grid, results: Sequence[Result]) -> list[str]:
+    """What was claimed, or else each system beside the reference; nothing of too few prompts."""
+    if few := too_few_prompts(results):
+        return [f"\n## Claims\n\n- {few}\n"] if grid.claims else []
+    return claims.lines(claims.verdicts(claims.claims_of(grid), results), bool(grid.claims))
 
 
 def _equal_kl(grid: Grid) -> list[str]:
