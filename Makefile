@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv quickstart test test-fast test-slow test-vllm check docs audit format bench bench-gpu profile clean
+.PHONY: help venv quickstart test test-fast test-slow test-vllm check docs lock release-check audit format bench bench-gpu profile clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,13 @@ check: $(STAMP)  ## lint, formatting, types
 docs: $(STAMP)  ## build the documentation's site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "site/index.html opens in a browser; search needs: $(PYTHON) -m http.server -d site"
+
+lock: $(STAMP)  ## pin what is installed now, for the two commands: constraints.txt
+	(sed '/^#/!d' constraints.txt; $(BIN)/pip freeze --exclude-editable --exclude pip | sed 's/+cpu//') > constraints.new
+	mv constraints.new constraints.txt
+
+release-check: $(STAMP)  ## build, check and install the wheel in an empty environment, and train there
+	PYTHON=$(abspath $(BIN)/python) bash .ci/release
 
 audit: $(STAMP)  ## known faults of the installed packages (needs the network)
 	$(BIN)/pip-audit --skip-editable --progress-spinner off

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from dualign.common.errors import UserError, clean, first_line
 from dualign.common.paths import cache_dir
@@ -159,12 +161,12 @@ def _reach() -> Iterator[Finding]:
 
 
 def _unreachable(url: str) -> str | None:
-    import httpx
-
     try:
-        httpx.head(url, timeout=PATIENCE, follow_redirects=True)
-    except httpx.HTTPError as error:
-        return type(error).__name__
+        urlopen(Request(url, method="HEAD"), timeout=PATIENCE).close()
+    except HTTPError:  # it answers
+        return None
+    except (OSError, ValueError) as error:
+        return first_line(error)
     return None
 
 
