@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -210,3 +211,23 @@ def test_a_system_that_needs_its_own_samples_says_so(section, tiny, tmp_path):
     with pytest.raises(UserError, match=f"{name}.{next(iter(values))}: grpo learns only from what π_t sampled"):
         build(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_stopped_while_it_waits_for_labels_it_goes_on_to_the_same_bits(ahead, tiny, tmp_path):
+    calls = []
+
+    def stopping(completions, **columns):
+        calls.append(1)
+        if len(calls) == 3:  # batch 1's: what π_0 is evaluated on and batch 0 are labelled
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(1.5)  # longer than the loop takes to look
+        return vowels(completions)
+
+    config = settings(tiny, tmp_path, ahead=ahead)
+    with pytest.raises(StopRun, match="stopped by SIGTERM"):
+        dualign.train(config, reward=stopping, quiet=True)
+    run = dualign.train(config, reward=stopping, quiet=True, resume=True)
+    whole = dualign.train(settings(tiny, tmp_path, "whole", ahead), reward=stopping, quiet=True)
+    one, two = weights(whole.folder), weights(run.folder)
+    assert all(torch.equal(one[key], two[key]) for key in one) and metrics(whole.folder) == metrics(run.folder)

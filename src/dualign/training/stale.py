@@ -41,14 +41,12 @@ class Ahead:
         self.config, self.engine, self.run = config, engine, run
         self.source, self.processes = source, processes
         self._begun: dict[int, Begun] = {}
-        self.owed: frozenset[int] = (
-            frozenset()
-        )  # what had begun when the checkpoint that training resumes from was made
+        self.owed: frozenset[int] = frozenset()  # what the checkpoint that training resumes from says was sampled
 
     @property
     def begun(self) -> list[int]:
-        """The batches whose labels are on their way."""
-        return sorted(self._begun)
+        """The batches that are sampled ahead and whose labels are on their way."""
+        return sorted(step for step, begun in self._begun.items() if begun.behaviour is not None)
 
     def due(self, step: int) -> list[int]:
         """The batches that are to be begun before `step` is trained on."""
