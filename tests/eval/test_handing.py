@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import dualign
 from command import dualign as command
+from dualign.eval.card import public
 from dualign.models import export as exports
 from dualign.run.folder import Run
 from fake_hub import FakeHub
@@ -150,6 +151,15 @@ def test_nothing_is_written_beside_a_checkpoint_and_no_run_is_named(whole, tmp_p
     assert command("verify", whole.folder).code == 0
     for name in (tmp_path / "none", f"{tmp_path / 'none'}@3"):
         assert "no run here" in command("push", name, "me/it").err
+
+
+@pytest.mark.parametrize(("name", "told"), [
+    ("clients/acme/prompts.jsonl", "prompts.jsonl"), ("acme/prompts.jsonl", "prompts.jsonl"),
+    ("runs/secret/checkpoints/000002", "secret@000002"), ("https://me:pw@host/x.jsonl?key=k", "x.jsonl"),
+    ("owner/name-1.5", "owner/name-1.5"), ("gpt2", "gpt2"), ("smollm2-135m-instruct", "smollm2-135m-instruct"),
+])  # fmt: skip
+def test_a_card_names_no_folder_that_is_not_here_any_more(name, told):
+    assert public(name) == told
 
 
 def test_offline_nothing_is_uploaded(whole, monkeypatch):

@@ -55,12 +55,14 @@ def card(run: Run, checkpoint: Path, exported: Exported, name: str) -> str:
 
 
 def public(name: str) -> str:
-    """What others may read of a model's or a data set's name: of a path of this machine's, its last parts."""
+    """What others may read of a model's or a data set's name: of a path or an address its last parts, also of one that
+    is not here any more. A hub's name has at most one stroke, and does not end as files do."""
     path = path_of(name)
-    if name in assets.EMBEDDED or not (path.exists() or name.startswith(("/", "~", "."))):
+    a_file = name.count("/") > 1 or path.suffix in (".jsonl", ".json", ".parquet", ".csv", ".txt", ".py")
+    if name in assets.EMBEDDED or not (path.exists() or a_file or name.startswith(("/", "~", "."))):
         return name
     run = path.parent.parent.name if path.parent.name == "checkpoints" else ""
-    return f"{run}@{path.name}" if run else path.name
+    return f"{run}@{path.name}" if run else path.name.partition("?")[0]
 
 
 def _front(config: Config, exported: Exported) -> str:
