@@ -99,6 +99,10 @@ def test_one_run_in_full(served):
     assert served.api("sparks")["finished"] == [0.0, 0.1, 0.2]
 
 
+def test_no_number_of_points_is_too_few(served):
+    assert served.get("/api/curves?run=finished&points=0").status == 200
+
+
 # --- damage ---
 
 

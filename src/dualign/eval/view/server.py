@@ -110,7 +110,7 @@ def _runs(library: Library, request: Request) -> Any:
 def _curves(library: Library, request: Request) -> Any:
     q = request.query_params
     low, high = float(q.get("from", "-inf")), float(q.get("to", "inf"))
-    return library.curves(q.get("run", ""), low, high, min(_whole(q.get("points"), POINTS), 20_000))
+    return library.curves(q.get("run", ""), low, high, min(_whole(q.get("points"), POINTS) or 1, 20_000))
 
 
 def _list(library: Library, request: Request) -> Any:
