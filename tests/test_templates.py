@@ -78,7 +78,7 @@ def test_an_unforeseen_error_before_sampling_leaves_no_folder(tmp_path, monkeypa
 
     asked = config(tmp_path, model(tmp_path), [{"prompt": [U]}])
     with monkeypatch.context() as patched:
-        patched.setattr(OnlineSource, "collect", lambda *a, **k: [][0])
+        patched.setattr(OnlineSource, "ask", lambda *a, **k: [][0])
         with pytest.raises(IndexError):
             dualign.train(asked, reward=vowels, quiet=True)
     assert not (tmp_path / "run").exists()

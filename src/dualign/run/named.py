@@ -7,7 +7,7 @@ from typing import Any
 
 from dualign.common.errors import UserError
 from dualign.common.paths import path_of
-from dualign.config import Config, load
+from dualign.config import Config, read
 from dualign.run.folder import Run
 
 
@@ -36,21 +36,27 @@ def _parts(name: str) -> tuple[Path | None, str]:
 def pinned(config: Config) -> Config:
     """`config` with the checkpoint's folder in place of every run that it names as a model. A run that goes on gets
     newer ones: the run in `run.dir`, if there is one, keeps those that it began with."""
-    stored = Path(config.run.dir) / "config.yaml"
-    begun = load(stored) if stored.is_file() else None
-    m, then = config.model, begun.model if begun else None
-    found: dict[str, Any] = {"name": _kept(m.name, then.name if then else None)}
+    m, then = config.model, _begun_with(Path(config.run.dir))
+    found: dict[str, Any] = {"name": _kept(m.name, then.get("name"))}
     if m.reference:
-        found["reference"] = _kept(m.reference, then.reference if then else None)
+        found["reference"] = _kept(m.reference, then.get("reference"))
     if all(getattr(m, key) == value for key, value in found.items()):
         return config
     return config.model_copy(update={"model": m.model_copy(update=found)})
 
 
-def _kept(name: str, then: str | None) -> str:
+def _begun_with(folder: Path) -> dict[str, Any]:
+    """The section `model` of the run in `folder`, as it is written; empty where there is none. What else is in its
+    configuration need not be right, or here."""
+    stored = folder / "config.yaml"
+    model = read(stored)[0].get("model") if stored.is_file() else None
+    return model if isinstance(model, dict) else {}
+
+
+def _kept(name: str, then: Any) -> str:
     run, which = _parts(name)
     if run is None:
         return name
-    if then and not which.isdecimal() and Path(then).resolve().parent == (run / "checkpoints").resolve():
+    if isinstance(then, str) and not which.isdecimal() and Path(then).resolve().parent == (run / "checkpoints").resolve():
         return then
     return checkpoint_of(name)
