@@ -57,6 +57,10 @@ def _kept(name: str, then: Any) -> str:
     run, which = _parts(name)
     if run is None:
         return name
-    if isinstance(then, str) and not which.isdecimal() and Path(then).resolve().parent == (run / "checkpoints").resolve():
+    if (
+        isinstance(then, str)
+        and not which.isdecimal()
+        and Path(then).resolve().parent == (run / "checkpoints").resolve()
+    ):
         return then
     return checkpoint_of(name)
