@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
+import torch
 
 from dualign import data
+from dualign.algos.advantages import tied_rows
 from dualign.common.errors import UserError
 from dualign.common.processes import Processes
 from dualign.common.types import Example, Label, Prompt, Rollout
@@ -100,11 +102,10 @@ class OnlineSource:
 
 def tied_groups(rows: Sequence[Row], tie: float) -> int:
     """How many prompts have two rewards or more, all within `tie` of each other: none of their completions is preferred."""
-    labels: dict[int, list[float]] = {}
-    for row in rows:
-        if row.label.value is not None:
-            labels.setdefault(row.rollout.group, []).append(row.label.value)
-    return sum(len(given) > 1 and max(given) - min(given) <= tie * (1 + 1e-9) for given in labels.values())
+    given = [(row.rollout.group, row.label.value) for row in rows if row.label.value is not None]
+    group_N = torch.tensor([group for group, _ in given], dtype=torch.long)
+    reward_N = torch.tensor([value for _, value in given], dtype=torch.float64)
+    return len(group_N[tied_rows(reward_N, group_N, tie)].unique())
 
 
 def penalised(row: Row, penalty: float) -> Row:
