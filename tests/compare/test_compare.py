@@ -295,6 +295,10 @@ def test_dry_run_counts_runs_labels_and_time(grid_file):
         ({"select": {"values": [1], "seed": 0}}, "select.seed: 0 is also compared"),
         ({"seeds": [0, 1, 0]}, "seeds: [0, 1, 0] names one twice"),
         (
+            {"set": {"train.lr": 1e-3}, "systems": {"dar": {"train": {"lr": 1e-4}}}},
+            "systems.dar: train.lr is 0.0001 here and 0.001 in `set`",
+        ),
+        (
             {"axes": {"rollout.k": [{"rollout.k": 4, "algo.baseline": b} for b in ("batch", "none")]}},
             "axes.rollout.k: two settings are called 4",
         ),

@@ -169,6 +169,21 @@ def _check(grid: Grid, file: Path) -> None:
     for name in grid.systems:
         if "/" in name or name in ("select", "report"):
             raise UserError(f"{file}: systems.{name}: names a folder; choose another name")
+        for key, value in grid.set.items():
+            own = _own(grid.system(name).recipe, key)
+            if own not in (None, value):
+                raise UserError(
+                    f"{file}: systems.{name}: {key} is {own} here and {value} in `set`, which holds for every cell; "
+                    "give it to each system, or to none"
+                )
+
+
+def _own(recipe: dict[str, Any], key: str) -> Any:
+    """What a system says of `key.sub`; None if nothing."""
+    at: Any = recipe
+    for part in key.split("."):
+        at = at.get(part) if isinstance(at, dict) else None
+    return at
 
 
 def selection_cells(grid: Grid) -> list[Cell]:
