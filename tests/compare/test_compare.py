@@ -110,7 +110,7 @@ def test_interrupted_after_one_cell_it_goes_on_with_the_second(grid_file):
 
 
 def test_the_table_is_what_the_summaries_say(finished):
-    grid = load(finished(systems=TWO, seeds=[0, 1, 2], reference="grpo", at_kl=[1e6]))
+    grid = load(finished(systems=TWO, seeds=[0, 1, 2], reference="grpo", at_kl=[1e6], at_reward=[-1e6, 1e6]))
     table = write_report(grid, {})
     report = list(csv.DictReader((grid_out(grid) / "report" / "table.csv").open()))
     for row in report:
@@ -137,7 +137,8 @@ def test_the_table_is_what_the_summaries_say(finished):
         reward = statistics.mean(s["after"]["reward"] for s in summaries)
         (line,) = (line for line in table.splitlines() if line.startswith(f"| {row['system']} |"))
         assert f"{reward:.3f} ± " in line
-        assert row["reward_at_kl_1e+06"] == ""  # none gets there
+        assert row["reward_at_kl_1e+06"] == row["labels_to_reward_1e+06"] == ""  # none gets there
+        assert float(row["labels_to_reward_-1e+06"]) == 0  # all were there before the first label
     # α-interpolated KL: α·KL for DAR, the whole of it for a system that knows π_0 alone
     dar, grpo = report
     assert float(dar["kl_interpolated"]) == pytest.approx(0.1 * float(dar["kl"]), abs=1e-9)

@@ -86,6 +86,9 @@ class Grid(Settings):
         default_factory=list, description="tested by the report; default: a row for each system"
     )
     at_kl: list[float] = Field(default_factory=list, description="nats of KL to π_0 at which systems are compared, too")
+    at_reward: list[float] = Field(
+        default_factory=list, description="rewards until which each run's labels are counted, too"
+    )
     keep_weights: bool = Field(True, description="of the finished cells; those of the selection are always dropped")
     launch: str = Field("", description="what starts a run, where not this Python: `accelerate launch -m`")
 

@@ -36,7 +36,7 @@ def write_report(grid: Grid, failed: dict[str, str]) -> str:
     results = finished(grid, failed)
     folder = Path(grid.out) / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    found = rows(results, grid.reference, grid.at_kl)
+    found = rows(results, grid.reference, grid.at_kl, grid.at_reward)
     table = markdown(found, grid.reference, distances(results))
     write_text(folder / "table.csv", table_csv(found))
     write_text(folder / "curves.csv", curves_csv(results))

@@ -32,10 +32,13 @@ class Row:
     online: bool
     means: dict[str, Mean | None]  # by COLUMNS
     at_kl: dict[float, Mean | None]  # reward where a run first came to so many nats of KL to π_0
+    at_reward: dict[float, Mean | None]  # labels until a run first reached that reward, of the runs that did
     to_reference: float | None  # labels until the reference system's final reward; None: never, or fixed data
 
 
-def rows(results: Sequence[Result], reference: str | None, at_kl: Sequence[float] = ()) -> list[Row]:
+def rows(
+    results: Sequence[Result], reference: str | None, at_kl: Sequence[float] = (), at_reward: Sequence[float] = ()
+) -> list[Row]:
     """Rows in the grid's order. `reference`: the system to whose mean final reward labels are counted, on the mean
     curve over seeds."""
     target = target_reward(results, reference)
@@ -47,7 +50,9 @@ def rows(results: Sequence[Result], reference: str | None, at_kl: Sequence[float
         setting = f"{axis} = {value}" if axis else ""
         means = {name: Mean.of((_value(r, name) for r in seeds), name == "labels") for name in COLUMNS}
         equal_kl = {kl: Mean.of(reward_at(r.curve, kl) for r in seeds) for kl in at_kl}
-        found.append(Row(system, setting, len(seeds), seeds[0].online, means, equal_kl, reach))
+        online = [r for r in seeds if r.online]
+        labels = {level: Mean.of(labels_to_reach(r.curve, level) for r in online) for level in at_reward}
+        found.append(Row(system, setting, len(seeds), seeds[0].online, means, equal_kl, labels, reach))
     return found
 
 
@@ -74,12 +79,14 @@ def markdown(table: Sequence[Row], reference: str | None, distances: tuple[str, 
         headings |= {"kl": f"{distances[0]}, nats", "kl_interpolated": distances[1]}
     heading = ["system", *(["setting"] if settings else []), "seeds", *headings.values()]
     heading += [f"reward at KL {kl:g}" for kl in (table[0].at_kl if table else ())]
+    heading += [f"labels to reward {level:g}" for level in (table[0].at_reward if table else ())]
     heading += [f"labels to {reference}'s final reward"] if reference else []
     lines = [heading, ["---"] * len(heading)]
     for row in table:
         cells = [row.system, *([row.setting] if settings else []), str(row.seeds)]
         cells += [_text(row.means[name], form, row.seeds) for name, (_, form) in COLUMNS.items()]
         cells += [_text(mean, COLUMNS["reward"][1], row.seeds) for mean in row.at_kl.values()]
+        cells += [_text(mean, COLUMNS["labels"][1], row.seeds) for mean in row.at_reward.values()]
         cells += [_reach(row)] if reference else []
         lines.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -101,11 +108,12 @@ def _reach(row: Row) -> str:
 def table_csv(table: Sequence[Row]) -> str:
     """The same for programs: mean and half width of each column apart."""
     columns = [*COLUMNS, *(f"reward_at_kl_{kl:g}" for kl in (table[0].at_kl if table else ()))]
+    columns += [f"labels_to_reward_{level:g}" for level in (table[0].at_reward if table else ())]
     names = [n for column in columns for n in (column, f"{column}_ci")]
     lines: list[Sequence[object]] = [["system", "setting", "seeds", *names, "labels_to_reference"]]
     for row in table:
         numbers: list[object] = []
-        for mean in (*row.means.values(), *row.at_kl.values()):
+        for mean in (*row.means.values(), *row.at_kl.values(), *row.at_reward.values()):
             numbers += ["", ""] if mean is None else [mean.value, "" if np.isnan(mean.half) else mean.half]
         reach = "" if row.to_reference is None else row.to_reference
         lines.append([row.system, row.setting, row.seeds, *numbers, reach])
