@@ -1,13 +1,15 @@
 """dualign beside TRL at equal work: seconds per online batch by phase, useful tokens per second, peak memory.
 
     python benchmarks/against_trl.py [--repeats 5] [--batches 2] [--only dualign-dar trl-grpo] [--k 4] [--tokens 48]
+        [--precision fp32]
     python benchmarks/against_trl.py --scaling --repeats 1 --batches 1 --prompts 4 --only dualign-grpo trl-grpo
 
 Both get the same model, prompts, temperature, lengths, reward function (which costs nothing), Adafactor at 1e-5, fp32
-weights under bf16 autocast, and two updates per online batch; GRPO with a KL term to π_0 of equal β, so both score π_t
-and π_0. All else is each library's own default: dualign's processes set what its command line sets (`dualign.common.cpu`),
-TRL's nothing; TRL has gradient checkpointing on and dualign off, so GRPO is also measured the other way round. Every run
-is a process of its own; the order turns round with each repeat; a run's first online batch is warm-up.
+weights under bf16 autocast (fp32 all through, where the processor has no units for bf16), and two updates per online
+batch; GRPO with a KL term to π_0 of equal β, so both score π_t and π_0. All else is each library's own default:
+dualign's processes set what its command line sets (`dualign.common.cpu`), TRL's nothing; TRL has gradient
+checkpointing on and dualign off, so GRPO is also measured the other way round. Every run is a process of its own; the
+order turns round with each repeat; a run's first online batch is warm-up.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ class Work:
     k: int = 4
     tokens: int = 48
     batches: int = 2
+    precision: str = "bf16"
 
 
 # --- the parent: it starts runs and makes tables, and never imports torch (a child's peak memory would begin with it)
@@ -111,7 +114,7 @@ def ratios(runs: dict[str, list[Any]]) -> str:
 
 
 def limit(runs: dict[str, list[Any]]) -> str:
-    """Time over what the arithmetic would take at the best rate of bf16 products measured after any run."""
+    """Time over what the arithmetic would take at the best rate of products measured after any run."""
     ours = {system: found for system, found in runs.items() if system.startswith("dualign")}
     rate = max((r["tflop_per_second"] for found in ours.values() for r in found), default=0.0)
     rows = []
@@ -165,10 +168,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of both libraries")
     parser.add_argument("--scaling", action="store_true", help="vary K, length, batch and vocabulary instead")
     parser.add_argument("--out", type=Path, default=RESULTS)
     o = parser.parse_args()
-    work = Work(prompts=o.prompts, k=o.k, tokens=o.tokens, batches=o.batches)
+    work = Work(prompts=o.prompts, k=o.k, tokens=o.tokens, batches=o.batches, precision=o.precision)
     if o.scaling:
         scaling(o.only or ["dualign-grpo", "dualign-dar", "trl-grpo"], work, o.repeats, o.out)
         return

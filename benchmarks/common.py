@@ -101,14 +101,19 @@ def pairs_of(b: WeightedBatch) -> list[tuple[int, list[int]]]:
     return list(found.values())
 
 
-def matmul_rate(shapes: Sequence[tuple[int, int, int]], device: str = "cpu", seconds: float = 1.0) -> float:
-    """FLOP/s of bf16 products (n, k) @ (k, m), all shapes one after the other: the best of repeats within `seconds`."""
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}  # their names in torch
+
+
+def matmul_rate(
+    shapes: Sequence[tuple[int, int, int]], device: str = "cpu", seconds: float = 1.0, dtype: str = "bfloat16"
+) -> float:
+    """FLOP/s of products (n, k) @ (k, m), all shapes one after the other: the best of repeats within `seconds`."""
     import time
 
     import torch
 
-    bf16 = {"dtype": torch.bfloat16, "device": device}
-    operands = [(torch.randn(n, k, **bf16), torch.randn(k, m, **bf16)) for n, k, m in shapes]
+    kind = {"dtype": getattr(torch, dtype), "device": device}
+    operands = [(torch.randn(n, k, **kind), torch.randn(k, m, **kind)) for n, k, m in shapes]
     best, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:
         start = time.perf_counter()

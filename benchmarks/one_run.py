@@ -20,7 +20,7 @@ if sys.argv[1].startswith("dualign"):  # what its command line does; TRL's envir
     cpu.tune()
 
 from against_trl import RANDOM, SYSTEMS, Work
-from common import forward_flops, matmul_rate, pairs_of
+from common import DTYPES, forward_flops, matmul_rate, pairs_of
 from dualign import assets
 from dualign.data.rows import load_prompts
 from dualign.data.settings import DataConfig
@@ -69,7 +69,7 @@ def run_dualign(overrides: list[str], work: Work, model: str, prompts: Path, fol
             "rollout.log_probs=recomputed",  # as TRL does: equal work, unless the overrides say otherwise
             *overrides,
             f"model.name={model}",
-            "model.precision=bf16",
+            f"model.precision={work.precision}",
             f"data.train={prompts}",
             "data.eval=null",
             "data.shuffle=false",
@@ -90,7 +90,7 @@ def run_dualign(overrides: list[str], work: Work, model: str, prompts: Path, fol
         "peak_mb": peaks[-1],
         "peak_with_checkpoint_mb": peak_mb(),  # TRL writes none here
         "tflop": sum(tflop[1:]) / work.batches,
-        "tflop_per_second": rate(model),
+        "tflop_per_second": rate(model, work.precision),
     }
 
 
@@ -127,6 +127,7 @@ def run_trl(options: list[str], work: Work, model: str, prompts: Path, folder: P
         output_dir=str(folder / "run"),
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=checkpointing,
+        bf16=work.precision == "bf16",
         optim="adafactor",
         learning_rate=LR,
         lr_scheduler_type="constant_with_warmup",
@@ -172,8 +173,8 @@ def peak_mb() -> float:
     return used / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def rate(model: str) -> float:
-    """TFLOP/s of bf16 products: the better of a large square one and the model's own shapes at 1024 tokens."""
+def rate(model: str, precision: str) -> float:
+    """TFLOP/s of products in that precision: the better of a large square one and the model's own shapes at 1024 tokens."""
     from transformers import AutoConfig
 
     c = AutoConfig.from_pretrained(assets.resolve(model))
@@ -181,7 +182,7 @@ def rate(model: str) -> float:
     h, q, kv, inner = c.hidden_size, c.num_attention_heads * d, c.num_key_value_heads * d, c.intermediate_size
     layer = [(1024, h, q), (1024, h, kv), (1024, h, kv), (1024, q, h), (1024, h, inner), (1024, h, inner)]
     own = [*layer, (1024, inner, h), (1024, h, c.vocab_size)]
-    return max(matmul_rate([(4096, 4096, 4096)]), matmul_rate(own)) / 1e12
+    return max(matmul_rate(shapes, dtype=DTYPES[precision]) for shapes in ([(4096, 4096, 4096)], own)) / 1e12
 
 
 def random_model(vocabulary: int, folder: Path) -> str:
