@@ -1,6 +1,7 @@
 """Kills small runs at random instants, and at every write, and holds what they become against undisturbed runs.
 
 python benchmarks/kills.py --kills 100    # SIGKILL at random instants: dar, grpo, ppo, dpo; 1 and 2 processes
+python benchmarks/kills.py --older        # the same of dar with train.reuse, rollout.ahead, rollout.resample, adaptive α and β
 python benchmarks/kills.py --writes       # before and after every write, sync, rename and removal of one run
 """
 
@@ -12,12 +13,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+tests = Path(__file__).resolve().parents[1] / "tests"
+sys.path[:0] = [str(tests), str(tests / "support")]
 
-from conftest import _save
+from conftest import save_tiny
 from killing import Case, Disturbed, Zygote, at_random
 
-CASES = [(algo, processes) for algo in ("dar", "grpo", "ppo", "dpo") for processes in (1, 2)]
+ADAPTIVE = {"kl_budget": 0.05, "alpha_rate": 0.05, "epsilon": 0.3}
+AHEAD = {"reuse": [1, 2], "ahead": 1, "settings": ADAPTIVE}
+RESAMPLE = {"reuse": [1, 2], "resample": 2, "function": "coarse", "settings": ADAPTIVE}
+CASES = [(algo, processes, {}) for algo in ("dar", "grpo", "ppo", "dpo") for processes in (1, 2)]
+OLDER = [("dar", processes, changes) for changes in (AHEAD, AHEAD | {"ahead": 2}, RESAMPLE) for processes in (1, 2)]
 
 
 def total(results: list[Disturbed]) -> dict[str, int]:
@@ -30,13 +36,14 @@ def total(results: list[Disturbed]) -> dict[str, int]:
     }
 
 
-def campaign(zygote: Zygote, folder: Path, model: Path, kills: int) -> list[Disturbed]:
+def campaign(zygote: Zygote, folder: Path, model: Path, kills: int, cases: list) -> list[Disturbed]:
     results: list[Disturbed] = []
-    for number, (algo, processes) in enumerate(CASES):
-        case, mine, wanted = Case(zygote, folder / f"{algo}{processes}", model, algo, processes), [], kills / len(CASES)
+    for number, (algo, processes, changes) in enumerate(cases):
+        case = Case(zygote, folder / str(number), model, algo, processes, **changes)
+        mine, wanted = [], kills / len(cases)
         while sum(r.kills for r in mine) < wanted:
             mine.append(case.disturbed(at_random(1000 * number + len(mine), case.seconds, 4)))
-        print(json.dumps({"algo": algo, "processes": processes, **total(mine)}), flush=True)
+        print(json.dumps({"algo": algo, "processes": processes, **changes, **total(mine)}), flush=True)
         results += mine
     return results
 
@@ -54,17 +61,18 @@ def every_write(zygote: Zygote, folder: Path, model: Path, stride: int) -> list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--older", action="store_true")
     parser.add_argument("--writes", action="store_true")
     parser.add_argument("--stride", type=int, default=1, help="with --writes: try every so many")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder, zygote = Path(place), Zygote()
         (folder / "tiny").mkdir()
-        model = _save(folder / "tiny", "llama")
+        model = save_tiny(folder / "tiny", "llama")
         if chosen.writes:
             results = every_write(zygote, folder, model, chosen.stride)
         else:
-            results = campaign(zygote, folder, model, chosen.kills)
+            results = campaign(zygote, folder, model, chosen.kills, OLDER if chosen.older else CASES)
         zygote.close()
     print(json.dumps(total(results)))
 

@@ -13,11 +13,16 @@ import torch
 from typer.testing import CliRunner
 
 import dualign
-from dualign.annotate import BatchSession
+from dualign.annotate import BatchSession, Item
+from dualign.annotate.function import FunctionAnnotator
+from dualign.annotate.remembered import Remembered
+from dualign.annotate.together import Together
 from dualign.cli import application
 from dualign.common.errors import StopRun, UserError
-from dualign.common.types import Label
+from dualign.common.processes import Processes
+from dualign.common.types import Label, Prompt
 from dualign.config import build
+from dualign.run.journal import Book, Journal
 from dualign.run.verify import verify
 from dualign.training.engine import Engine
 from runs_common import metrics, tree, vowels, weights, write_prompts
@@ -125,6 +130,19 @@ def test_labels_come_while_the_next_batch_is_sampled(ahead, tiny, tmp_path):
     config["data"]["eval"] = None
     dualign.train(config, reward=late, quiet=True)
     assert late.opened == 4 and len(metrics(tmp_path / "run")) == 4
+
+
+def test_labels_that_are_asked_for_together_stay_with_their_batch(tmp_path):
+    """Several processes meet when a batch's turn comes: others have begun since."""
+    journal = Journal()
+    journal.begin(tmp_path / "0")
+    session = Together(Remembered(FunctionAnnotator(vowels), "key", journal, whole=True), Processes()).open()
+    session.add(Item(0, 0, Prompt("p", "x"), "aei"))
+    journal.begin(tmp_path / "1")
+    session.meet(lambda inner: inner.close())
+    journal.end()
+    assert session.close()[0].value is not None
+    assert [list(Book(tmp_path / name).labels("key")) for name in "01"] == [[0], []]
 
 
 @pytest.mark.parametrize("at", [3, 9])

@@ -33,6 +33,10 @@ def score(completions, id, **columns):
     os.close(log)
     return values
 
+def coarse(completions, id, **columns):
+    """The same by halves: many prompts are tied."""
+    return [round(2 * value) / 2 for value in score(completions, id)]
+
 def length(completions, **columns):
     return [len(c[0]["content"]) if len(c[0]["content"]) > 9 else None for c in completions]
 '''
@@ -94,10 +98,10 @@ def prepare(
     config = tree(model, write_prompts(folder), folder / name, {"name": algo, **(settings or {})}, online_batches=4)
     config["model"]["lora"] = lora
     config["train"] |= {"shard": shard, "reuse": stale.get("reuse", [])}
-    config["rollout"]["ahead"] = stale.get("ahead", 0)
+    config["rollout"] |= {"ahead": stale.get("ahead", 0), "resample": stale.get("resample", 0)}
     config["eval"] = {"prompts": 4, "every": 2}
     config["run"] |= {"checkpoints": 3, "keep_last": 2}
-    config["reward"] = [{"type": "function", "path": f"{reward}:score"}]
+    config["reward"] = [{"type": "function", "path": f"{reward}:{stale.get('function', 'score')}"}]
     if twice:  # a second reward, which has no label for some rows
         config["reward"].append({"type": "function", "path": f"{reward}:length", "weight": 0.1, "optional": True})
     recipe = folder / f"{name}.yaml"

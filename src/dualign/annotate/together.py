@@ -35,7 +35,9 @@ class Together:
 
 class TogetherSession:
     def __init__(self, together: Together) -> None:
-        self._annotator, self._processes = together.annotator, together.processes
+        self._processes = together.processes
+        # opened now, as a session's memory is that of the batch which is current: when all meet, another may be
+        self._session = None if together.processes.rank else together.annotator.open()
         self._items: list[Item] = []
         self._labels: dict[int, Label] = {}
 
@@ -48,12 +50,11 @@ class TogetherSession:
         items = self._processes.everyones(lambda: self._items)
 
         def label() -> list[tuple[int, Label]]:
-            if self._processes.rank:
+            if self._session is None:
                 return []
-            session = self._annotator.open()
             for item in sorted(items, key=lambda item: item.index):
-                session.add(item)
-            return list(close(session).items())
+                self._session.add(item)
+            return list(close(self._session).items())
 
         labels = dict(self._processes.everyones(label))
         self._labels = {item.index: labels[item.index] for item in self._items}
