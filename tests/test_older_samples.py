@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import threading
 import time
@@ -23,6 +24,8 @@ from dualign.common.processes import Processes
 from dualign.common.types import Label, Prompt
 from dualign.config import build
 from dualign.run.journal import Book, Journal
+from dualign.run.folder import Run
+from dualign.run.replay import stored
 from dualign.run.verify import verify
 from dualign.training.engine import Engine
 from runs_common import metrics, tree, vowels, weights, write_prompts
@@ -212,6 +215,24 @@ def test_a_batch_that_was_sampled_ahead_and_lost_is_named(at, lost, past, tiny, 
     journal.write_bytes(b"".join(kept) if lost else b"")
     with pytest.raises(UserError, match=rf"000002\.\*\.journal: missing.*{past} is past the policy"):
         dualign.train(config, reward=vowels, quiet=True, resume=True)
+
+
+@pytest.mark.parametrize(("at", "lost"), [(8, "batches/000002.parquet"), (9, "reused/000002-000001.parquet")])
+def test_what_was_trained_on_and_lost_is_named(at, lost, tiny, tmp_path, monkeypatch):
+    """Updates of it are done: the policy that made it is gone, and a later one must not make it in silence."""
+    config, path = settings(tiny, tmp_path, reuse=[1, 2]), tmp_path / "run" / lost
+    whole = dualign.train(settings(tiny, tmp_path, "whole", reuse=[1, 2]), reward=vowels, quiet=True)
+    stopped(config, monkeypatch, at)
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{path}: missing, and .*000002\+\d is past the policy"):
+        dualign.train(config, reward=vowels, quiet=True, resume=True)
+    if path.parent.name == "reused":
+        with pytest.raises(UserError, match=f"{path}: missing"):
+            list(stored(Run.open(tmp_path / "run"), uses=True))
+    shutil.rmtree(Run.open(tmp_path / "run").resumable())
+    run = dualign.train(config, reward=vowels, quiet=True, resume=True)
+    one, two = weights(whole.folder), weights(run.folder)
+    assert all(torch.equal(one[key], two[key]) for key in one) and metrics(whole.folder) == metrics(run.folder)
 
 
 def test_a_run_that_was_stopped_in_its_last_batch_can_be_made_longer(tiny, tmp_path, monkeypatch):

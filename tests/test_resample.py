@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import dualign
-from dualign.common.errors import UserError
+from dualign.common.errors import AbsentError, UserError
 from dualign.common.processes import Processes
 from dualign.common.types import Label, Prompt, Rollout
 from dualign.config import build
@@ -59,11 +59,39 @@ def test_a_further_prompt_for_each_that_is_tied(resample, tiny, tmp_path):
     assert len(metrics(run.folder)) == 4
 
 
+class Mended:
+    """No label for the second half of each prompt's completions until it is mended; then their label tells. Every label
+    that is given is bought."""
+
+    def __init__(self):
+        self.mended, self.bought = False, []
+
+    def __call__(self, completions, id, **columns):
+        values = [0.5 if i % 4 < 2 else float(i) if self.mended else None for i in range(len(id))]
+        self.bought += [name for name, value in zip(id, values, strict=True) if value is not None]
+        return values
+
+
+def test_further_prompts_that_were_paid_for_stay_though_nothing_is_tied_any_more(tiny, tmp_path):
+    config, judge = settings(tiny, tmp_path, 4), Mended()
+    with pytest.raises(AbsentError):
+        dualign.train(config, reward=judge, quiet=True)
+    bought, judge.mended = list(judge.bought), True
+    run = dualign.train(config, reward=judge, quiet=True, resume=True)
+    rows = run.batch(0).rows
+    assert len(bought) == 16 and len(rows) == 32, "each of four prompts was tied, and four more were asked"
+    assert sum(row.label.value == 0.5 for row in rows) == 16
+    assert [len(run.batch(step).rows) for step in (1, 2)] == [16, 16]
+
+
 class Beside:
     """Labels every completion of prompts 0 and 2 with 1; every second one is cut off where it says so."""
 
     def __init__(self, cut=False):
         self.cut = cut
+
+    def begun(self, requests, k):
+        return 0
 
     def ask(self, requests, sampling, seed, clock):
         rows = [

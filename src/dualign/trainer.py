@@ -44,7 +44,7 @@ from dualign.training.resume import (
     Changes,
     check_inputs,
     check_same_run,
-    check_tokens,
+    check_stored,
     note_fetched,
     sampler_name,
     told,
@@ -330,7 +330,8 @@ class Trainer:
         )
         if found:
             self.view.say(f"resuming from {found}: {progress['step']} online batches done")
-        check_tokens(self.run, self.source, self.engine.tokenizer)
+        tokenizer = self.engine.tokenizer
+        check_stored(self.run, self.config, self.source, tokenizer, progress["step"], progress["update"])
         if progress["step"] > self.config.train.online_batches:
             raise UserError(
                 f"train.online_batches={self.config.train.online_batches}: the run has done {progress['step']} already"

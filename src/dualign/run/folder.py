@@ -197,9 +197,13 @@ class Run(RunFiles):
         return self.reused_dir / f"{step:06d}-{of:06d}.parquet"
 
     def reused(self, step: int) -> list[int]:
-        """The earlier batches that were trained on again during online batch `step`, the latest first."""
-        found = self.reused_dir.glob(f"{step:06d}-*.parquet")
-        return sorted((int(path.stem.partition("-")[2]) for path in found), reverse=True)
+        """The earlier batches that were trained on again during online batch `step`, the latest first; also one whose
+        file has been lost since."""
+        m = self.manifest
+        lost = [self.folder / name for name, known in m.files.items() if not known.gone and name not in m.last]
+        found = {*self.reused_dir.glob("*.parquet"), *(path for path in lost if path.parent == self.reused_dir)}
+        pairs = [path.stem.partition("-") for path in found]
+        return sorted((int(of) for used_in, _, of in pairs if int(used_in) == step), reverse=True)
 
     def write_reused(self, b: WeightedBatch) -> None:
         """Log-probs and weights of this use, durable before its first update."""

@@ -35,7 +35,8 @@ def stored(run: Run, uses: bool = False) -> Iterator[WeightedBatch]:
         yield b
         for of in run.reused(step) if uses else ():
             use = run.read_reused(step, of)
-            assert use is not None
+            if use is None:
+                raise UserError(f"{run.reused_path(step, of)}: missing; `dualign verify {run.folder}` says what to do")
             yield use
 
 

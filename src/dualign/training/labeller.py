@@ -72,6 +72,11 @@ class Labeller:
 
         return Asked(rollouts, rows)
 
+    def begun(self, requests: Sequence[Request], k: int) -> int:
+        """How many of the first of `requests` a run that was ended meanwhile has asked for, in the current batch."""
+        groups = {rollout.group for rollout in self.journal.current.rollouts(requests, k).values()}
+        return max((at + 1 for at, request in enumerate(requests) if request.group in groups), default=0)
+
     def record(self) -> dict[str, dict[str, float]]:
         """The seconds of each reward in the batch that was labelled last, where there are several. They run side by
         side, within the phase "label" and during "sample"."""

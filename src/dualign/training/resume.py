@@ -16,6 +16,7 @@ from dualign.common.named import is_place, same_name
 from dualign.config import Config
 from dualign.models.tokenizer import Tokenizer
 from dualign.run import digests
+from dualign.run.batch import update_rows
 from dualign.run.digests import Digests
 from dualign.run.folder import Run
 from dualign.run.named import pinned
@@ -171,7 +172,30 @@ def check_inputs(run: Run, now: dict[str, Digests]) -> Changes:
     return Changes(tuple(found), {key: now[key] for key in found}, notes)
 
 
-def check_tokens(run: Run, source: Source, tokenizer: Tokenizer) -> None:
+def check_stored(run: Run, config: Config, source: Source, tokenizer: Tokenizer, step: int, update: int) -> None:
+    """Raises UserError where training cannot resume after `update` updates of online batch `step` from what is stored."""
+    _check_trained_on(run, config, step, update)
+    _check_tokens(run, source, tokenizer)
+
+
+def _check_trained_on(run: Run, config: Config, step: int, update: int) -> None:
+    """The batch, and the earlier ones' uses in it that were trained on already, must be there: only the policy of before
+    could make them again."""
+    done = 0
+    for of in (step, *(step - age for age in config.train.reuse if age <= step)):
+        if done >= update:
+            return
+        use = run.read_batch(step) if of == step else run.read_reused(step, of)
+        if use is None:
+            path = run.batch_path(step) if of == step else run.reused_path(step, of)
+            raise UserError(
+                f"{path}: missing, and {run.resumable()} is past the policy that made it. Delete that checkpoint and resume: "
+                "training resumes from an earlier state, and makes it again"
+            )
+        done += sum(1 for _ in update_rows(use, config.algo, config.train.update_size, config.run.seed))
+
+
+def _check_tokens(run: Run, source: Source, tokenizer: Tokenizer) -> None:
     """Raises UserError where the last batch that is stored would not be made of the same prompts (and, from a fixed set,
     completions) now."""
     steps = run.steps()

@@ -83,7 +83,8 @@ class OnlineSource:
                 labelled()
                 return found
             tied = sum(self.processes.everyones(labelled))  # of all processes, so that their number decides nothing
-            more = self._ask(self.processes.mine(prompts[own:][:tied]), step, clock).rows(clock)
+            begun = self.labeller.begun(prompts[own:], self.sampling.k)  # before labels that were absent came
+            more = self._ask(self.processes.mine(prompts[own:][: max(tied, begun)]), step, clock).rows(clock)
             return found + [penalised(row, self.penalty) for row in more]
 
         return replace(asked, rows=rows)
