@@ -12,6 +12,7 @@ from dualign.common.errors import StopRun
 from dualign.common.intervals import FEW, bracket, half_width, plus_minus
 from dualign.common.types import Label, Prompt, Rollout, user_prompt
 from dualign.run.batch import Row
+from dualign.run.replay import replay, stored
 from dualign.run.verify import verify
 from dualign.training.evaluations import in_both
 from dualign.training.heldout import HeldOut, gains, kl_name
@@ -191,7 +192,8 @@ def test_absent_held_out_labels_are_told_and_leave_the_pairs(tiny, tmp_path, cap
 @pytest.mark.parametrize("log_probs", ["recomputed", "recorded"])
 def test_the_distance_to_pi_0_is_of_all_completions_of_a_batch(log_probs, tiny, tmp_path):
     """Also of those without a label; and the stored batch says the same."""
-    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}, online_batches=2, max_absent=0.8)
+    algo = {"name": "dar", "kl_budget": 0.1}
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", algo, online_batches=2, max_absent=0.8)
     config["data"]["eval"] = None
     config["rollout"]["log_probs"] = log_probs
     config["run"]["checkpoints"] = 2
@@ -206,6 +208,8 @@ def test_the_distance_to_pi_0_is_of_all_completions_of_a_batch(log_probs, tiny, 
     kl = run.metrics()[1]["kl"]
     assert b.absent == 8 and kl == pytest.approx(np.mean(gaps), abs=1e-3)
     assert kl == b.gap != pytest.approx(np.mean(gaps[1::2]), abs=1e-3), "not of the labelled half"
+    assert b.stats["kl_sampled"] == pytest.approx(kl, rel=1e-6), "nor is what a budget is held against"
+    assert all(replay(each, run.config.algo).difference == 0 for each in stored(run))
     assert not [finding for finding in verify(run.folder) if finding.kind == "damaged"]
 
 

@@ -223,14 +223,14 @@ class Trainer:
         with clock("score"):
             ref_NT = engine.score_reference(b.tokens) if algo.needs_ref else None
             value_NT = engine.score(engine.critic, b.tokens) if engine.critic else None
-            gap_absent = gap_of_absent(self.config, engine, b, mu)
+            b = replace(b, gap_absent=gap_of_absent(self.config, engine, b, mu))
         old_NT = self.first_pass.log_pi_t(b, ref_NT, value_NT, clock) if self.config.needs_old else None
         models = {"log π_t": engine.policy, "log π_0": engine.reference, "value": engine.critic}
         with clock("score"):
             if mu is None:  # else that was seen to when it was sampled
                 check_sampler(self.config, engine, b, old_NT if self.config.rollout.log_probs == "recomputed" else None)
             ratio_N = importance(b, old_NT if mu is None else b.sampled_NT, self.config.rollout.importance_cap)
-            b = replace(weigh(b, algo, old_NT, ref_NT, value_NT, ratio_N), gap_absent=gap_absent)
+            b = weigh(b, algo, old_NT, ref_NT, value_NT, ratio_N)
         check_finite(b, lambda name, tokens: engine.not_finite(models[name], tokens))
         with clock("write"):
             if self.processes.main:

@@ -34,6 +34,8 @@ class Batch:
     value_old_NT: Tensor | None = None  # the critic's value before each token, at sampling time
     missing_eos_N: Tensor | None = None  # bool: cut off at max_new_tokens
     logp_behaviour_NT: Tensor | None = None  # log μ per token, of the policy that sampled the row; None: it was π_t
+    absent: int = 0  # completions without a label whose log-probs are known all the same, and
+    gap_absent: float = 0.0  # the sum of their log π/π_0, of the policy that sampled them
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # what prepare and refresh computed
     carried: Mapping[str, float] = field(default_factory=dict)  # of the last batch's stats, those that `carried` names
 

@@ -128,9 +128,9 @@ class DAR(Algorithm):
         if "kl_sampled" in batch.carried:
             kl = batch.carried["kl_sampled"]
             level, alpha = next_alpha(level, kl, self.kl_budget, self.alpha_rate, self.alpha_lowest)
-        # y ~ μ: an estimate of KL(μ‖π_0), and of π_t where fresh
+        # y ~ μ: an estimate of KL(μ‖π_0), and of π_t where fresh; over all y, as a KL needs no label
         sampled_N = batch.seq_old_N if batch.logp_behaviour_NT is None else batch.seq_behaviour_N
-        kl = float((sampled_N - batch.seq_ref_N).mean())
+        kl = (float((sampled_N - batch.seq_ref_N).sum()) + batch.gap_absent) / (len(batch) + batch.absent)
         return alpha, {"alpha_found": alpha, "alpha_level": level, "kl_sampled": kl}
 
     def find_beta(self, A_norm_N: Tensor) -> tuple[float, Stats]:

@@ -150,6 +150,8 @@ def weigh(
     """Adds what is constant while the batch is used: log π_t, log π_0, values, and what the algorithm makes of them,
     computed once in double precision and kept in single; times `importance_N`, where there is one."""
     whole = replace(b.batch, logp_old_NT=logp_old_NT, logp_ref_NT=logp_ref_NT, value_old_NT=value_NT)
+    if b.gap_absent is not None:
+        whole = replace(whole, absent=b.absent, gap_absent=b.gap_absent)
     precise = replace(
         whole,
         mask_NT=whole.mask_NT.double(),

@@ -56,7 +56,8 @@ def again(b: WeightedBatch, algo: Algorithm) -> WeightedBatch:
             raise UserError(f"these settings need {name}, which the run did not and its batches do not hold")
     importance_N = have.columns.get("importance") if algo.proportional else None
     plain = labelled(b.step, b.rows, have.carried)
-    plain = replace(plain, batch=replace(plain.batch, logp_behaviour_NT=have.logp_behaviour_NT), used_in=b.used_in)
+    plain = replace(plain, batch=replace(plain.batch, logp_behaviour_NT=have.logp_behaviour_NT))
+    plain = replace(plain, gap_absent=b.gap_absent, used_in=b.used_in)
     return weigh(plain, algo, have.logp_old_NT, have.logp_ref_NT, have.value_old_NT, importance_N)
 
 
