@@ -92,6 +92,15 @@ def test_without_a_memory_that_was_asked_for_it_is_only_told(capsys):
     assert said.code == 0 and "--gpu-memory 80 says whether that fits" in said.out
 
 
+@pytest.mark.parametrize("here", [False, True])
+def test_precision_auto_is_that_of_the_gpus_planned_for(here, monkeypatch):
+    """GPUs have units for bf16; whether this machine has any decides only what is planned for it."""
+    monkeypatch.setattr("dualign.common.cpu.bf16_units", lambda: here)
+    plan = ["train", HELPFUL, "model.precision=auto", "--dry-run"]
+    assert "parameters, bf16\n" in dualign(*plan, "--gpus", "1", "--gpu-memory", "80").out
+    assert ("parameters, bf16\n" in dualign(*plan).out) == here
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

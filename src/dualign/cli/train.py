@@ -39,13 +39,14 @@ def train(
     from dualign import config as configs
     from dualign.common.errors import UserError
 
-    config = configs.load(recipe, overrides or ())
+    elsewhere = bool(gpus or nodes > 1 or gpu_memory)
+    config = configs.load(recipe, overrides or (), bf16=True if elsewhere else None)
     if dry_run:
         from dualign.training.plan import print_plan
 
         print_plan(config, gpus, nodes, gpu_memory)
         return
-    if gpus or nodes > 1 or gpu_memory:
+    if elsewhere:
         raise UserError("--gpus, --nodes and --gpu-memory are for --dry-run; a launcher starts a run on several GPUs")
     _fit(config)
 

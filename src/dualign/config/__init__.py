@@ -128,8 +128,9 @@ def system_of(algo: dict[str, Any]) -> type[Algorithm]:
         raise fault_at("name", name, error) from None
 
 
-def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The configuration of a recipe (a YAML file, or the name of a shipped one) with overrides applied.
+def load(recipe: str | Path, overrides: Iterable[str] = (), bf16: bool | None = None) -> Config:
+    """The configuration of a recipe (a YAML file, or the name of a shipped one) with overrides applied. `bf16`: whether
+    the machine that it is for has units for it, which `auto` asks; None: this machine is looked at.
 
     Raises UserError naming the file and key at fault.
     """
@@ -137,7 +138,7 @@ def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
     given = list(overrides)
     tree = overridden(written, given)
     try:
-        return build(tree, str(path), stored=(path.parent / "run.json").is_file())
+        return build(tree, str(path), stored=(path.parent / "run.json").is_file(), bf16=bf16)
     except UserError as error:  # what an override said is not the file's fault
         keys = [override.partition("=")[0] for override in given]
         lines = [_whose(line, str(path), keys, written) for line in str(error).splitlines()]
@@ -208,12 +209,12 @@ def default_system(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "algo": {"name": DEFAULT, **algo}} if isinstance(algo, dict) else tree
 
 
-def build(tree: dict[str, Any], where: str = "config", stored: bool = False) -> Config:
+def build(tree: dict[str, Any], where: str = "config", stored: bool = False, bf16: bool | None = None) -> Config:
     """A checked Config from a plain tree. Raises UserError with one line per fault. One that is `stored` in a run's
-    folder can be read without the reward's code of one's own that it names."""
+    folder can be read without the reward's code of one's own that it names. `bf16`: as `load` has it."""
     tree = with_new_names(default_system(one_reward(tree)))
     try:
-        return Config.model_validate(tree, context={"stored": stored})
+        return Config.model_validate(tree, context={"stored": stored, "bf16": bf16})
     except ValidationError as error:
         lines = [_explain(tree, item) for item in error.errors()]
         raise UserError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None

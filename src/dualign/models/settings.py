@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from dualign.common import cpu
 from dualign.common.settings import Settings
@@ -52,5 +52,8 @@ class ModelConfig(Settings):
 
     @field_validator("precision")
     @classmethod
-    def _of_machine(cls, precision: str) -> str:
-        return precision if precision != "auto" else "bf16" if cpu.bf16_units() else "fp32"
+    def _of_machine(cls, precision: str, info: ValidationInfo) -> str:
+        if precision != "auto":
+            return precision
+        known = (info.context or {}).get("bf16")  # of a machine that is planned for
+        return "bf16" if (cpu.bf16_units() if known is None else known) else "fp32"
