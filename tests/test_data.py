@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from datetime import datetime, timedelta
@@ -37,6 +38,23 @@ def test_every_file_kind_reads_the_same(tmp_path, suffix):
         path.write_bytes(gzip.compress(text.encode()) if suffix.endswith("gz") else text.encode())
     prompts = load_prompts(str(path))
     assert [(p.id, p.content, p.columns["n"]) for p in prompts] == [("a", tuple(USER), 1), ("b", tuple(USER), 2)]
+
+
+def test_a_csv_is_text_under_the_names_of_its_first_line(tmp_path):
+    rows = [{"prompt": "Wo, 'ist' \"Käse\"?\nSag es!", "n": "01"}, {"prompt": "什么是爱？", "n": ""}]
+    path = tmp_path / "x.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["prompt", "n"])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert [{"prompt": p.content, "n": p.columns["n"]} for p in load_prompts(str(path))] == rows
+
+
+def test_a_label_that_a_csv_calls_false_is_false(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("prompt,completion,label\na,b,True\na,c,False\n")
+    with pytest.raises(UserError, match="row 2: its 'label' is false"):
+        load_examples(str(path))
 
 
 LAYOUTS = {
@@ -160,14 +178,18 @@ def test_bad_files(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"not parquet")
     (tmp_path / "one.json").write_text('{"prompt": "a"}')
     (tmp_path / "notes.txt").write_text("a")
+    (tmp_path / "short.csv").write_text("prompt,topic\na,b\nc\n")
+    (tmp_path / "quote.csv").write_text('prompt\n"a\n')
     for name, message in [
         ("broken.jsonl", "row 2: not JSON"),
         ("empty.jsonl", "no rows"),
-        ("bytes.jsonl", "cannot be read"),
+        ("bytes.jsonl", "not UTF-8 .byte 0xff."),
         ("zip.jsonl.gz", "cannot be read"),
         ("x.parquet", "Parquet"),
         ("one.json", "one list of rows"),
         ("notes.txt", "cannot tell its kind"),
+        ("short.csv", "row 2: not as many values"),
+        ("quote.csv", "cannot be read"),
         ("brken.jsonl", "did you mean"),
     ]:
         with pytest.raises(UserError, match=message) as error:

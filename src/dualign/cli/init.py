@@ -32,7 +32,7 @@ QUESTIONS = (
     Question(
         "model", "The model to align (a folder, a hub's name, a run, smollm2-135m-instruct)", "smollm2-135m-instruct"
     ),
-    Question("prompts", "Prompts to train on (a .jsonl or .parquet file, or a data set's name)"),
+    Question("prompts", "Prompts to train on (a .jsonl, .csv or .parquet file, or a data set's name)"),
     Question("held_out", "Prompts that are held out, to measure the gain (empty: none)", ""),
     Question("reward", f"What rewards answers ({', '.join(REWARDS)})", "judge"),
     Question("at", "Where that is"),

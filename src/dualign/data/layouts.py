@@ -76,9 +76,9 @@ def parse(
 def _value(row: Row, column: str) -> Any:
     if column not in row.values:
         near = difflib.get_close_matches(column, row.values, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         if column not in {"chosen", "rejected", "completion", "messages"}:
-            hint += ". Which one holds the prompt: data.prompt_column in a recipe, else --prompt-column"
+            hint += " Which one holds the prompt: data.prompt_column in a recipe, else --prompt-column"
         raise UserError(f"{row.where}: no column {column!r}; its columns are {', '.join(row.values) or 'none'}{hint}")
     return row.values[column]
 

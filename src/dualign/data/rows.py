@@ -7,6 +7,7 @@ plain (text) or conversational (a list of messages); whole conversations under `
 
 from __future__ import annotations
 
+import csv
 import difflib
 import gzip
 import json
@@ -29,7 +30,7 @@ from dualign.data.settings import DataConfig
 
 log = logging.getLogger(__name__)
 
-FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
 X = TypeVar("X")
 
 
@@ -94,7 +95,7 @@ def _examples(
     skipped = several = unread = 0
     for row in rows:
         try:
-            if layout == "completion" and not prompts_only and row.values.get("label") is False:
+            if layout == "completion" and not prompts_only and str(row.values.get("label")).lower() == "false":
                 raise UserError(f"{row.where}: its 'label' is false: the completion is not one to learn from")
             content, answers = parse(row, layout, config, prompts_only)
             example = _example(row, prompt_of(row, content, config), [] if prompts_only else answers)
@@ -210,7 +211,9 @@ def _file_rows(path: Path) -> Iterator[Row]:
             if not isinstance(values, dict):
                 raise UserError(f"{path}, row {number}: expected an object of columns, got {kind_of(values)}")
             yield Row(f"{path}, row {number}", f"{path.name}:{number}", values)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.object[error.start]:#x}): save it as UTF-8") from error
+    except (OSError, EOFError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
@@ -227,8 +230,13 @@ def _file_values(path: Path) -> Iterator[tuple[int, Any]]:
             raise UserError(f"{path}: not a readable Parquet file: {error}") from error
         return
     opened = gzip.open if path.name.endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8-sig") as text:
-        if ".jsonl" in path.suffixes:
+    with opened(path, "rt", encoding="utf-8-sig", newline="" if path.name.endswith(".csv") else None) as text:
+        if path.name.endswith(".csv"):
+            for number, values in enumerate(csv.DictReader(text, strict=True), 1):
+                if None in values or None in values.values():  # too many; too few
+                    raise UserError(f"{path}, row {number}: not as many values as the first line names columns")
+                yield number, values
+        elif ".jsonl" in path.suffixes:
             for number, line in enumerate(text, 1):
                 if line.strip():
                     yield number, _json(line, f"{path}, row {number}")

@@ -11,7 +11,9 @@ from dualign.common.settings import Settings
 
 class DataConfig(Settings):
     PATHS: ClassVar[tuple[str, ...]] = ("train", "eval")
-    train: str = Field(description="a .jsonl[.gz], .json or .parquet file, a data set's name, or builtin:quickstart")
+    train: str = Field(
+        description="a .jsonl[.gz], .json, .csv or .parquet file, a data set's name, or builtin:quickstart"
+    )
     eval: str | None = Field(
         None,
         description="held-out prompts, likewise; where a system on a fixed set has no reward, held-out pairs or "
