@@ -112,7 +112,7 @@ preference: {template: "{context} {response_1} {response_2}", answer: winner}
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (("name: mine", "nam: mine"), "nam"),
+        (("name: mine", "nam: mine"), "nam: no such key (a rubric has name, "),
         (("sign: 1", "sign: 2"), "sign"),
         (("{response} ", ""), "reward.template"),
         (("{response} ", "{answer} "), "reward.template"),

@@ -199,8 +199,11 @@ def of_tree(data: Any, where: str) -> Rubric:
     try:
         rubric = Rubric.model_validate(data)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(f"{where}: {problems}") from None
+        problems = [
+            f"{'.'.join(map(str, e['loc']))}: {'no such key' if e['type'] == 'extra_forbidden' else e['msg']}"
+            for e in error.errors()
+        ]
+        raise UserError(f"{where}: {'; '.join(problems)} (a rubric has {', '.join(Rubric.model_fields)})") from None
     if not (rubric.reward or rubric.preference or rubric.checklist or rubric.ranking):
         raise UserError(f"{where}: it asks nothing: give it a section reward, preference, ranking or checklist")
     if (checklist := rubric.checklist) and not checklist.column and not any(c.weight > 0 for c in checklist.criteria):
