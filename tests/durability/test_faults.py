@@ -245,6 +245,7 @@ def test_absent_labels_are_asked_for_again_once_they_stopped_the_run(tiny, still
     with reward_with(tmp_path, *SILENT):
         said = command("train", recipe)
     assert said.code == 3 and "16 of 16 completions have no label" in said.err
+    assert said.err.strip().endswith(f"to go on: dualign resume {run}")
     assert command("resume", run).code == 0
     assert same(run, still) == []
 

@@ -122,9 +122,13 @@ def keys(
 
 def _fit(config: Config, resume: bool = False) -> None:
     _quiet()
+    from dualign.common.errors import StopRun
     from dualign.trainer import train as fit
 
-    fit(config, resume=resume)
+    try:
+        fit(config, resume=resume)
+    except StopRun as stop:
+        raise StopRun(f"{stop}\nto go on: dualign resume {config.run.dir}") from stop
     _leave_group()
 
 
