@@ -14,7 +14,7 @@ from dualign.config.sections import WitnessConfig
 from dualign.run import parting
 from dualign.run.batch import Row
 from dualign.run.folder import Run
-from dualign.run.witness import Witnessed, chosen, look_of, planned, read
+from dualign.run.witness import Look, Witnessed, chosen, look_of, planned, read
 from dualign.training.resume import resumed_config
 from dualign.training.witness import Asking
 from runs_common import metrics, tree, vowels, weights, write_prompts
@@ -270,6 +270,11 @@ def test_the_best_checkpoint_is_kept(tiny, tmp_path):
     assert out.code == 0 and str(best) in out.out and (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_of_checkpoints_that_one_look_rates_the_nearest_is_the_best():
+    looks = [Look("heldout", step, "w", {}, {"p": (0.0, value)}) for step, value in ((0, 0.0), (2, 2.0), (4, 1.0))]
+    assert [Witnessed(None, looks).best(steps)[0] for steps in ([1, 2, 3, 4], [1, 3], [3, 4])] == [2, 1, 3]
+
+
 # --- afterwards ---
 
 
@@ -285,6 +290,8 @@ def test_asked_afterwards_it_says_what_it_would_have_said(tiny, tmp_path):
         (look.step, look.labels, look.test) for look in run.witness().looks
     ]
     assert command("verify", run.folder).code == 0
+    typed = said.out.split("; dualign ")[1].split("\n")[0].split()  # the export that it names
+    assert command(*typed, "--out", tmp_path / "out").code == 0
     other = command(*asking[:-1], "4", "--name", "later")
     assert other.code == 2 and "--name" in other.err
 

@@ -128,14 +128,15 @@ class Witnessed:
 
     def best(self, steps: Sequence[int]) -> tuple[int, Look] | None:
         """Of checkpoints after so many batches the one that the witness rates highest, and the look that says so: the
-        nearest to it on what is held out, where there are two or more after π_0, else on batches. None without any."""
+        nearest to it on what is held out, where there are two or more after π_0, else on batches. Of checkpoints that one
+        look rates it is the nearest. None without any."""
         held = {step: look for step, look in self.heldout.items() if step}
         looks = held if len(held) > 1 or not self.batches else self.batches
         rated = {s: v for s, look in looks.items() if (v := look.record()["witness"]) is not None}
         if not rated or not steps:
             return None
         nearest = {step: min(rated, key=lambda at: (abs(at - step), at)) for step in sorted(steps)}
-        found = max(nearest, key=lambda step: rated[nearest[step]])  # of equals the first
+        found = max(nearest, key=lambda step: (rated[nearest[step]], -abs(nearest[step] - step)))  # of equals the first
         return found, looks[nearest[found]]
 
     def summary(self, steps: Sequence[int]) -> dict[str, Any]:

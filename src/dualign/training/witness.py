@@ -185,6 +185,6 @@ def verdict(seen: Witnessed, run: Run) -> list[str]:
         was = first.record()["witness"] if first else None
         below = ", no better than π_0" if was is not None and there <= was else ""
         lines.append(
-            f"best checkpoint by the witness: {step} ({there:+.3f}{below}); dualign export {run.folder} --best"
+            f"best checkpoint by the witness: {step} ({there:+.3f}{below}); dualign export {run.folder}@{step}"
         )
     return lines
