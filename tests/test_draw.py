@@ -7,6 +7,7 @@ import pytest
 
 import dualign
 from dualign import data
+from dualign.common.errors import UserError
 from dualign.config import build
 from dualign.training.heldout import key_of
 from dualign.training.pairs import make_pairs
@@ -99,3 +100,19 @@ def test_a_dry_run_says_that_plain_prompts_have_no_template(tiny, tmp_path, caps
     config["data"] |= {"chat": True}
     print_plan(build(config))
     assert "plain text" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("key", "row"), [("train", "long.jsonl:3"), ("eval", "long.jsonl:3"), (None, "reward: none")])
+def test_a_dry_run_finds_what_would_end_the_run_once_its_model_is_loaded(tiny, tmp_path, capsys, key, row):
+    """A prompt that does not fit into the model's context; no reward."""
+    for name, longest in (("short", 9), ("long", 900)):
+        rows = [{"prompt": "a" * n} for n in (3, 4, longest)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tree(tiny, tmp_path / "short.jsonl", tmp_path / "run", {"name": "dar"}) | {"reward": [reward_file()]}
+    config["eval"] = {"prompts": 3}
+    print_plan(build(config))
+    assert "would not run" not in capsys.readouterr().out
+    config |= {"reward": []} if key is None else {}
+    config["data"] |= {key: str(tmp_path / "long.jsonl")} if key else {}
+    with pytest.raises(UserError, match=row):
+        print_plan(build(config))

@@ -85,7 +85,7 @@ def train(
     rewards = [r for r in rewards if not isinstance(r, RewardSettings)]
     changes = check_same_run(Path(config.run.dir), config, rewards, sampler) if resume else Changes()
     if config.algo.source == "online" and not config.reward and not rewards:
-        raise UserError("reward: none given; name at least one (type: function, head, classifier, judge, ...)")
+        raise UserError(annotate.NO_REWARD)
     given = sampler_name(sampler)
     machine = Machine(config)
     processes, online = machine.processes, config.algo.source == "online"

@@ -22,6 +22,7 @@ from dualign.common.types import Label
 
 __all__ = ["Annotator", "BatchSession", "Item", "Label", "RewardSettings", "annotator_of", "as_list", "build"]
 
+NO_REWARD = "reward: none given; name at least one (type: function, head, classifier, judge, ...)"
 ONLY_GATES = "reward: all are gates, and there is nothing for them to let through; name one that adds"
 Reward = Callable[..., Any] | Annotator | RewardSettings  # as `dualign.train(reward=...)` takes it
 

@@ -11,14 +11,15 @@ from types import SimpleNamespace
 from typing import Any
 
 from dualign import assets, data
-from dualign.annotate import ONLY_GATES
+from dualign.annotate import NO_REWARD, ONLY_GATES
 from dualign.annotate.settings import RewardSettings
 from dualign.common.errors import UserError
-from dualign.common.types import Prompt
+from dualign.common.types import Prompt, text_of
 from dualign.config import Config
 from dualign.models.load import context_of
 from dualign.models.tokenizer import Tokenizer, load_tokenizer, source_of
 from dualign.rollout.base import Request
+from dualign.rollout.requests import requests_of
 from dualign.run.named import pinned
 from dualign.run.witness import most_labels
 from dualign.training.evaluations import in_both
@@ -52,6 +53,7 @@ def print_plan(config: Config, gpus: int | None = None, nodes: int = 1, gpu_memo
         print(f"data: {_most(c, leaver)}{train} rows of {c.data.train}; {epochs:.2f} epochs")
         if reader and not leaver:  # what leaves rows out has said so
             mention_plain_text([getattr(row, "prompt", row) for row in rows], c.data, reader, print)
+            faults += _too_long(rows, c, reader)
     held = 0
     if c.data.eval:
         drawn = _load(
@@ -62,6 +64,7 @@ def print_plan(config: Config, gpus: int | None = None, nodes: int = 1, gpu_memo
             print(
                 "\n".join([f"held out: {_most(c, leaver)}{held} rows of {c.data.eval}, drawn", *in_both(rows, drawn)])
             )
+            faults += _too_long(drawn, c, reader) if reader and not leaver else []
     print(
         f"{t.online_batches} online batches of {t.online_batch} completions = {c.prompts_per_batch} prompts × {c.group}; "
         f"{per} updates each, on {c.update_completions} completions; {t.online_batches * per} updates in all"
@@ -77,6 +80,7 @@ def print_plan(config: Config, gpus: int | None = None, nodes: int = 1, gpu_memo
         faults.append(str(error))
     for i, reward in enumerate(c.reward):
         _check(f"reward.{i}", reward.of_groups(c.group), labels + evaluated, faults)
+    faults += [NO_REWARD] if c.algo.source == "online" and not c.reward else []
     faults += [ONLY_GATES] if c.reward and all(reward.gate for reward in c.reward) else []
     if c.witness:
         wanted = most_labels(c, c.witness, held)
@@ -168,3 +172,16 @@ def _longest(rows: Sequence[Any], reader: _Reader | None) -> int | None:
             with suppress(UserError):  # a row that a run refuses, which is not asked here
                 lengths.append(len(reader.tokenizer.prompt(row)))
     return max(lengths, default=None)
+
+
+def _too_long(rows: Sequence[Any], c: Config, reader: _Reader) -> list[str]:
+    """What a run says of the longest prompt that it samples for, by its characters: to count everyone's tokens takes long."""
+    prompts = [row for row in rows if isinstance(row, Prompt)]
+    if not prompts:
+        return []
+    longest = max(prompts, key=lambda prompt: sum(len(text_of(message)) for message in prompt.messages))
+    try:
+        requests_of([longest], reader.tokenizer, reader.context, c.rollout.max_new_tokens, None, print)
+    except UserError as error:
+        return [f"data: {error}"]
+    return []
