@@ -62,13 +62,13 @@ class Batch:
     @property
     def seq_old_N(self) -> Tensor:
         """log π_t(y|x)."""
-        assert self.logp_old_NT is not None
+        assert self.logp_old_NT is not None, "log π_t is there only with needs_old"
         return self.seq(self.logp_old_NT)
 
     @property
     def seq_ref_N(self) -> Tensor:
         """log π_0(y|x)."""
-        assert self.logp_ref_NT is not None
+        assert self.logp_ref_NT is not None, "log π_0 is there only with needs_ref"
         return self.seq(self.logp_ref_NT)
 
     @property

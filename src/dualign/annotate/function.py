@@ -67,7 +67,7 @@ class FunctionAnnotator:
         except _RaisedError as raised:
             error = raised.error
             raise UserError(
-                f"reward function {self.name} raised {type(error).__name__}: {error}{place_of(error, but=__file__)} "
+                f"reward function {self.name} raised {type(error).__name__}: {error}{place_of(error)} "
                 f"(in a batch of {len(items)}; its first row is prompt {items[0].prompt.id!r})"
             ) from error
         values = result.tolist() if hasattr(result, "tolist") else result

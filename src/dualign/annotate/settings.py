@@ -94,7 +94,7 @@ class RewardSettings(Settings):
     def build(self, run_dir: Path | None = None) -> Annotator | Callable[..., Any]:
         """What labels: an annotator, or a function in TRL's convention. `run_dir`: where a run keeps its files; None
         outside of runs. Raises UserError for what cannot be loaded."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no build")
 
     def check(self) -> None:
         """Raises UserError for what `build` would, as far as that is known without a server and before a run begins

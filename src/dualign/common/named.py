@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from dualign.common.errors import StopRun, UserError
 from dualign.common.paths import path_of
 
 X = TypeVar("X")
+OURS = str(Path(__file__).parents[1])
+LIBRARIES = tuple(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
 
 
 def is_place(text: str) -> bool:
@@ -89,9 +92,10 @@ def run_own(what: str, work: Callable[[], X], passes: Callable[[Exception], bool
         raise UserError(f"{what} raised {type(error).__name__}: {error}{place_of(error)}") from error
 
 
-def place_of(error: BaseException, but: str = "") -> str:
-    """Where it was raised, as far as that is not in the file `but`."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != but]
+def place_of(error: BaseException) -> str:
+    """Where it was raised: the last line of the user's own code, else of a library, as far as that is not ours."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((OURS, "<"))]
+    frames = [f for f in frames if not f.filename.startswith(LIBRARIES)] or frames
     return f", {frames[-1].filename} line {frames[-1].lineno}" if frames else ""
 
 

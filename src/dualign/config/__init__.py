@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from dualign.algos import ALGORITHMS, Algorithm
+from dualign.algos.own import guarded
 from dualign.annotate.registry import RewardConfig, settings_class
 from dualign.annotate.settings import RewardSettings
 from dualign.common.errors import UserError
@@ -123,7 +124,8 @@ def system_of(algo: dict[str, Any]) -> type[Algorithm]:
     try:
         if not isinstance(name, str):
             raise ValueError("missing" if name is None else f"expected a system's name, not {name!r}")
-        return class_of(name, ALGORITHMS, Algorithm)
+        kind = class_of(name, ALGORITHMS, Algorithm)
+        return guarded(kind, name) if is_place(name) else kind
     except ValueError as error:
         raise fault_at("name", name, error) from None
 

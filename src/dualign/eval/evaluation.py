@@ -70,7 +70,7 @@ class Evaluation(Settings):
     name: ClassVar[str] = ""
 
     def run(self, sources: Sequence[Source]) -> Result:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no run")
 
 
 def opened(spec: str, settings: Sequence[str] = ()) -> Evaluation:
