@@ -35,6 +35,8 @@ def test_every_word_is_told_where_it_is_set():
 
 @pytest.mark.parametrize(("override", "said"), [
     ("train.learning_rate=1", "train.learning_rate: no such key; TRL's learning_rate is train.lr here"),
+    ("scale_rewards=none", "TRL's scale_rewards is algo.scale here"),
+    ("algo.name=GRPO", "no 'GRPO'; did you mean grpo?"),
     ("rollout.n=4", "verl's actor_rollout_ref.rollout.n is rollout.k here"),
     ("completion_only_loss=true", "has no key here: always so"),
     ("lr=1", "lr: no such key; did you mean train.lr"),

@@ -41,9 +41,9 @@ def test_what_is_amiss_in_a_method_is_named(tmp_path, wrong):
     file, kind = system(tmp_path, **{"prepare": "return {}, {}", "loss": "return logp_NT.sum(), {}"} | {method: body})
     batch = Batch(torch.tensor([0, 0, 1, 1]), torch.ones(4, 3), torch.zeros(4))
     algo = kind(name=f"{file}:Mine")
+    given = (batch,) if method == "prepare" else (torch.zeros(4, 3), batch)
     with pytest.raises(UserError) as error:
-        algo.prepare(batch)
-        algo.loss(torch.zeros(4, 3), batch)
+        getattr(algo, method)(*given)
     assert f"algo {file}:Mine: {method}" in str(error.value)
     assert WRONG[wrong].replace("{file}", str(file)) in str(error.value)
 

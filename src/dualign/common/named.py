@@ -105,7 +105,7 @@ def class_of(name: str, known: Mapping[str, type[X]], kind: type[X], hint: str =
     if name in known:
         return known[name]
     if not is_place(name):
-        near = difflib.get_close_matches(name, known, 1, 0.4)
+        near = difflib.get_close_matches(name.lower(), known, 1, 0.4)
         meant = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"no {name!r}{meant} (one of {', '.join(known)}, or one of your own: FILE.py:NAME)")
     try:
