@@ -90,6 +90,14 @@ def test_commands_can_be_typed(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_within_a_sentence_are_commands(page):
+    there = typer.main.get_command(application()).commands
+    assert [
+        said for said in re.findall(r"`dualign ([a-z]\S*?)[\s`]", page.read_text(encoding="utf-8")) if said not in there
+    ] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_recipes_are_recipes(page, tmp_path):
     """YAML that has a recipe's sections is one, beside what the quickstart has."""
     for number, block in enumerate(blocks(page, "yaml")):
