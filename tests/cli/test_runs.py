@@ -19,6 +19,7 @@ from command import dualign as command
 from dualign.cli import application
 from dualign.cli import doctor as looks
 from dualign.config import load
+from dualign.run.shelf import running
 from runs_common import reward_file, tree, write_prompts
 
 
@@ -50,6 +51,27 @@ def test_runs_are_listed_for_people_and_programs(shelf):
     (shelf / "deep/two/metrics.jsonl").write_text("{broken\n")
     assert {each["state"] for each in json.loads(command("runs", shelf, "--json").out)} == {"unreadable"}
     assert command("runs", shelf / "none").code == 2
+
+
+def test_a_look_at_runs_turns_no_run_away(shelf):
+    turned_away, done = [], threading.Event()
+
+    def begin_and_end() -> None:  # as one run after the other would
+        while not done.is_set():
+            with open(shelf / "one/.lock", "a") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    turned_away.append(True)
+
+    runs = threading.Thread(target=begin_and_end)
+    runs.start()
+    try:
+        seen = {running(shelf / "one") for _ in range(2000)}
+    finally:
+        done.set()
+        runs.join()
+    assert not turned_away and True in seen
 
 
 def test_cleaning_shows_asks_and_leaves_what_is_not_the_runs(shelf):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dualign.common.errors import UserError
+from dualign.common.locks import locked
 from dualign.common.yaml_text import parse_yaml
 from dualign.run.folder import STATE_FILES, Run
 
@@ -83,14 +84,17 @@ def shelved(folder: Path) -> Shelved:
 
 
 def running(folder: Path) -> bool:
-    """Whether a process is at work on the run: it holds its lock."""
+    """Whether a process of this machine is at work on the run: it holds its lock."""
+    lock = folder / ".lock"
+    if not lock.exists():
+        return False
+    if (held := locked()) is not None:
+        return lock.stat().st_ino in held
     try:
-        with open(folder / ".lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except FileNotFoundError:
-        return False
     return False
 
 
