@@ -59,7 +59,7 @@ def record(step: int) -> dict[str, Any]:
     """A line of metrics.jsonl."""
     return {
         "step": step, "reward": step / 10, "kl": step / 5, "kl_ci": 0.1, "ess": 0.3, "absent": 0,
-        "labels": 8 * (step + 1), "helpful/mean": 0.1, "seconds": {"sample": 1.0, "update": 2.0},
+        "labels": 8 * (step + 1), "helpful/mean": 0.1, "dollars": 0.25 * (step + 1), "seconds": {"sample": 1.0, "update": 2.0},
     }  # fmt: skip
 
 
@@ -84,6 +84,7 @@ def write_run(
         write_batch(folder / f"batches/{step:06d}.parquet", step, texts, k)
     for done in (0, steps):
         stats = {"batches": done, "reward": done / 10, "reward_ci": 0.2, "kl": 0.0, "prompts": 4}
+        stats["rewards"] = {"helpful": done / 20, "brief": -done / 10}
         texts = [f"held out {i} after {done} batches" for i in range(4)]
         write_batch(folder / f"evaluations/{done:06d}.parquet", done, texts, 1, stats)
     if finished:

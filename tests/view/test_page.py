@@ -99,6 +99,22 @@ def test_names_of_runs_are_text(browser, address):
     assert browser.title.startswith("sweep/a") and not all_of(browser, "main img") and severe(browser) == []
 
 
+def test_each_reward_and_the_money_have_curves(browser, address):
+    opened(browser, address, "/curves?run=first", ".chart svg path")
+    shown = {c.split("\n")[0]: c for c in (chart.text for chart in all_of(browser, ".chart") if chart.is_displayed())}
+    assert shown["Dollars"].split("\n")[1] == "0.75" and {"helpful/mean", "brief/mean"} <= shown.keys()
+    assert {"helpful", "brief"} <= set(shown["Each reward, held out"].split("\n"))
+    drawn = (
+        "return [...document.querySelectorAll('.chart')].find(c => c.innerText.startsWith(arguments[0]))"
+        ".querySelectorAll(arguments[1]).length"
+    )
+    assert browser.execute_script(drawn, "Each reward", ".lines circle") == 4
+    assert browser.execute_script(drawn, "Each reward", ".lines .bar") == 4
+    opened(browser, address, "/curves?run=first&run=second", ".chart svg path")
+    until(lambda: browser.execute_script(drawn, "Each reward", ".lines circle") == 8)
+    assert severe(browser) == []
+
+
 def test_curves_zoom_and_point_together(browser, address):
     opened(browser, address, "/curves?run=first&run=second", ".chart svg path")
     assert {"Reward", "KL to π₀, nats"} <= {t.split("−")[0] for t in texts(browser, ".chart figcaption")}

@@ -14,10 +14,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from command import dualign
 from dualign.annotate.budget import SCHEMA
 from dualign.common.errors import UserError
+from dualign.common.intervals import half_width
 from dualign.eval.view import serve
 from dualign.eval.view.folders import Folders
 from dualign.eval.view.server import HEADERS
@@ -96,7 +98,63 @@ def test_one_run_in_full(served):
     run = served.api("run", run="finished")
     assert run["settings"]["algo.beta"] == 0.1 and run["evaluations"] == [0, 3] and run["batches"] == [0, 1, 2]
     assert [e["reward"] for e in run["heldout"]] == [0.0, 0.3] and run["summary"]["gain"] == 0.5
-    assert served.api("sparks")["finished"] == [0.0, 0.1, 0.2]
+    more = served.api("more")
+    assert more["finished"]["spark"] == [0.0, 0.1, 0.2] and more["finished"]["held"] == []  # its row has them
+    assert [e["reward"] for e in by_name(served, "finished")["held"]] == [0.0, 0.5]
+    assert [e["reward"] for e in more["sweep/stopped"]["held"]] == [0.0, 0.3]
+    assert by_name(served, "sweep/stopped")["evaluated"] == 3
+
+
+def test_each_held_out_reward_has_its_mean_over_prompts_and_an_interval(tmp_path):
+    path = write_run(tmp_path / "two") / "evaluations" / "000003.parquet"
+    write_batch(path.with_stem("000000"), 0, ["one"], 1, {"reward": 0.0})
+    table = write_batch(path, 3, ["an answer"] * 12, 2, {"reward": 0.3, "rewards": {"helpful": 0.1, "gold": 0.7}})
+    means = [sum(pair) / len(pair) for pair in pairs_of(table, "helpful") if pair]
+    with serving(tmp_path) as served:
+        first, last = served.api("run", run="two")["heldout"]
+    assert "helpful/mean" not in first  # one reward alone
+    assert last["helpful/mean"] == 0.1 and last["helpful/mean_ci"] == pytest.approx(half_width(means))
+    assert last["gold/mean"] == 0.7 and last["gold/mean_ci"] is None  # no answer has it: nothing to go by
+
+
+def pairs_of(table, name):
+    """Of each prompt's two answers the values of one reward that are there."""
+    values = [json.loads(parts)[name] for parts in table["parts"].to_pylist()]
+    return [[v for v in values[i : i + 2] if v is not None] for i in range(0, len(values), 2)]
+
+
+def test_a_finished_run_that_is_made_longer_runs(tmp_path):
+    run = write_run(tmp_path / "longer", finished=True)
+    with serving(tmp_path) as served, open(run / ".lock", "a") as lock:
+        assert by_name(served, "longer")["state"]["is"] == "finished"
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert by_name(served, "longer")["state"]["is"] == "running"
+
+
+def test_a_configuration_is_read_as_a_whole_however_it_is_written(tmp_path):
+    tree = {
+        "algo": {"name": "dar", "beta": 0.5},
+        "reward": [{"path": "a\nb: c", "weight": 0.25}],
+        "run": {"dir": None},
+    }
+    texts = {
+        "ours": yaml.safe_dump(tree), "json": json.dumps(tree), "document": "---\n" + yaml.safe_dump(tree),
+        "anchors": "a: &a {b: 1}\nc: *a\n", "wrapped": "a: {b: 1,\nc: 2}\n", "damaged": "a: {b: 1\n",
+    }  # fmt: skip
+    for name, text in texts.items():
+        (write_run(tmp_path / name) / "config.yaml").write_text(text)
+    with serving(tmp_path) as served:
+        told = {name: served.api("run", run=name) for name in texts}
+    expected = {
+        "algo.name": "dar",
+        "algo.beta": 0.5,
+        "reward.0.path": "a\nb: c",
+        "reward.0.weight": 0.25,
+        "run.dir": None,
+    }
+    assert all(told[name]["settings"] == expected for name in ("ours", "json", "document"))
+    assert told["anchors"]["settings"] == {"a.b": 1, "c.b": 1} and told["wrapped"]["settings"] == {"a.b": 1, "a.c": 2}
+    assert told["damaged"]["settings"] == {} and "config.yaml" in told["damaged"]["troubles"][0]
 
 
 def test_no_number_of_points_is_too_few(served):
@@ -160,7 +218,7 @@ def test_nothing_is_written_into_a_run(tmp_path):
     before = snapshot(tmp_path)
     with serving(tmp_path) as served:
         assert by_name(served, "paid")["money"][0]["dollars"] == 2.5
-        for name, more in (("run", {}), ("curves", {}), ("list", {"q": "apples"}), ("sparks", {})):
+        for name, more in (("run", {}), ("curves", {}), ("list", {"q": "apples"}), ("more", {})):
             served.api(name, run="paid", **more)
     assert snapshot(tmp_path) == before
     bank.close()
@@ -250,9 +308,16 @@ def test_elsewhere_a_token_is_asked_for_and_never_told(root, caplog, capfd):
 # --- the command ---
 
 
-def test_neither_torch_nor_scipy_is_loaded():
-    code = "import sys, dualign.eval.view.server; print({'torch', 'scipy', 'transformers'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+def test_nothing_heavy_is_loaded_before_the_table_of_runs_stands(root):
+    code = """
+import sys
+from pathlib import Path
+from dualign.eval.view.library import Library
+import dualign.eval.view.server
+assert len(Library(Path(sys.argv[1])).runs()["runs"]) == 3
+print({"torch", "scipy", "transformers", "numpy", "pyarrow"} & set(sys.modules))"""
+    done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
 
 
 def test_the_command_serves_until_it_is_interrupted(root):

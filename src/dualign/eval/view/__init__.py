@@ -53,14 +53,10 @@ def serve(
 
 
 def _calm() -> None:
-    """Takes little of the memory and of the processors that training on the same machine needs. pyarrow would load
-    pandas, where it is installed, at its first conversion (half a second, 45 MB)."""
+    """Takes little of the memory and of the processors that training on the same machine needs. pyarrow reads these when
+    it is loaded, and would load pandas, where it is installed, at its first conversion (half a second, 45 MB)."""
+    os.environ |= {"ARROW_DEFAULT_MEMORY_POOL": "system", "ARROW_IO_THREADS": "1", "OMP_NUM_THREADS": "1"}
     sys.meta_path.insert(0, _WithoutPandas())
-    import pyarrow as pa
-
-    pa.set_memory_pool(pa.system_memory_pool())
-    pa.set_cpu_count(1)
-    pa.set_io_thread_count(1)
 
 
 class _WithoutPandas(MetaPathFinder):

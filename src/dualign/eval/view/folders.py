@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -94,19 +93,6 @@ def _is_run(folder: Path) -> bool:
 
 def _text(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def locked() -> set[int] | None:
-    """The inodes of files that some process of this machine holds by flock; None where the system does not tell. Asking
-    the lock itself would hold it for a moment, and a run that begins just then would be refused."""
-    if sys.platform != "linux":
-        return None
-    try:
-        lines = Path("/proc/locks").read_text().splitlines()
-    except OSError:
-        return None
-    fields = [line.split() for line in lines]
-    return {int(f[5].rpartition(":")[2]) for f in fields if len(f) > 5 and f[1] == "FLOCK" and f[3] == "WRITE"}
 
 
 def stamp(path: Path) -> tuple[int, int, int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -12,12 +13,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import yaml
 
 from dualign.eval.report.answers import Json
@@ -27,6 +27,7 @@ from dualign.eval.view.metrics import OLD_NAMES, Metrics
 RECENT = 900  # seconds: where locks cannot be seen, a run that was written to since is taken to be running
 LARGEST = 4 << 20  # bytes of a JSON or YAML file that is read
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+SECTION = re.compile(r"^(?=\w)", re.MULTILINE)  # of a configuration
 LEAVES, DEPTH = 1000, 12  # of a configuration
 SPARK = 48  # points of a run's small line
 
@@ -81,7 +82,7 @@ class Reader:
         summary = self.json(folder / "summary.json", troubles) or {}
         last, done = self._tail(folder / "metrics.jsonl")
         ends = [summary.get(when) for when in ("before", "after")]
-        held = [e for e in ends if isinstance(e, dict)] or self.heldout(folder, troubles, ends=True)
+        held = [e for e in ends if isinstance(e, dict)]
         return {
             "name": name,
             "system": _text(settings.get("algo.name")) or _text(summary.get("algo")),
@@ -91,6 +92,7 @@ class Reader:
             "finished": bool(summary),
             "begun": _text(about.get("begun")),
             "last": {key: last[key] for key in ("reward", "kl", "length", "absent", "labels", "loss") if key in last},
+            "evaluated": max(self.steps(folder, "evaluations"), default=None),
             "held": [{OLD_NAMES.get(k, k): v for k, v in h.items() if _number(v)} for h in held],
             "gain": {key: summary.get(key) for key in ("gain", "gain_ci", "gain_sd", "gain_sd_ci", "n")}
             if "gain" in summary
@@ -103,8 +105,9 @@ class Reader:
         """running, stopped (killed, or told to stop: it can be resumed) or finished; and when a file last changed."""
         written = max((s[2] / 1e9 for s in stamps.values() if s), default=0.0)
         lock = stamp(folder / ".lock")
-        at_work = lock is not None and (lock[0] in held if held is not None else time.time() - written < RECENT)
-        state = "finished" if told["finished"] else "running" if at_work else "stopped"
+        recent = not told["finished"] and time.time() - written < RECENT
+        at_work = lock is not None and (lock[0] in held if held is not None else recent)
+        state = "running" if at_work else "finished" if told["finished"] else "stopped"
         return {"is": state, "written": round(written)}
 
     # --- single files ---
@@ -126,7 +129,7 @@ class Reader:
     def settings(self, folder: Path, troubles: Troubles) -> Json:
         """Every key of config.yaml by its path, as `algo.beta`."""
         text = self.config_text(folder)
-        tree = troubles.read("config.yaml", lambda: yaml.load(text, Loader=LOADER)) if text else None
+        tree = troubles.read("config.yaml", lambda: _tree(text)) if text else None
         return _flat(tree) if isinstance(tree, dict) else {}
 
     def config_text(self, folder: Path) -> str:
@@ -168,7 +171,7 @@ class Reader:
             path = folder / "evaluations" / f"{step:06d}.parquet"
             if (real := self.folders.file(path)) is None:
                 continue
-            stats = troubles.read(f"evaluations/{path.name}", partial(_stats, real))
+            stats = troubles.read(f"evaluations/{path.name}", partial(_stats, real, stamp(real)))
             if stats is not None:
                 found.append(stats | {"batches": step})
         return found
@@ -241,10 +244,34 @@ def spark(metrics: Metrics) -> list[float]:
     return [float(f"{sum(values[a:b]) / (b - a):.4g}") for a, b in pairwise(edges)]
 
 
-def _stats(path: Path) -> Json:
+@lru_cache(maxsize=4096)
+def _stats(path: Path, version: Any) -> Json:
+    """An evaluation's means; of several rewards also each one's (`NAME/mean`) with half its 95 % interval over prompts
+    (`NAME/mean_ci`). `version`: of the file, which is read again when it changes."""
+    import pyarrow.parquet as pq
+
     with pq.ParquetFile(path) as file:
         stats = json.loads(file.schema_arrow.metadata[b"dualign"])["stats"]
-    return {OLD_NAMES.get(key, key): value for key, value in stats.items() if _number(value)}
+        found = {OLD_NAMES.get(key, key): value for key, value in stats.items() if _number(value)}
+        if isinstance(means := stats.get("rewards"), dict):
+            rows = file.read(["prompt_id", "parts"], use_threads=False).to_pylist()
+            parts = [(row["prompt_id"], json.loads(row["parts"] or "{}")) for row in rows]
+            for name, mean in means.items():
+                half = _half_width([(prompt, each.get(name)) for prompt, each in parts])
+                found |= {f"{name}/mean": mean, f"{name}/mean_ci": half}
+    return found
+
+
+def _half_width(values: list[tuple[str, float | None]]) -> float | None:
+    """Half the 95 % interval of the mean over prompts; None where there is none."""
+    from dualign.common.intervals import half_width, known
+
+    by_prompt: dict[str, list[float]] = {}
+    for prompt, value in values:
+        if value is not None:
+            by_prompt.setdefault(prompt, []).append(value)
+    half = half_width([sum(each) / len(each) for each in by_prompt.values()])
+    return half if known(half) else None
 
 
 def _bounded(path: Path) -> str:
@@ -253,6 +280,20 @@ def _bounded(path: Path) -> str:
     if len(text) > LARGEST:
         raise ValueError("it is larger than such a file can be")
     return text
+
+
+def _tree(text: str) -> Any:
+    """A configuration, section by section, as most sections are those of the next run, too: YAML is slow to read."""
+    try:
+        parts = [_section(part) for part in SECTION.split(text)]
+        return {key: value for part in parts if part for key, value in part.items()}
+    except (yaml.YAMLError, AttributeError):  # not as a run writes it
+        return yaml.load(text, Loader=LOADER)
+
+
+@lru_cache(maxsize=2048)
+def _section(text: str) -> Any:
+    return yaml.load(text, Loader=LOADER)
 
 
 def _flat(tree: Any) -> Json:

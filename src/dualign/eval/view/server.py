@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from http.cookies import CookieError, SimpleCookie
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode
 
 from starlette.applications import Starlette
@@ -20,7 +20,10 @@ from starlette.routing import Route
 
 from dualign.common.errors import UserError, clean
 from dualign.eval.view.folders import MissingError
-from dualign.eval.view.library import POINTS, Kind, Library
+from dualign.eval.view.library import POINTS, Library
+
+if TYPE_CHECKING:
+    from dualign.eval.view.browser import Kind
 
 log = logging.getLogger("dualign.view")
 KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -118,16 +121,16 @@ def _list(library: Library, request: Request) -> Any:
     page = (_whole(q.get("offset"), 0), min(_whole(q.get("limit"), 40), 200))
     text, sort = q.get("q", "")[:1000], q.get("sort", "order")
     if columns := q.getlist("col"):
-        return library.heldout(columns[:8], text, sort, *page)
-    return library.listed(q.get("run", ""), text, sort, *page)
+        return library.browser.heldout(columns[:8], text, sort, *page)
+    return library.browser.listed(q.get("run", ""), text, sort, *page)
 
 
 def _prompt(library: Library, request: Request) -> Any:
     q = request.query_params
     row = _whole(q.get("row"), 0)
     if columns := q.getlist("col"):
-        return library.held(columns[:8], row)
-    return library.prompt(q.get("run", ""), _whole(q.get("step"), 0), row, min(_whole(q.get("count"), 1), 256))
+        return library.browser.held(columns[:8], row)
+    return library.browser.prompt(q.get("run", ""), _whole(q.get("step"), 0), row, min(_whole(q.get("count"), 1), 256))
 
 
 def _text(library: Library, request: Request) -> Any:
@@ -137,12 +140,12 @@ def _text(library: Library, request: Request) -> Any:
     if kind is None or column not in ("completion", "note", "prompt"):
         raise UserError("kind: batches or evaluations; column: completion, note or prompt")
     step, row, start = (_whole(q.get(key), 0) for key in ("step", "row", "start"))
-    return library.text(q.get("run", ""), kind, step, row, column, start)
+    return library.browser.text(q.get("run", ""), kind, step, row, column, start)
 
 
 ANSWERS: dict[str, Callable[[Library, Request], Any]] = {
     "runs": _runs,
-    "sparks": lambda library, request: library.sparks(),
+    "more": lambda library, request: library.more(),
     "run": lambda library, request: library.run(request.query_params.get("run", "")),
     "curves": _curves,
     "list": _list,

@@ -9,7 +9,7 @@ const at = (id) => document.getElementById(id);
 const PAGES = { "/": Runs, "/curves": Curves, "/completions": Completions };
 
 export const app = {
-  runs: [], differing: [], version: "", page: null, root: "",
+  runs: [], more: {}, differing: [], version: "", page: null, root: "",
 
   // The address's settings. `set` changes some: null takes one away, a list gives several.
   params: () => new URLSearchParams(location.search),

@@ -116,7 +116,7 @@ export class Completions {
       return chip;
     }));
     const own = this.about.evaluations.map((s) => `${this.name}@${s}`).filter((c) => !chosen.includes(c));
-    const others = this.app.runs.filter((r) => r.name !== this.name && r.held.length).slice(0, 200).map((r) => `${r.name}@${r.held.at(-1).batches}`).filter((c) => !chosen.includes(c));
+    const others = this.app.runs.filter((r) => r.name !== this.name && known(r.evaluated)).slice(0, 200).map((r) => `${r.name}@${r.evaluated}`).filter((c) => !chosen.includes(c));
     if (chosen.length < 8 && own.length + others.length) {
       const more = select(Object.fromEntries([["", "beside …"], ...own.map((c) => [c, named(c, this.name)]), ...others.map((c) => [c, named(c, this.name)])]), "", "", (v) => v && change([...chosen, v]));
       this.columns.append(more);

@@ -8,6 +8,7 @@ import { title } from "./app.js";
 const SECTIONS = [
   ["Outcome", [
     ["reward", "Reward", "of the batch's completions; dots: held out, with 95 % intervals"], ["reward_unpenalised", "Reward without penalties"],
+    ["rewards", "Each reward, held out", "the mean of each reward, also of those that are not trained on, with 95 % intervals"],
     ["witness", "Witness", "a second judge, never trained on; dotted line: it says that reward and witness part"], ["accuracy", "Accuracy"], ["margin", "Margin"], ["reward_std", "Spread of rewards"],
   ]],
   ["Distance to π₀", [["kl", "KL to π₀, nats", "mean of log π_t/π_0; dots: held out"], ["entropy", "Entropy, nats a token"], ["sampler_gap", "Sampler gap, nats"]]],
@@ -15,13 +16,14 @@ const SECTIONS = [
   ["Completions", [["length", "Length, tokens"], ["truncated", "Share cut off"], ["distinct", "Share that differ"], ["absent", "Absent labels"], ["witness_absent", "Absent labels of the witness"]]],
   ["Update", [["loss", "Loss"], ["grad_norm", "Gradient norm"], ["lr", "Learning rate"], ["positive_mass", "Positive mass"], ["negative_mass", "Negative mass"]]],
   ["Each reward", []],
-  ["Time and money", [["seconds", "Seconds by phase"], ["label_seconds", "Seconds of each reward"], ["labels", "Labels"]]],
+  ["Time and money", [["seconds", "Seconds by phase"], ["label_seconds", "Seconds of each reward"], ["labels", "Labels"], ["dollars", "Dollars", "paid for labels when the batch was done"]]],
   ["More", []],
 ];
 const TAKEN = new Set([...SECTIONS.flatMap(([, charts]) => charts.map(([key]) => key)), "kl_ci", "witness_ci", "witness_n"]);
-const ZERO = new Set(["seconds", "label_seconds", "absent", "truncated", "clip_rate", "tied", "kl", "grad_norm", "lr", "labels"]);
+const ZERO = new Set(["seconds", "label_seconds", "absent", "truncated", "clip_rate", "tied", "kl", "grad_norm", "lr", "labels", "dollars"]);
 const AXES = { batch: "batches", labels: "labels", hours: "hours" };
 const MOST = 12; // runs at once
+const MEAN = "/mean"; // NAME/mean: one of several rewards
 
 export class Curves {
   constructor(app, main) {
@@ -150,6 +152,13 @@ export class Curves {
         }
         return;
       }
+      if (key === "rewards") {
+        for (const [sub, reward] of heldRewards(entry).entries()) {
+          const what = reward.slice(0, -MEAN.length);
+          series.push({ name: several ? `${name}, ${what}` : what, points: this.held(entry, reward), dots: true, i: several ? r : sub, ...(several ? { sub } : {}) });
+        }
+        return;
+      }
       const inner = Object.keys(curves).filter((k) => k.startsWith(key + "/"));
       if (["seconds", "label_seconds"].includes(key) && inner.length) {
         if (!several) inner.filter((k) => Math.max(...curves[k][1]) >= 0.005).forEach((k, i) => line(k.slice(key.length + 1), this.along(entry, ...curves[k]), { i }));
@@ -169,7 +178,7 @@ export class Curves {
 
   draw() {
     this.drawRuns();
-    const entries = [...this.data.values()].filter((e) => e.curves), keys = new Set(entries.flatMap((e) => Object.keys(e.curves.curves)));
+    const entries = [...this.data.values()].filter((e) => e.curves), keys = new Set(entries.flatMap((e) => [...Object.keys(e.curves.curves), ...heldRewards(e)]));
     const by = this.axis.lastChild.value, most = entries.map((e) => by === "batch" ? Math.max(e.curves.done - 1, ...e.about.heldout.map((h) => h.batches), 1) : (e.curves.total?.[by] ?? 1));
     if (!this.group.zoomed || by !== "batch" || !this.group.full) this.group.full = [0, Math.max(1e-6, ...most.filter(known))];
     this.group.axis = { batch: "batch", labels: "labels", hours: "hours" }[by];
@@ -258,6 +267,7 @@ export class Curves {
   }
 }
 
+const heldRewards = (entry) => [...new Set(entry.about.heldout.flatMap((h) => Object.keys(h)))].filter((k) => k.endsWith(MEAN));
 const damaged = (entry) => (entry?.curves?.damaged?.length ? [`metrics.jsonl: line ${entry.curves.damaged.join(", ")} cannot be read and is left out`] : []);
 
 export function select(options, value, label, change) {

@@ -8,8 +8,9 @@ const age = (seconds) => {
   return `${Math.max(0, Math.floor(seconds / size))} ${unit}`;
 };
 export const dollars = (run) => run.money.reduce((sum, m) => sum + m.dollars, 0);
-export const gain = (run) => (run.gain ? run.gain.gain : run.held.length > 1 ? run.held[1].reward - run.held[0].reward : null);
-export const held = (run) => (run.held.length ? run.held[run.held.length - 1].reward : null);
+const evaluations = (run) => (run.held.length ? run.held : run.more?.held || []);
+const gain = (run) => { const e = evaluations(run); return run.gain ? run.gain.gain : e.length > 1 ? e[1].reward - e[0].reward : null; };
+const held = (run) => evaluations(run).at(-1)?.reward ?? null;
 const share = (run) => (run.total ? Math.min(1, run.done / run.total) : null);
 
 const COLUMNS = {
@@ -44,7 +45,6 @@ export class Runs {
     this.box.append(this.table);
     this.note = make("p", "empty");
     main.append(bar, this.box, this.note);
-    this.sparks = app.sparks || {};
     this.update();
   }
 
@@ -61,6 +61,7 @@ export class Runs {
   }
 
   update() {
+    for (const run of this.app.runs) run.more = this.app.more[run.name];
     const runs = this.shown(), chosen = this.chosen();
     const some = [...this.app.differing].sort((a, b) => rank(a) - rank(b));
     this.settings = some.filter((k) => new Set(runs.map((r) => JSON.stringify(r.settings[k]))).size > 1).slice(0, MOST_SETTINGS);
@@ -73,7 +74,7 @@ export class Runs {
     if (focused) [...this.table.querySelectorAll("input, a, button")].find((n) => (n.ariaLabel || n.textContent) === focused)?.focus({ preventScroll: true });
     this.note.hidden = runs.length > 0;
     this.note.textContent = this.app.runs.length ? "No run fits this filter." : "No run here yet. A run appears as soon as `dualign train` has begun it.";
-    this.draw(runs);
+    this.draw();
   }
 
   bar(chosen) {
@@ -137,9 +138,10 @@ export class Runs {
       link.href = "/curves?" + new URLSearchParams({ run: run.name });
       link.dataset.link = "";
       cell.append(link);
-      if (run.troubles.length) {
+      const troubles = [...run.troubles, ...(run.more?.troubles || [])];
+      if (troubles.length) {
         const mark = make("span", "trouble", "!");
-        mark.title = plain(run.troubles.join("\n"));
+        mark.title = plain(troubles.join("\n"));
         cell.append(mark);
       }
     } else if (column === "state") cell.append(make("span", "state " + run.state.is, run.state.is));
@@ -170,13 +172,15 @@ export class Runs {
     this.update();
   }
 
-  // small lines: asked for after the table stands, and again when it has changed
+  // small lines, and the evaluations of runs that are not finished: asked for after the table stands, and again when it has changed
   async draw() {
-    if (this.app.sparksOf !== this.app.version) {
-      this.app.sparksOf = this.app.version;
-      this.sparks = this.app.sparks = (await this.app.ask("sparks").catch(() => null)) || this.sparks;
-    }
-    for (const node of this.table.querySelectorAll(".spark")) node.replaceChildren(dash(this.sparks[node.dataset.run] || []));
+    for (const node of this.table.querySelectorAll(".spark")) node.replaceChildren(dash(this.app.more[node.dataset.run]?.spark || []));
+    if (this.app.moreOf === this.app.version) return;
+    this.app.moreOf = this.app.version;
+    const more = await this.app.ask("more").catch(() => null);
+    if (!more) return;
+    this.app.more = more;
+    if (this.table.isConnected) this.update();
   }
 
   key(event) {
