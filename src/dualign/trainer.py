@@ -269,7 +269,7 @@ class Trainer:
         self.carried = b.handed_on(self.algo)
         self.labels += len(b.tokens) if self.algo.source == "online" else 0  # a fixed set's were bought elsewhere
         record = batch_record(b, losses, self.algo.source == "online") | reuse_record(uses)
-        record |= {"labels": self.labels, "seconds": clock.seconds}
+        record |= {"labels": self.labels, "seconds": clock.seconds} | annotate.paid(self.run.folder)
         if "label" in clock.seconds and self.labeller is not None:  # else nothing was labelled now
             record |= self.labeller.record()
         record |= self.witness.record(b.step)

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+import dualign
 from dualign.annotate.base import Item, label_all
-from dualign.annotate.budget import Hold, Ledger, Spent, prompt_bound
+from dualign.annotate.budget import Hold, Ledger, Spent, account, prompt_bound
 from dualign.annotate.endpoints import Endpoint, JudgeReward
 from dualign.annotate.judge import JudgeAnnotator
 from dualign.common.errors import StopRun, UserError
 from dualign.common.types import Prompt
 from fault_server import FaultServer
+from runs_common import tree, write_prompts
 
 WHERE = {"base_url": "http://localhost:1/v1", "model": "m"}
 
@@ -91,6 +93,20 @@ def judge_spent(settings: dict[str, object], folder: Path) -> Spent:
         return ledger.spent()
     finally:
         ledger.close()
+
+
+def test_a_run_writes_down_what_it_has_paid(tiny: Path, tmp_path: Path) -> None:
+    with FaultServer(usage=(10, 1)) as server:
+        judge = {"type": "judge", "rubric": "helpfulness", "base_url": server.url, "model": "m", "price_prompt": 2.0,
+                 "cache": str(tmp_path / "c.sqlite")}  # fmt: skip
+        runs = []
+        for name in ("bought", "cached"):  # the second finds every label in the cache
+            config = tree(tiny, write_prompts(tmp_path), tmp_path / name, {"name": "dar"}, online_batches=2)
+            config["data"]["eval"] = None
+            runs.append(dualign.train(config | {"reward": [judge]}, quiet=True))
+    paid = [record["dollars"] for record in runs[0].metrics()]
+    assert 0 < paid[0] < paid[1] == account(runs[0].folder / "spent.sqlite")[-1] / 1e12
+    assert all("dollars" not in record for record in runs[1].metrics())
 
 
 def _hold_until_full(path: Path, granted: "multiprocessing.Queue[int]") -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dualign.annotate import serve
 from dualign.annotate.base import Annotator, BatchSession, Item
+from dualign.annotate.budget import paid
 from dualign.annotate.combined import CombinedAnnotator, Term
 from dualign.annotate.composite import CompositeReward
 from dualign.annotate.registry import REWARDS
@@ -20,7 +21,7 @@ from dualign.common.named import run_own
 from dualign.common.processes import Processes
 from dualign.common.types import Label
 
-__all__ = ["Annotator", "BatchSession", "Item", "Label", "RewardSettings", "annotator_of", "as_list", "build"]
+__all__ = ["Annotator", "BatchSession", "Item", "Label", "RewardSettings", "annotator_of", "as_list", "build", "paid"]
 
 NO_REWARD = "reward: none given; name at least one (type: function, head, classifier, judge, ...)"
 ONLY_GATES = "reward: all are gates, and there is nothing for them to let through; name one that adds"

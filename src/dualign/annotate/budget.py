@@ -8,12 +8,14 @@ aside in the account, counted as spent. Money is counted in whole picodollars (1
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
 from dualign.annotate.cache import connect
-from dualign.annotate.endpoints import Endpoint
+from dualign.annotate.endpoints import SPENT, Endpoint
 from dualign.common.errors import UserError
 
 SCHEMA = """
@@ -23,6 +25,7 @@ CREATE TABLE IF NOT EXISTS account (
   held_tokens INTEGER NOT NULL DEFAULT 0, held_picodollars INTEGER NOT NULL DEFAULT 0
 )
 """
+COLUMNS = ("calls", "prompt_tokens", "completion_tokens", "picodollars")
 TOKENS_PER_REQUEST = 64  # a chat template's own words, a default system prompt included
 TOKENS_PER_MESSAGE = 16  # its role markers
 UNLIMITED = 2**62
@@ -49,6 +52,24 @@ class Spent:
 class Hold:
     tokens: int
     picodollars: int
+
+
+def account(path: Path) -> tuple[int, ...]:
+    """What a run's file says was bought, of all models together: COLUMNS; zeros where there is no such file. Raises
+    sqlite3.Error for one that cannot be read."""
+    if not path.is_file():
+        return (0,) * len(COLUMNS)
+    with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
+        sums = ", ".join(f"coalesce(sum({column}), 0)" for column in COLUMNS)
+        return tuple(db.execute(f"SELECT {sums} FROM account").fetchone())
+
+
+def paid(run_dir: Path) -> dict[str, float]:
+    """For a line of metrics.jsonl: the dollars that a run has paid by now; nothing where nothing was to be paid."""
+    with contextlib.suppress(sqlite3.Error):
+        if picodollars := account(run_dir / SPENT)[-1]:
+            return {"dollars": picodollars / 1e12}
+    return {}
 
 
 class Ledger:

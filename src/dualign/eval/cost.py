@@ -6,11 +6,11 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
+from dualign.annotate.budget import account
+from dualign.annotate.endpoints import SPENT
 from dualign.common.errors import UserError
 from dualign.common.intervals import FEW
 from dualign.eval.outputs import is_run
-
-COLUMNS = ("calls", "prompt_tokens", "completion_tokens", "picodollars")
 
 
 def cost_of(folder: Path) -> dict[str, Any]:
@@ -19,7 +19,10 @@ def cost_of(folder: Path) -> dict[str, Any]:
     from dualign.run.folder import Run
 
     metrics = Run.open(folder).metrics()
-    calls, prompt, completion, picodollars = _bought(folder / "spent.sqlite")
+    try:
+        calls, prompt, completion, picodollars = account(folder / SPENT)
+    except sqlite3.Error as error:
+        raise UserError(f"{folder / SPENT}: the account of bought labels cannot be read: {error}") from None
     return {
         "run": folder.name,
         "labels": max((int(m["labels"]) for m in metrics), default=0),
@@ -35,18 +38,6 @@ def of_system(source: str, point: dict[str, Any]) -> dict[str, Any]:
         return {}
     cost, rate = cost_of(Path(source)), point["win_rate"]
     return {"cost": cost, "cost_per_point": per_point(cost, rate["value"]) if rate["n"] >= FEW else None}
-
-
-def _bought(path: Path) -> tuple[int, ...]:
-    if not path.is_file():
-        return (0, 0, 0, 0)
-    try:
-        with sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True) as db:
-            return tuple(
-                db.execute(f"SELECT {', '.join(f'coalesce(sum({c}), 0)' for c in COLUMNS)} FROM account").fetchone()
-            )
-    except sqlite3.Error as error:
-        raise UserError(f"{path}: the account of bought labels cannot be read: {error}") from None
 
 
 def per_point(cost: dict[str, Any], win_rate: float) -> dict[str, Any]:
