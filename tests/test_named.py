@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,25 @@ def test_a_run_trains_from_a_run_and_resumes_though_that_one_goes_on(first, tmp_
     assert command("verify", tmp_path / "second").code == 0
     moved = command("resume", tmp_path / "second", f"model.name={first}@1")
     assert moved.code == 2 and "model.name cannot change" in moved.err
+
+
+def test_what_a_run_is_made_from_stays_and_may_not_change(first, tmp_path):
+    """`run.keep_last` spares it; who takes it away all the same is told what is gone when the other run is resumed."""
+    one, two = shutil.copytree(first, tmp_path / "one"), tmp_path / "two"
+    dualign.train(settings(f"{one}@2", two, online_batches=1), quiet=True)
+    assert command("resume", one, "train.online_batches=5", "run.keep_last=1").code == 0
+    assert [path.name for path in Run.open(one).saved()] == ["000002", "000005"]
+    base = one / "checkpoints/000002"
+    (one / "checkpoints/000005/model.safetensors").replace(base / "model.safetensors")  # made anew, by other settings
+    longer = "train.online_batches=2"
+    other = command("resume", two, longer)
+    assert other.code == 2 and "model.name: model.safetensors (sha256" in other.err and "has changed" in other.err
+    shutil.rmtree(base)
+    gone = command("resume", two, longer)
+    assert gone.code == 2 and f"model.name: {base} is gone" in gone.err and "Traceback" not in gone.text
+    assert [path.name for path in Run.open(two).saved()] == ["000001"]
+    shutil.copytree(first / "checkpoints/000002", tmp_path / "copy")
+    assert command("resume", two, longer, f"model.name={tmp_path / 'copy'}").code == 0
 
 
 def test_commands_take_a_run_as_a_model(first, tmp_path):

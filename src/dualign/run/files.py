@@ -19,6 +19,7 @@ from dualign.common.code_digest import code_digest
 from dualign.common.durable import durable, remove
 from dualign.common.errors import UserError
 from dualign.common.git import git_state
+from dualign.common.yaml_text import parse_yaml
 from dualign.run.journal import Journal
 from dualign.run.manifest import Manifest, sha256_of
 
@@ -217,3 +218,12 @@ class RunFiles:
 
     def write_text(self, name: str, text: str) -> None:
         self._put(self.folder / name, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def models_of(folder: Path) -> list[Path]:
+    """The folders of models that the run in `folder` is made from: of one that cannot be read, none."""
+    try:
+        model = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"), str(folder))["model"]
+        return [Path(name).resolve() for key in ("name", "reference") if (name := model.get(key))]
+    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []

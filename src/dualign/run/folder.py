@@ -18,7 +18,7 @@ from dualign.common.paths import path_of
 from dualign.config import Config, load
 from dualign.run import witness
 from dualign.run.batch import Row, WeightedBatch, labelled
-from dualign.run.files import RunFiles
+from dualign.run.files import RunFiles, models_of
 from dualign.run.frames import Completions, Records, held_out_stats, is_number, plot, run_html
 from dualign.run.journal import files_of
 from dualign.run.metrics import MetricsFile, new_names
@@ -247,7 +247,8 @@ class Run(RunFiles):
 
     def save_checkpoint(self, step: int, update: int, write: Callable[[Path], None], keep_last: int | None) -> Path:
         """Checkpoint after `step` online batches and `update` updates of the next. Earlier ones keep their weights for
-        evaluation (as many as `keep_last` says, and the best by the witness) but hand the training state on to this one."""
+        evaluation (as many as `keep_last` says, the best by the witness, and those that runs beside this one are made from)
+        but hand the training state on to this one."""
         path = self.checkpoints / (f"{step:06d}+{update}" if update else f"{step:06d}")
         if path == self.resumable():
             return path  # what would be written is there, to the last bit
@@ -256,8 +257,12 @@ class Run(RunFiles):
             self._drop([path])
         self._put(path, write)
         whole = [old for old in earlier if "+" not in old.name]
-        best = self.best() if (self.folder / witness.OWN).is_dir() else None
-        spare = [old for old in whole[: max(0, len(whole) + 1 - keep_last)] if old != best] if keep_last else []
+        spare = whole[: max(0, len(whole) + 1 - keep_last)] if keep_last else []
+        if spare:
+            best = self.best() if (self.folder / witness.OWN).is_dir() else None
+            beside = (path.parent for path in self.folder.absolute().parent.glob("*/config.yaml"))
+            needed = {model for run in beside for model in models_of(run)}
+            spare = [old for old in spare if old != best and old.resolve() not in needed]
         gone = [*spare, *(old for old in earlier if "+" in old.name)]
         # the state's index first: without it the others do not count
         self._drop([p for old in earlier if old not in gone for name in STATE_FILES if (p := old / name).exists()])

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from dualign.common.errors import UserError
 from dualign.common.locks import locked
 from dualign.common.yaml_text import parse_yaml
+from dualign.run.files import models_of
 from dualign.run.folder import STATE_FILES, Run
 
 What = Literal["state", "checkpoints", "all"]
@@ -128,7 +129,7 @@ def plans(folders: Sequence[Path], what: What) -> list[Plan]:
     """Of several runs. A checkpoint that another run is made from stays, unless that run goes as well."""
     made = [plan(folder, what) for folder in folders]
     beside = [p for folder in folders for p in folder.absolute().parent.iterdir() if (p / "config.yaml").is_file()]
-    needs = {folder.resolve(): _models_of(folder) for folder in (*folders, *beside)}
+    needs = {folder.resolve(): models_of(folder) for folder in (*folders, *beside)}
     while True:  # what stays may need what would go
         going = {each.folder.resolve() for each in made if what == "all" and each.why is None}
         needed = {model: run for run, models in needs.items() if run not in going for model in models}
@@ -136,15 +137,6 @@ def plans(folders: Sequence[Path], what: What) -> list[Plan]:
         if kept == made:
             return made
         made = kept
-
-
-def _models_of(folder: Path) -> list[Path]:
-    """The folders of models that a run is made from: of one that cannot be read, none."""
-    try:
-        model = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"), str(folder))["model"]
-        return [Path(name).resolve() for key in ("name", "reference") if (name := model.get(key))]
-    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError):
-        return []
 
 
 def _without(made: Plan, needed: Mapping[Path, Path]) -> Plan:

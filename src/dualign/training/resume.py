@@ -11,8 +11,10 @@ from dualign import config as configs
 from dualign.annotate import Reward
 from dualign.annotate.function import name_of
 from dualign.annotate.settings import RewardSettings
+from dualign.assets import EMBEDDED
 from dualign.common.errors import UserError
 from dualign.common.named import is_place, same_name
+from dualign.common.paths import path_of
 from dualign.config import Config
 from dualign.models.tokenizer import Tokenizer
 from dualign.run import digests
@@ -145,7 +147,20 @@ def check_same_run(folder: Path, config: Config, given: Sequence[Reward], sample
             "dualign.train(config, sampler=..., resume=True)"
         )
     check_changes(run, config)
+    _check_models(run, config)
     return check_inputs(run, digests.of_run(config, given))
+
+
+def _check_models(run: Run, config: Config) -> None:
+    """Raises UserError where a folder that a model came from is gone: another run's checkpoint, say."""
+    then, m = run.about.get("inputs") or {}, config.model
+    for key, name in (("model.name", m.name), ("model.reference", m.reference)):
+        files = then.get(key) or {}
+        if name and files and "commit" not in files and name not in EMBEDDED and not path_of(name).is_dir():
+            raise UserError(
+                f"{run.folder}: {key}: {name} is gone, and the run was made from it. Put it back, or name a copy of it: "
+                f"dualign resume {run.folder} {key}=/its/place"
+            )
 
 
 def sampler_name(sampler: Any) -> str | None:
