@@ -72,7 +72,7 @@ CASES = {
     "grpo, AdamW": ("grpo", {"optimizer": "adamw"}),
     "ppo": ("ppo", {}),
     "dpo": ("dpo", {}),
-    "LoRA": ("dar", ROUNDED | {"lora": {"r": 4}}),
+    "ppo, LoRA": ("ppo", ROUNDED | {"lora": {"r": 4}}),
 }
 
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dualign
@@ -13,7 +14,7 @@ from command import dualign as command
 from conftest import make_model, make_tokenizer, save_tiny
 from dualign.common.errors import UserError
 from dualign.common.types import Prompt
-from dualign.config import build
+from dualign.config import build, load
 from dualign.eval.outputs import Generation, points
 from dualign.models.packing import Tokens
 from dualign.models.policy import Policy, load_model
@@ -172,6 +173,27 @@ def test_adapters_of_any_layer_are_trained_sampled_and_saved(precision, tied, ta
         with torch.no_grad():
             found = policy(policy.pack(tokens, range(len(tokens)), 0))
         assert torch.allclose(found, after, atol=near)
+
+
+@pytest.mark.parametrize("value_model", ["adapters", "whole"])
+def test_a_value_model_has_adapters_of_its_own_over_the_policys_weights(value_model, tiny, tmp_path):
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "ppo"}, lr=1e-2, online_batches=2)
+    config["model"] |= {"precision": "bf16", "lora": {"r": 4, "value_model": value_model}}
+    engine = Engine.load(build(config))
+    mine = {p.data_ptr() for p in engine.critic.parameters() if not p.requires_grad}
+    assert mine <= {p.data_ptr() for p in engine.policy.parameters()} and bool(mine) == (value_model == "adapters")
+    run = dualign.train(build(config), reward=vowels, quiet=True)
+    assert all(record["value_loss"] > 0 for record in run.metrics())
+    stored = load_file(run.resumable() / "train.safetensors")
+    moved = {name: value for name, value in stored.items() if "lora_B" in name and bool(value.any())}
+    assert {name[:2] for name in moved} == {"0.", "1."}
+    others = {name for name in stored if name.startswith("1.") and "lora_" not in name}
+    assert (others == {"1.value.weight", "1.value.bias"}) == (value_model == "adapters")
+    # a run of before the key was there goes on as it began
+    text = run.config_file.read_text()
+    assert f"value_model: {value_model}" in text
+    run.config_file.write_text(text.replace(f"value_model: {value_model}", ""))
+    assert load(run.config_file).model.lora.value_model == "whole"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

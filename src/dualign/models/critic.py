@@ -15,14 +15,17 @@ from dualign.models.policy import Policy
 class Critic(Policy):
     """`forward(micro_batch)` gives V(x, y_<k), the value before each completion token, (n, T), 0 beyond the end.
 
-    The head starts at zero, so that the first values are 0 and the first advantages are the rewards to go.
+    The head starts at zero, so that the first values are 0 and the first advantages are the rewards to go. Of a policy
+    with adapters it has copies and trains them; `whole`: all of its weights instead. `shared`: weights that neither
+    trains are the policy's own.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, whole: bool = True, shared: bool = False) -> None:
         nn.Module.__init__(self)
         self.key, self.precision, self.share, self.flash = policy.key, policy.precision, policy.share, policy.flash
-        decoder: Any = copied(policy.base)
-        self.model = self.base = decoder.requires_grad_(True)
+        frozen = {} if whole or not shared else {id(p): p for p in policy.base.parameters() if not p.requires_grad}
+        decoder: Any = copied(policy.base, frozen)
+        self.model = self.base = decoder.requires_grad_(True) if whole else decoder
         self.head = None
         self.value = nn.Linear(policy.width(), 1)
         nn.init.zeros_(self.value.weight)

@@ -64,7 +64,9 @@ class Layout:
 
     def value_model(self, policy: Policy) -> Critic:
         """PPO's, which begins as the policy."""
-        critic = Critic(policy).to(policy.device)
+        lora = self.config.model.lora
+        whole = lora is None or lora.value_model == "whole"
+        critic = Critic(policy, whole, shared=self.mesh is None).to(policy.device)
         if self.mesh is not None:
             self._lighten(critic)
             divide(critic, self.mesh)
