@@ -32,6 +32,12 @@ def keep_memory() -> None:
         _glibc("mallopt", parameter, value)
 
 
+def return_memory() -> None:
+    """Has glibc's allocator give every large tensor back as it is freed: of what each pass gathers of a divided policy
+    the heap would keep several times what is alive."""
+    _glibc("mallopt", -3, 2**20)
+
+
 def bf16_units() -> bool:
     """Whether a GPU that is here, or else the processor, multiplies bf16 matrices itself."""
     import torch

@@ -52,7 +52,7 @@ class Machine:
             )
         set_seed(config.run.seed)
         if self.device.type == "cpu":
-            cpu.keep_memory()
+            cpu.keep_memory() if config.train.shard == "none" else cpu.return_memory()
 
     def start_trackers(self) -> None:
         """Opens the trackers that run.trackers names, which may write into the run's folder."""
