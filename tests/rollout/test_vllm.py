@@ -136,9 +136,11 @@ def test_adapters_alone_are_sent(tiny, tmp_path):
     assert command("export", run.folder, "--out", tmp_path / "whole").code == 2
 
 
-def test_two_processes_share_servers_and_weights(tiny, tmp_path):
+@pytest.mark.parametrize("shard", [pytest.param("none", marks=pytest.mark.slow), "full"])
+def test_two_processes_share_servers_and_weights(shard, tiny, tmp_path):
     with FakeVLLM(tiny) as one, FakeVLLM(tiny) as two:
         config = configured(tiny, tmp_path, url=[one.url, two.url]) | {"reward": [reward_file()]}
+        config["train"]["shard"] = shard
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(config))
         done = launch(recipe, processes=2)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import dualign
 from command import dualign as command
@@ -26,7 +27,7 @@ from dualign.rollout.base import Request, Sampling
 from dualign.rollout.settings import VLLMSettings
 from dualign.rollout.vllm.client import Server
 from dualign.rollout.vllm.sampler import VLLMSampler
-from runs_common import metrics, tree, vowels, write_prompts
+from runs_common import launch, metrics, reward_file, tree, vowels, write_prompts
 from tiny import make_tokenizer
 
 pytestmark = pytest.mark.vllm
@@ -188,6 +189,23 @@ def test_old_weights_are_seen(server, untied, monkeypatch):
     monkeypatch.setattr(Server, "load", load)
     move_and_sync(0.002)
     assert len(drawn(sampler, 1, 2)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_two_processes_with_shares_of_the_policy(lora, untied, tmp_path):
+    """A server of the run's own gets weights that no process holds as a whole; they are checked after every sync."""
+    serve = {"serve": True, "python": str(PYTHON), "max_model_len": 512, "gpu_memory": 0.1, "args": ["--enforce-eager"]}
+    config = configured(untied, tmp_path, **serve) | {"reward": [reward_file()]}
+    config["train"] |= {"shard": "full", "online_batches": 2}
+    config["model"]["lora"] = lora
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(config))
+    done = launch(recipe, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = metrics(tmp_path / "run")
+    assert len(records) == 2 and all(r["sampler_gap"] / r["length"] < 1e-3 for r in records)
+    assert records[-1]["kl"] > 0 and command("verify", tmp_path / "run").code == 0
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ class Policy(nn.Module):
     """
 
     whole: Callable[[], AbstractContextManager[None]] = nullcontext  # within it, its weights are here
+    divided: Callable[[], Any] | None = None  # gives the policy that has its weights' shares, where it has none itself
     _rounded: Any = None
     _rounded_of: Any = None  # the weight that it is the rounding of
 

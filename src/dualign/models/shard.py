@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from dualign.common import cpu
 from dualign.common.errors import UserError
 from dualign.common.processes import Processes
 from dualign.models.load import copied
@@ -63,6 +62,8 @@ def divide(policy: Policy, mesh: Any) -> None:
     for block in blocks:
         others = set(block.parameters()) - linear
         small = {p for p in others if p.numel() < SMALL}
+        for p in small:
+            p.data = p.data.clone()  # on a CPU it is a part of the mapped file, all of which would stay
         for module in list(block.modules()):
             if any(p in others - small for p in module.parameters(recurse=False)):  # such as experts
                 fully_shard(module, mesh=mesh, ignored_params=small)
@@ -108,7 +109,7 @@ def apart(policy: Policy) -> Policy:
 
 def gathers(policy: Policy, trained: Policy) -> None:
     """Lets go of the weights of a `policy` of which `trained` has the shares. It has them again within `policy.whole()`,
-    which all processes enter together: to sample from it."""
+    which all processes enter together: to sample from it. Who only scores asks `trained` (`policy.divided`)."""
     shares, linear = dict(trained.named_parameters()), set(policy.linears())
     targets = [
         (p, shares[name], policy.dtype if p in linear else p.dtype)
@@ -120,8 +121,6 @@ def gathers(policy: Policy, trained: Policy) -> None:
         for p, _, dtype in targets:
             p.data = torch.empty(0, dtype=dtype, device=p.device)
         policy.weights_changed(gone=True)
-        if policy.device.type == "cpu":  # whose allocator would keep it
-            cpu.give_back_memory()
 
     @contextmanager
     def whole() -> Iterator[None]:
@@ -135,3 +134,4 @@ def gathers(policy: Policy, trained: Policy) -> None:
 
     let_go()
     policy.whole = whole
+    policy.divided = lambda: trained  # a module within a module would have its parameters twice

@@ -99,14 +99,21 @@ class Memory:
 
     @property
     def adapters(self) -> int:
+        """Entries of all; a value model has as many as the policy."""
+        lora, models = self.config.model.lora, 1 + self.config.algo.critic
+        return self.sizes.reach * lora.r * models if lora else 0
+
+    @property
+    def whole_critic(self) -> bool:
+        """Whether all weights of a value model are trained."""
         lora = self.config.model.lora
-        return self.sizes.reach * lora.r if lora else 0
+        return self.config.algo.critic and (lora is None or lora.value_model == "whole")
 
     @property
     def trained(self) -> list[Sizes]:
         """The models that are trained, whole ones."""
         policy = [] if self.config.model.lora else [self.sizes]
-        return policy + ([self.sizes.without_head] if self.config.algo.critic else [])
+        return policy + ([self.sizes.without_head] if self.whole_critic else [])
 
     def _at_rest(self) -> Parts:
         """What is there in all phases but the first. A whole π_0 is out of the way."""
@@ -127,10 +134,14 @@ class Memory:
                 own, beside = 4 * model.parameters / self.shards, 0.0
             else:
                 own, beside = self._frozen(model), lower * model.linear
-            if self.config.algo.critic and i == len(self.trained) - 1:
+            if self.whole_critic and i == len(self.trained) - 1:
                 critic = own + beside
             else:
                 weights, masters = own, beside
+        if (
+            self.config.algo.critic and not self.whole_critic and self.sharded
+        ):  # else its frozen weights are the policy's
+            critic = self._frozen(self.sizes.without_head) / self.shards
         state = sum(4 * m.rows if adafactor else 8 * m.parameters for m in self.trained) + 8 * self.adapters
         return {
             "weights": weights,
@@ -173,7 +184,8 @@ class Memory:
         lora = self.config.model.lora
         policy = self._frozen(self.sizes) if lora and lora.quantize else 4.0 * self.sizes.parameters
         copied = 4.0 * self.reference.parameters if self.reference else self._reference_size()
-        critic = 4.0 * self.sizes.without_head.parameters * self.config.algo.critic
+        copies = self.whole_critic or (self.config.algo.critic and self.sharded)
+        critic = 4.0 * self.sizes.without_head.parameters * copies
         beside = (2.0 if self.on_gpu else 4.0) * sum(m.linear for m in self.trained) if self.rounds else 0.0
         resting = 0.0
         steps = [{"weights": policy, "π_0": copied}]
@@ -188,10 +200,10 @@ class Memory:
         m, c = self.sizes, self.config
         most = getattr(c.rollout.options, "decode_batch_size", 0)
         copy = self._frozen(m) if self.sharded else 0.0
-        if not most:  # another sampler has weights of its own, which are checked against a whole policy
+        if not most:  # another sampler has weights of its own
             options = c.rollout.options
             served = getattr(options, "gpu_memory", 0.0) if getattr(options, "serve", False) else 0.0
-            return {"whole copy": copy, "server": served * (self.limit or 0.0)}
+            return {"whole layers": self._whole(), "server": served * (self.limit or 0.0)}
         prompts = max(c.prompts_per_batch if c.algo.source == "online" else 0, c.eval.prompts if c.data.eval else 0)
         rows = min(max(most, c.rollout.k), self._share(prompts) * c.rollout.k)
         columns = self.prompt + c.rollout.max_new_tokens

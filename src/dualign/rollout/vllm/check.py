@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dualign.models.packing import Tokens
 from dualign.models.policy import Policy
 from dualign.models.tokenizer import Tokenizer
 from dualign.rollout.vllm.client import Server, ServerFault
@@ -26,16 +27,19 @@ class Check:
         self.policy, self.rounding = policy, ROUNDING["bf16" if rough else policy.precision]
         self.text = tuple(tokenizer.hf(TEXT, add_special_tokens=False)["input_ids"])
         self.ids = self.text[:TOKENS]
+        self.pad_id = tokenizer.pad_id
         self.expected: list[float] = []  # what the policy says
         self.said: dict[tuple[str, tuple[float, ...]], list[float]] = {}  # what servers said, and the policy said then
 
     def ask_policy(self) -> None:
-        """log π_θ of every token but the first, by the trainer's own forward pass."""
-        training = self.policy.training
-        self.policy.eval()
-        with self.policy.whole(), torch.no_grad():
-            self.expected = self.policy.alone(self.ids[:1], self.ids[1:]).tolist()
-        self.policy.train(training)
+        """log π_θ of every token but the first, by the trainer's own forward pass, which all processes make together where
+        the policy is divided."""
+        policy: Policy = self.policy.divided() if self.policy.divided else self.policy
+        training, text = policy.training, Tokens((self.ids[:1],), (self.ids[1:],), (0,))
+        policy.eval()
+        with torch.no_grad():
+            self.expected = policy(policy.pack(text, [0], self.pad_id))[0].tolist()
+        policy.train(training)
 
     async def tokenizer(self, server: Server) -> None:
         """The same as the policy's, as far as the server tells."""

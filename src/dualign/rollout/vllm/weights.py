@@ -63,16 +63,18 @@ class Folders:
     def base(self) -> Path:
         """The model under the adapters."""
         dtype = self.policy.dtype
-        named = base_weights(self.policy.model)
+        named = base_weights(self._holder())
         rounded = ((name, value.to(dtype) if value.is_floating_point() else value) for name, value in named)
-        with self.policy.whole():
-            return self._write(self.place / "base", rounded, None)
+        return self._write(self.place / "base", rounded, None)
 
     def adapter(self) -> Path:
         """The adapter alone."""
-        model = self.policy.model
-        with self.policy.whole():
-            return self._write(self._next(), adapter_weights(model), model.peft_config["default"])
+        model = self._holder()
+        return self._write(self._next(), adapter_weights(model), model.peft_config["default"])
+
+    def _holder(self) -> Any:
+        """The model that has the weights, or its share of them."""
+        return self.policy.divided().model if self.policy.divided else self.policy.model
 
     def _next(self) -> Path:
         """The next folder's name. The folder before last goes."""
