@@ -76,11 +76,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_divided_is_whole(case, train):
+FOUR = [pytest.param(case, 4, marks=pytest.mark.slow) for case in CASES]
+
+
+@pytest.mark.parametrize(("case", "world"), [(case, 3 if "grpo" in case else 2) for case in CASES] + FOUR)
+def test_divided_is_whole(case, world, train):
     """In bf16 what is sampled depends on the rows decoded beside it, so the whole model then has as many processes."""
     algo, changes = CASES[case]
-    world = 3 if case == "grpo, AdamW" else 2
     rounded = changes.get("precision") == "bf16"
     check_same(train(algo, "full", world, **changes), train(algo, "none", world if rounded else 1, **changes))
 
