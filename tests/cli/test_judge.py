@@ -9,6 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from command import dualign as command
 from dualign.annotate.labelled import write_rows
 from dualign.cli import judge as commands
 from dualign.common.errors import StopRun, UserError
@@ -141,13 +142,19 @@ def test_labels_and_granularity(pairs: Path, tmp_path: Path) -> None:
     one, two, export = tmp_path / "one.jsonl", tmp_path / "two.parquet", tmp_path / "export.jsonl"
     with FaultServer() as server:
         for out in (one, two):
-            run("judge", pairs, *judge_options(server, tmp_path), "--out", out)
+            said = command("judge", pairs, *judge_options(server, tmp_path), "--out", out, "--json")
+            assert json.loads(said.out) == {"out": str(out), "asked": 60, "labelled": 60, "absent": {}}
+        (shown, _) = json.loads(command("judge", pairs, *judge_options(server, tmp_path), "--show", 1, "--json").out)
+        assert shown["reward"] is not None and "SCORE" in shown["asked"]
     told = run("labels", "--cache", tmp_path / "c.sqlite", "--export", export)
     assert "helpfulness" in told and "60" in told
     assert len(read(export)) == 60 and read(export)[0]["request"]["messages"]
     numbers = tmp_path / "g.json"
-    assert "1.0000" in run("granularity", one, two, "--json", numbers)
+    assert "1.0000" in run("granularity", one, two, "--out", numbers)
     assert json.loads(numbers.read_text())["rows"] == 60
+    assert command("granularity", one, two, "--json").out == numbers.read_text()
+    (kept,) = json.loads(command("labels", "--cache", tmp_path / "c.sqlite", "--json").out)["labels"]
+    assert kept["labels"] == 60 and kept["rubric"] == "helpfulness"
     with pytest.raises(UserError, match="no cache"):
         run("labels", "--cache", tmp_path / "none.sqlite")
 
@@ -155,7 +162,9 @@ def test_labels_and_granularity(pairs: Path, tmp_path: Path) -> None:
 def test_agreement(pairs: Path, tmp_path: Path) -> None:
     numbers, plot = tmp_path / "a.json", tmp_path / "a.png"
     with FaultServer() as server:
-        told = run("agreement", pairs, *judge_options(server, tmp_path), "--json", numbers, "--plot", plot)
+        told = run("agreement", pairs, *judge_options(server, tmp_path), "--out", numbers, "--plot", plot)
+        again = command("agreement", pairs, *judge_options(server, tmp_path), "--json")
+    assert again.out == numbers.read_text()
     assert "AI preference by order" in told and plot.stat().st_size > 1000
     (report,) = json.loads(numbers.read_text())
     shares = {row["labeller"]: row["share"] for row in report["labellers"]}

@@ -227,10 +227,12 @@ def test_doctor_names_a_package_that_is_too_old(monkeypatch):
 
 def test_results_are_one_document_for_programs(made):
     judge = reward_file()["path"]
-    for option in (("--json",), ()):
-        said = command("eval", *option, "reward", made / "one", "--judge", judge)
+    for before, after in ((["--json"], []), ([], ["--json"]), ([], [])):
+        said = command("eval", *before, "reward", made / "one", "--judge", judge, *after)
         assert said.code == 0, said.err
-        if option:
+        if before or after:
             assert json.loads(said.out)["systems"][0]["points"]
     assert not said.out.startswith("{")  # the flag is of one command
     assert json.loads(command("verify", made / "one", "--json").out) == []
+    said = command("replay", made / "one", "--json")
+    assert [(each["batch"], each["verdict"]) for each in json.loads(said.out)] == [(0, "identical"), (1, "identical")]

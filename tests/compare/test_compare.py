@@ -139,6 +139,13 @@ def test_the_table_is_what_the_summaries_say(finished):
         assert f"{reward:.3f} ± " in line
         assert row["reward_at_kl_1e+06"] == row["labels_to_reward_1e+06"] == ""  # none gets there
         assert float(row["labels_to_reward_-1e+06"]) == 0  # all were there before the first label
+    said = command("compare", finished(systems=TWO, seeds=[0, 1, 2], reference="grpo"), "--report-only", "--json")
+    told = json.loads(said.out)
+    assert "report.md" in said.err and told["unfinished"] == {} and "3 prompts" in told["too_few_prompts"]
+    for row, each in zip(report, told["systems"], strict=True):
+        assert each["means"]["reward"]["value"] == pytest.approx(float(row["reward"]), abs=1e-9)
+        assert (each["system"], each["means"]["labels"]["half"]) == (row["system"], 0.0)
+    assert command("compare", finished(systems=TWO), "--dry-run", "--json").code == 2
     # α-interpolated KL: α·KL for DAR, the whole of it for a system that knows π_0 alone
     dar, grpo = report
     assert float(dar["kl_interpolated"]) == pytest.approx(0.1 * float(dar["kl"]), abs=1e-9)

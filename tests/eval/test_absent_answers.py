@@ -226,7 +226,7 @@ def test_judge_labels_empty_responses_and_counts_absent_ones(tmp_path):
         told = cli("judge", file, *options, "--pairs", "--out", out).stdout
         assert [json.loads(line)["value"] for line in out.read_text().splitlines()][::2] == [1.0, None]
         numbers = tmp_path / "a.json"
-        assert "1 of 3 pairs cannot be compared" in cli("agreement", file, *options, "--json", numbers).stdout
+        assert "1 of 3 pairs cannot be compared" in cli("agreement", file, *options, "--out", numbers).stdout
     (report,) = json.loads(numbers.read_text())
     longer = report["labellers"][0]
     assert (longer["pairs"], longer["share"], longer["absent"], report["rows"]) == (2, 0.25, 1, 3)

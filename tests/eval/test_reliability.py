@@ -252,7 +252,7 @@ def test_a_judge_on_rewardbench_2(tmp_path):
     numbers = tmp_path / "a.json"
     with FaultServer() as server:
         said = command(
-            "agreement", written(tmp_path / "rb2.jsonl", CHOICES), *asked(server, tmp_path), "--json", numbers
+            "agreement", written(tmp_path / "rb2.jsonl", CHOICES), *asked(server, tmp_path), "--out", numbers
         )
     assert said.code == 0 and "best of n" in said.out, said.text
     (report,) = json.loads(numbers.read_text())
@@ -274,7 +274,7 @@ def biased(rows, tmp_path, choose):
     try:
         with FaultServer() as server:
             said = command("agreement", written(tmp_path / "p.jsonl", rows), *asked(server, tmp_path),
-                           "--json", numbers, "--page", page)  # fmt: skip
+                           "--out", numbers, "--page", page)  # fmt: skip
     finally:
         fault_server.true_choice = kept
     assert said.code == 0, said.text

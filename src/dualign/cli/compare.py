@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from dualign.cli.printed import AsJson, document, note
+
 Base = Annotated[str | None, typer.Option(help="another base recipe than the grid's")]
 Out = Annotated[Path | None, typer.Option(help="another folder than the grid's")]
 ReportOnly = Annotated[bool, typer.Option("--report-only", help="run nothing; report what is finished")]
@@ -18,6 +20,8 @@ Power = Annotated[
     float | None,
     typer.Option(help="run nothing; by the finished runs, what it takes to tell a difference of this size"),
 ]
+
+REPORT_ALONE = "prints the report; --dry-run and --power are for people: leave one of them out"
 
 
 def register(app: typer.Typer) -> None:
@@ -35,15 +39,19 @@ def compare(
     report_only: ReportOnly = False,
     dry_run: DryRun = False,
     power: Power = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run systems side by side over seeds, and report: table, curves, figures. Called again, it resumes."""
     if power is None:
-        _run(grid, base, out, jobs, report_only, dry_run, needs="systems")
+        _run(grid, base, out, jobs, report_only, dry_run, as_json, needs="systems")
         return
+    from dualign.common.errors import UserError
     from dualign.eval.compare.grid import load
     from dualign.eval.compare.power import power_lines
     from dualign.eval.compare.report import finished
 
+    if as_json:
+        raise UserError(f"--json {REPORT_ALONE}")
     loaded = load(grid, base, str(out) if out else None)
     print("\n".join(power_lines(loaded, finished(loaded), power)))
 
@@ -55,13 +63,21 @@ def sweep(
     jobs: Jobs = 1,
     report_only: ReportOnly = False,
     dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a grid over settings (its axes), one at a time, and report the ablations and the Pareto fit."""
-    _run(grid, base, out, jobs, report_only, dry_run, needs="axes")
+    _run(grid, base, out, jobs, report_only, dry_run, as_json, needs="axes")
 
 
 def _run(
-    path: str, base: str | None, out: Path | None, jobs: int, report_only: bool, dry_run: bool, needs: str
+    path: str,
+    base: str | None,
+    out: Path | None,
+    jobs: int,
+    report_only: bool,
+    dry_run: bool,
+    as_json: bool,
+    needs: str,
 ) -> None:
     from dualign.common.errors import StopRun, UserError
     from dualign.eval.compare.grid import load
@@ -70,22 +86,29 @@ def _run(
     axes = any(grid.system(name).axes for name in grid.systems)
     if needs == "axes" and not axes:
         raise UserError(f"{path}: has no axes to sweep; `dualign compare {path}` compares its systems")
+    if dry_run and as_json:
+        raise UserError(f"--json {REPORT_ALONE}")
     if dry_run:
         from dualign.eval.compare.plan import plan_lines
 
         print("\n".join(plan_lines(grid, jobs)))
         return
     from dualign.eval.compare.cells import run_grid, subprocesses
-    from dualign.eval.compare.report import write_report
+    from dualign.eval.compare.report import record, write_report
 
+    say = note if as_json else partial(print, flush=True)
     execute = subprocesses(grid.launch, jobs)
-    failed = {} if report_only else run_grid(grid, execute, partial(print, flush=True), jobs)
+    failed = {} if report_only else run_grid(grid, execute, say, jobs)
     try:
-        print(write_report(grid, failed))
-        print(f"report: {grid.out}/report/report.md")
+        table = write_report(grid, failed)
+        if as_json:
+            document(record(grid, failed))
+        else:
+            print(table)
+        say(f"report: {grid.out}/report/report.md")
     finally:
         for name, why in failed.items():
-            print(f"failed: {name}: {why}")
+            say(f"failed: {name}: {why}")
     if failed:
         raise StopRun(f"{len(failed)} failed; the same command tries them again and leaves the finished ones alone")
 

@@ -28,13 +28,18 @@ from dualign.cli.eval_options import (
     Tokens,
     loaded,
 )
+from dualign.cli.printed import AsJson
 from dualign.common.named import is_place
 
 TOKENS = 128
 
 
 class Evaluations(TyperGroup):
-    """FILE.py:NAME in a command's place is an evaluation of one's own."""
+    """FILE.py:NAME in a command's place is an evaluation of one's own. --json may stand anywhere."""
+
+    def parse_args(self, context: Any, arguments: list[str]) -> list[str]:
+        others = [argument for argument in arguments if argument != "--json"]
+        return super().parse_args(context, ["--json", *others] if len(others) < len(arguments) else arguments)
 
     def resolve_command(self, context: Any, arguments: list[str]) -> Any:
         if not is_place(arguments[0]):
@@ -61,7 +66,7 @@ app = typer.Typer(
 
 @app.callback()
 def printed(
-    as_json: Annotated[bool, typer.Option("--json", help="print the result as one JSON document instead")] = False,
+    as_json: AsJson = False,
 ) -> None:
     from dualign.eval.show import AS_JSON
 
@@ -93,7 +98,7 @@ def winrate(
     function: Functions = None,
     judge_errors: Annotated[
         Path | None,
-        typer.Option(help="what `dualign agreement --json` found of this judge: also the corrected win rate"),
+        typer.Option(help="what `dualign agreement --out` wrote of this judge: also the corrected win rate"),
     ] = None,
     batch: Batch = False,
     out: Out = None,

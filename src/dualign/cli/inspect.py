@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from dualign.cli.printed import AsJson, document, note
 
 if TYPE_CHECKING:
     from dualign.run.replay import Effect
@@ -25,7 +26,7 @@ def register(app: typer.Typer) -> None:
 
 def verify(
     run: RunFolder,
-    as_json: Annotated[bool, typer.Option("--json", help="print the findings as one JSON document instead")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check a run's files, and what it was made from, against their recorded hashes, and its batches against its metrics.
     Exit code 1: damaged or changed."""
@@ -35,14 +36,14 @@ def verify(
     for finding in findings if not as_json else ():
         print(f"{finding.kind}: {finding.text}\n  {finding.remedy}")
     if as_json:
-        print(json.dumps([vars(finding) for finding in findings], indent=1, default=str))
+        document([vars(finding) for finding in findings])
     if any(finding.kind != "unfinished" for finding in findings):
         raise typer.Exit(1)
     if not as_json:
         print(f"{run}: every file is what was written" + ("; the run is not finished" if findings else ""))
 
 
-def replay(run: RunFolder) -> None:
+def replay(run: RunFolder, as_json: AsJson = False) -> None:
     """Compute advantages and weights again from the stored batches, and compare. Exit code 1: different."""
     from dualign.config import load
     from dualign.run import replay as stored
@@ -50,17 +51,22 @@ def replay(run: RunFolder) -> None:
 
     opened = Run.open(run)
     algo = load(opened.config_file).algo
-    different = 0
+    every = []
     for b in stored.stored(opened, uses=True):
         found = stored.replay(b, algo)
+        every.append({"batch": found.step, "used_in": b.used_in, "rows": len(b.tokens), "verdict": found.verdict,
+                      "where": found.where, "difference": found.difference})  # fmt: skip
+        if as_json:
+            continue
         more = (
             "" if found.difference == 0 else f": {found.where} by {found.difference:.1e}, relative to its largest value"
         )
         again = "" if b.used_in is None else f" again in {b.used_in}"
         print(f"batch {found.step:4d}{again}  {len(b.tokens)} rows  {found.verdict}{more}")
-        different += found.verdict == "different"
-    if different:
-        print(f"{different} batches do not hold what {algo.name} makes of their rewards and log-probs")
+    if as_json:
+        document(every)
+    if different := sum(each["verdict"] == "different" for each in every):
+        note(f"{different} batches do not hold what {algo.name} makes of their rewards and log-probs")
         raise typer.Exit(1)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
+from dualign.cli.printed import AsJson, document
 from dualign.common.types import Label
 
 Rubric = Annotated[str, typer.Option(help="summarization, helpfulness, harmlessness, or a YAML file")]
@@ -27,7 +28,7 @@ Batch = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="so many rows, drawn at random, always the same ones")]
 PromptColumn = Annotated[str, typer.Option(help="the column that holds the prompt")]
-Json = Annotated[Path | None, typer.Option("--json", help="write the numbers to this file")]
+Out = Annotated[Path | None, typer.Option(help="also write the document that --json prints to this .json file")]
 T = TypeVar("T")
 
 
@@ -56,6 +57,7 @@ def judge(
     prompt_column: PromptColumn = "prompt",
     batch: Batch = False,
     more: More = None,
+    as_json: AsJson = False,
 ) -> None:
     """Label a file with an LLM judge. Run it again to continue: what was bought is in the cache."""
     from dualign.annotate.batch import in_batches
@@ -73,12 +75,25 @@ def judge(
     looked_at = show is not None
     label = _compared(rows, settings, file, looked_at) if pairs else _rewarded(rows, settings, looked_at)
     if out is None:
+        if as_json:
+            document(list(label))
+            return
         for row in label:
             typer.echo(clean(_shown(row)))
         return
     total = len(rows) if pairs else sum(len(row.texts) for row in rows)
     with in_batches(out.with_name(f"{out.name}.batch"), wanted=batch):
         write_rows(out, _collect(_progress(label, total, "labels"), absent))
+    if as_json:
+        document(
+            {
+                "out": out,
+                "asked": total,
+                "labelled": total - len(absent),
+                "absent": Counter(label.reason for label in absent),
+            }
+        )
+        return
     typer.echo(f"{total - len(absent)} of {total} labelled, in {out}")
     if absent:
         typer.echo(f"  absent: {clean(absent_words(absent))}")
@@ -146,6 +161,7 @@ def _answered(client: Any, asked: int) -> None:
 def labels(
     cache: Annotated[Path | None, typer.Option(help="the cache's file; default: the one in your cache folder")] = None,
     export: Annotated[Path | None, typer.Option(help="write every reply with its request to this .jsonl file")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """What is in the cache of labels, and what it saved."""
     from rich.console import Console
@@ -159,11 +175,14 @@ def labels(
     if not path.is_file():
         raise UserError(f"{path}: no cache there; labels are kept from the first one that is bought")
     kept = Cache(path)
-    table = Table("model", "rubric", "labels", "calls saved", "tokens saved", "dollars saved", title=str(path))
-    for row in kept.summary():
-        table.add_row(row["model"], row["rubric"], f"{row['labels']:,}", f"{row['saved_calls']:,}",
-                      f"{row['saved_tokens']:,}", f"{row['saved_dollars']:.4f}")  # fmt: skip
-    Console().print(table)
+    if as_json:
+        document({"cache": path, "labels": kept.summary()})
+    else:
+        table = Table("model", "rubric", "labels", "calls saved", "tokens saved", "dollars saved", title=str(path))
+        for row in kept.summary():
+            table.add_row(row["model"], row["rubric"], f"{row['labels']:,}", f"{row['saved_calls']:,}",
+                          f"{row['saved_tokens']:,}", f"{row['saved_dollars']:.4f}")  # fmt: skip
+        Console().print(table)
     if export:
         if export.suffix != ".jsonl":
             raise UserError(f"{export}: labels are exported as .jsonl")
@@ -188,9 +207,10 @@ def agreement(
     limit: Limit = None,
     prompt_column: PromptColumn = "prompt",
     more: More = None,
-    json_out: Json = None,
+    out: Out = None,
     plot: Annotated[Path | None, typer.Option(help="draw the shares to this file (.png, .svg, .pdf)")] = None,
     page: Annotated[Path | None, typer.Option(help="write verdict and tables to this .html file")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Is this judge any good? AI rewards, AI preferences and reward heads beside people and the longer answer."""
     from dualign.annotate.rubric import load
@@ -204,6 +224,7 @@ def agreement(
         raise UserError("a judge needs --rubric, and --base-url and --model or --serve")
     if plot and plot.suffix not in (".png", ".svg", ".pdf"):  # said before anything is bought
         raise UserError(f"--plot {plot}: a figure ends in .png, .svg or .pdf")
+    _check_json(out)
     if page and page.suffix != ".html":
         raise UserError(f"--page {page}: a page is an .html file")
     settings = {**given, **_settings(more)}
@@ -215,9 +236,12 @@ def agreement(
     with held([reward or preference]):
         reports = [measure_file(file, limit, head or [], reward, preference, prompt_column) for file in files]
     found = result(reports)
-    show(found)
-    if json_out:
-        _write_json(json_out, reports)
+    if as_json:
+        document(reports)
+    else:
+        show(found)
+    if out:
+        _write_json(out, reports)
     if page:
         from dualign.eval.report.judge_page import write_page
 
@@ -229,7 +253,8 @@ def agreement(
 def granularity(
     a: Annotated[Path, typer.Argument(help="rewards that `dualign judge` wrote; its ties are looked at")],
     b: Annotated[Path, typer.Argument(help="rewards of another judge for the same rows")],
-    json_out: Json = None,
+    out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
     """Pearson's r between two judges' rewards: over all rows, and over the pairs that the first one ties."""
     from rich.console import Console
@@ -239,15 +264,19 @@ def granularity(
     from dualign.annotate.labelled import read_rewards
     from dualign.common.errors import UserError
 
+    _check_json(out)
     found = correlate(read_rewards(a), read_rewards(b))
     if found.rows < 2:
         raise UserError(f"{a} and {b} have {found.rows} labelled rows in common; they must be labels of the same file")
-    table = Table("", "rows", "r")
-    table.add_row("all", f"{found.rows:,}", f"{found.r:.4f}")
-    table.add_row(f"tied by {a.stem}", f"{found.tied_rows:,}", f"{found.r_tied:.4f}")
-    Console().print(table)
-    if json_out:
-        _write_json(json_out, vars(found))
+    if as_json:
+        document(vars(found))
+    else:
+        table = Table("", "rows", "r")
+        table.add_row("all", f"{found.rows:,}", f"{found.r:.4f}")
+        table.add_row(f"tied by {a.stem}", f"{found.tied_rows:,}", f"{found.r_tied:.4f}")
+        Console().print(table)
+    if out:
+        _write_json(out, vars(found))
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
@@ -314,8 +343,16 @@ def _shown(row: dict[str, Any]) -> str:
     return f"--- {row['id']}{name}\n{row['asked'] or ''}\n\n>>> {row['note'] or ''}\n\n=== {label}\n"
 
 
+def _check_json(out: Path | None) -> None:
+    from dualign.common.errors import UserError
+
+    if out and out.suffix != ".json":  # said before anything is bought
+        raise UserError(f"--out {out}: the numbers go into a .json file")
+
+
 def _write_json(path: Path, value: Any) -> None:
+    from dualign.common.durable import write_text
+    from dualign.common.json_text import document as text
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    aside.replace(path)
+    write_text(path, text(value) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dualign.cli.printed import AsJson, document
+
 if TYPE_CHECKING:
     from dualign.run.shelf import Plan, Shelved
-
-Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead")]
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +28,7 @@ def runs(
         typer.Option(help="what may go of them: state (training state of finished runs), checkpoints, all"),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="with --clean: do not ask")] = False,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """List runs: how far, the gain, what each takes on disk. --clean shows what would go, and asks."""
     from dualign.common.errors import UserError
@@ -43,7 +42,7 @@ def runs(
         return
     listed = [shelf.shelved(folder) for folder in folders]
     if as_json:
-        print(json.dumps([each.record() for each in listed], indent=1))
+        document([each.record() for each in listed])
         return
     _list(listed)
     if listed:
@@ -56,7 +55,7 @@ def doctor(
         str | None, typer.Argument(help="also look at what this recipe needs: model, rewards, judges")
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value")] = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """What is installed, which devices, how much room, what is in reach, and what to do about it. Exit code 1: there is
     something to fix."""

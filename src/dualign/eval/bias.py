@@ -135,11 +135,11 @@ def read_errors(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected what `dualign agreement --json` writes: {error}") from None
+        raise UserError(f"{path}: expected what `dualign agreement --out` writes: {error}") from None
 
 
 def errors_of(reports: Any, judge: Sequence[Mapping[str, Any]], where: str) -> Errors:
-    """What `dualign agreement --json` found of the judge with these settings, over all its files. Raises UserError where
+    """What `dualign agreement --out` wrote of the judge with these settings, over all its files. Raises UserError where
     it is not among them, and where it may be no better than chance."""
     if len(judge) != 1:
         raise UserError(f"{where}: the errors of one judge are known, and several rewards judge here")
@@ -148,7 +148,7 @@ def errors_of(reports: Any, judge: Sequence[Mapping[str, Any]], where: str) -> E
         rows = [row for report in reports for row in report["labellers"]]
         known = [(row["labeller"], row.get("rubric"), row["share"], row["pairs"]) for row in rows]
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{where}: not what `dualign agreement --json` writes") from None
+        raise UserError(f"{where}: not what `dualign agreement --out` writes") from None
     mine = [(agrees, n) for labeller, rubric, agrees, n in known if (labeller, rubric) == name and n]
     if not mine:
         have = ", ".join(dict.fromkeys(_told(labeller, rubric) for labeller, rubric, *_ in known))

@@ -37,7 +37,7 @@ def win_rate(
     judge_errors: Path | None = None,
 ) -> Result:
     """Win rate of each source (runs, checkpoints, models, files of outputs) against each run's π_0, or `against`.
-    `judge_errors`: what `dualign agreement --json` found of the judge: also the win rate that people would give."""
+    `judge_errors`: what `dualign agreement --out` wrote of the judge: also the win rate that people would give."""
     asking = asking or Asking()
     known = read_errors(judge_errors) if judge_errors else None
     path = place("winrate", sources, judge, asking, out, against)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from contextvars import ContextVar
 
@@ -11,8 +10,8 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from dualign.common.errors import clean
+from dualign.common.json_text import document
 from dualign.eval.result import Result, Table
-from dualign.eval.store import finite
 
 AS_JSON: ContextVar[bool] = ContextVar("AS_JSON", default=False)
 """Whether results are printed for programs."""
@@ -20,7 +19,7 @@ AS_JSON: ContextVar[bool] = ContextVar("AS_JSON", default=False)
 
 def show(result: Result) -> None:
     if AS_JSON.get():
-        print(json.dumps(finite(result.json()) | {"path": str(result.path)}, indent=1, ensure_ascii=False))
+        print(document(result.json() | {"path": result.path}))
         return
     # wide enough for every table: a narrow terminal wraps lines, which reads better than columns of one word
     width = max(140, shutil.get_terminal_size().columns)

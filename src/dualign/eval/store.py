@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shlex
 import sys
@@ -15,9 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dualign.common.errors import UserError
+from dualign.common.json_text import document, finite
 from dualign.eval import cheat, ifeval, mtbench, rewards, winrate
 from dualign.eval.outputs import is_run
 from dualign.eval.result import Json, Result, Table
@@ -54,7 +52,7 @@ def write(path: Path, result: Result) -> Result:
     tables = [replace(t, run=away(t.source, path)) if t.source and t.run is None else t for t in result.tables]
     result = replace(result, tables=tables, path=path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(finite(result.json()), indent=1, ensure_ascii=False)
+    text = document(result.json())
     lines = [json.dumps(finite(row), ensure_ascii=False) for row in result.rows]
     if lines:
         write_text(path.with_suffix(".jsonl"), "\n".join(lines) + "\n")
@@ -90,14 +88,3 @@ def _read(record: Json, path: Path) -> Result:
     make = OF_NUMBERS.get(record["kind"])
     headline = str(record.get("headline") or record.get("verdict") or "")
     return Result((), headline, make(record) if make else [], record, path)
-
-
-def finite(value: Any) -> Any:
-    """As JSON knows it: null for nan and infinity, plain numbers for numpy's."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, np.generic):
-        return finite(value.item())
-    return [finite(v) for v in value] if isinstance(value, list | tuple) else value

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from dualign.common.durable import write_text
 from dualign.common.errors import UserError
@@ -64,6 +66,21 @@ def write_report(grid: Grid, failed: dict[str, str]) -> str:
     figures = plots.draw(results, folder)
     write_text(folder / "report.md", "\n".join([*parts, "", *(f"![{f.stem}]({f.name})\n" for f in figures)]))
     return table
+
+
+def record(grid: Grid, failed: dict[str, str]) -> dict[str, Any]:
+    """The report for programs: means over seeds of each system (`half`: half the width of the 95 % interval, `n`: seeds
+    that have it), the claims with their answers, and what is not finished. Raises UserError as write_report does."""
+    results = finished(grid, failed)
+    few = too_few_prompts(results)
+    found = [] if few else claims.verdicts(claims.claims_of(grid), results)
+    states = {cell.name: state(cell) for cell in cells(grid, selected(grid)) if cell.name not in failed}
+    return {
+        "folder": grid.out, "base": grid.base, "seeds": grid.seeds, "reference": grid.reference,
+        "systems": [asdict(row) for row in rows(results, grid.reference, grid.at_kl, grid.at_reward)],
+        "claims": [vars(v) | {"claim": v.claim.model_dump(), "answer": v.answer} for v in found], "too_few_prompts": few,
+        "unfinished": {name: s for name, s in states.items() if s != "finished"}, "failed": failed,
+    }  # fmt: skip
 
 
 def finished(grid: Grid, failed: Collection[str] = ()) -> list[Result]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import json
 import logging
-import math
 from collections.abc import Awaitable, Callable
 from http.cookies import CookieError, SimpleCookie
 from importlib import resources
@@ -19,6 +18,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from dualign.common.errors import UserError, clean
+from dualign.common.json_text import finite
 from dualign.eval.view.folders import MissingError
 from dualign.eval.view.library import POINTS, Library
 
@@ -89,17 +89,8 @@ def _json(value: Any, status: int = 200) -> Response:
     if value is None:
         return Response(status_code=204)
     # ensure_ascii: also half a surrogate pair gets there
-    body = json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
+    body = json.dumps(finite(value), separators=(",", ":"), allow_nan=False)
     return Response(body, status, media_type="application/json")
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no nan."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 # --- what can be asked ---
