@@ -23,11 +23,12 @@ from dualign.common.errors import StopRun, UserError
 from dualign.common.processes import Processes
 from dualign.common.types import Label, Prompt
 from dualign.config import build
-from dualign.run.journal import Book, Journal
 from dualign.run.folder import Run
+from dualign.run.journal import Book, Journal
 from dualign.run.replay import stored
 from dualign.run.verify import verify
 from dualign.training.engine import Engine
+from fault_server import FaultServer
 from runs_common import metrics, tree, vowels, weights, write_prompts
 
 DAR = {"name": "dar", "alpha": 0.1, "beta": 0.3}
@@ -185,7 +186,7 @@ def test_verify_and_replay_know_every_use(tiny, tmp_path):
     assert [finding.kind for finding in verify(run.folder)] == ["damaged"]
 
 
-def stopped(config, monkeypatch, update):
+def stopped(config, monkeypatch, update, reward=vowels):
     """A run that is told to stop during its update of this number, from 1 on."""
     real, done = Engine.update, []
 
@@ -198,7 +199,7 @@ def stopped(config, monkeypatch, update):
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "update", stopping)
         with pytest.raises(StopRun):
-            dualign.train(config, reward=vowels, quiet=True)
+            dualign.train(config, reward=reward, quiet=True)
 
 
 @pytest.mark.parametrize(("at", "lost", "past"), [
@@ -267,6 +268,32 @@ def test_stopped_while_it_waits_for_labels_it_goes_on_to_the_same_bits(ahead, ti
     with pytest.raises(StopRun, match="stopped by SIGTERM"):
         dualign.train(config, reward=stopping, quiet=True)
     run = dualign.train(config, reward=stopping, quiet=True, resume=True)
+    asked = len(calls)
     whole = dualign.train(settings(tiny, tmp_path, "whole", ahead), reward=stopping, quiet=True)
+    assert len(calls) == 2 * asked, "what was being labelled when it stopped was not asked for again"
     one, two = weights(whole.folder), weights(run.folder)
     assert all(torch.equal(one[key], two[key]) for key in one) and metrics(whole.folder) == metrics(run.folder)
+
+
+class Slowing(FaultServer):
+    """Answers the first requests at once, and later ones after 5 s."""
+
+    fast = 20
+    latency = property(lambda self: 0 if self.stats.calls <= self.fast else 5, lambda self, value: None)
+
+
+def test_replies_that_come_after_a_stop_are_in_the_run_and_not_only_in_the_cache(tiny, tmp_path, monkeypatch):
+    """Stopped while batch 1 is labelled and batch 0 trained on. The cache is lost with the machine, say."""
+    with Slowing() as server:
+        config = settings(tiny, tmp_path, ahead=1, online_batches=2)
+        judge = {"type": "judge", "rubric": "helpfulness", "base_url": server.url, "model": "m", "concurrency": 2}
+        config |= {"reward": [judge | {"cache": str(tmp_path / "one")}]}
+        config["data"]["eval"], config["run"]["preview"] = None, 0
+        stopped(config, monkeypatch, 1, reward=())
+        (journal,) = (tmp_path / "run" / "batches").glob("000001.*.journal")
+        kept = Book(journal.with_suffix("").with_suffix("")).labels("0")
+        assert 4 < len(kept) < 16 and len(server.stats.bought) == 16 + len(kept)
+        server.fast = 10**9
+        config["reward"] = [judge | {"cache": str(tmp_path / "two")}]
+        dualign.train(config, quiet=True, resume=True)
+        assert set(server.stats.bought.values()) == {1} and len(server.stats.bought) == 32

@@ -180,6 +180,8 @@ class Memory:
     def __init__(self) -> None:
         self.kept: dict[int, Label] = {}
 
+    ending = False
+
     @property
     def current(self) -> Memory:
         return self

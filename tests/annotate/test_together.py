@@ -165,6 +165,8 @@ class Memory:
     def __init__(self, known: dict[int, Label]) -> None:
         self.known, self.added = known, {}
 
+    ending = False
+
     @property
     def current(self) -> Memory:
         return self

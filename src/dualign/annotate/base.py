@@ -38,6 +38,13 @@ class Session(Protocol):
 
 
 @runtime_checkable
+class Partly(Protocol):
+    """A session that tells which labels are there already, where what ended the run keeps others from coming."""
+
+    def so_far(self) -> dict[int, Label]: ...
+
+
+@runtime_checkable
 class Annotator(Protocol):
     """Opens one session per online batch. Raises UserError for what the user must fix (a reward function that
     raises or returns the wrong length), StopRun for what ends the run cleanly (a spent budget, a dead judge). One whose

@@ -123,7 +123,12 @@ class Client:
         self._end(StopRun("the judge's client was closed"))
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         if others:
-            await asyncio.wait(others, timeout=min(LAST_GRACE, self.settings.timeout))
+            await asyncio.wait(others, timeout=(grace := min(LAST_GRACE, self.settings.timeout)))
+            if self._holds:
+                self._dialect.say(
+                    f"has not answered {self._holds} requests within {grace:g} s: they are given up, may be billed all the "
+                    "same, and are asked again by a resume"
+                )
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)

@@ -35,6 +35,11 @@ class Scored:
     name: str
     samples: Sequence[Future[Label]]
 
+    @property
+    def there(self) -> bool:
+        """Whether every sample has its label."""
+        return all(future.done() and future.exception() is None for future in self.samples)
+
     def label(self) -> Label:
         """Waits. The mean of the samples' scores as one label. Raises what ended the run."""
         labels = [future.result() for future in self.samples]
@@ -54,6 +59,10 @@ class Checked:
     sign: int
     criteria: Sequence[Criterion]
     asked: Sequence[Scored]
+
+    @property
+    def there(self) -> bool:
+        return all(each.there for each in self.asked)
 
     def label(self) -> Label:
         """Waits. Criteria without a verdict do not count; without any, the label is absent."""
@@ -196,6 +205,9 @@ class JudgeSession:
 
     def close(self) -> dict[int, Label]:
         return {index: self._annotator.combine(asked) for index, asked in self._asked.items()}
+
+    def so_far(self) -> dict[int, Label]:
+        return {index: self._annotator.combine(asked) for index, asked in self._asked.items() if asked.there}
 
 
 def windowed(rows: Iterable[Row], ask: Callable[[Row], Asked], window: int) -> Iterator[tuple[Row, Asked]]:

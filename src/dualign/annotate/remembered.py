@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from dualign.annotate.base import Annotator, Item, Session
+from dualign.annotate.base import Annotator, Item, Partly, Session
+from dualign.common.errors import StopRun, UserError
 from dualign.common.types import Label
 
 
 class Labels(Protocol):
-    """Of a batch in progress, by annotator and item index. `add_labels` returns once they are on disk."""
+    """Of a batch in progress, by annotator and item index. `add_labels` returns once they are on disk. `ending`: the run
+    is being stopped, and nothing more is to be bought."""
+
+    @property
+    def ending(self) -> bool: ...
 
     def labels(self, annotator: str) -> Mapping[int, Label]: ...
 
@@ -67,7 +72,20 @@ class _RememberedSession:
                 del self._labels[item.index]
             if item.index not in self._labels or (self._whole and self._fresh):
                 self._session.add(item)
-        given = self._session.close()
+        try:
+            if self._memory.ending:
+                raise StopRun("the run was stopped before these labels were asked for")
+            given = self._session.close()
+        except (StopRun, UserError):
+            self._memory.add_labels(self._key, bought(self._session))
+            raise
         fresh = {index: label for index, label in given.items() if index not in self._labels}
         self._memory.add_labels(self._key, fresh)  # at once: until this returns, a kill would lose what was bought
         return self._labels | fresh
+
+
+def bought(session: Session) -> dict[int, Label]:
+    """The labels that a session has, though it cannot be closed: of one that does not say which (`so_far`), none. What is
+    absent may come yet."""
+    found = session.so_far() if isinstance(session, Partly) else {}
+    return {index: label for index, label in found.items() if label.value is not None}

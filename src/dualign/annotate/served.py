@@ -56,6 +56,10 @@ class ServedSession:
     def add(self, item: Item) -> None:
         self._asked[item.index] = self._annotator.ask(item)
 
+    def so_far(self) -> dict[int, Label]:
+        there = {i: future for i, future in self._asked.items() if future.done() and future.exception() is None}
+        return {index: future.result() for index, future in there.items()}
+
     def close(self) -> dict[int, Label]:
         name = self._annotator.name
         labels = {index: future.result() for index, future in self._asked.items()}

@@ -71,7 +71,9 @@ class Appender:
                 raise _unwritable(self.path, error) from None
 
     def close(self) -> None:
-        os.close(self._file)
+        with self._lock:
+            os.close(self._file)
+            self._file = -1
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

@@ -43,7 +43,7 @@ def ask(folder: Path, reward: Sequence[str], settings: dict[str, Any], name: str
     try:
         yield from _looks(run, asking)
     finally:
-        asking.annotator.close()
+        asking.close()
 
 
 def _same_as_before(file: Path, settings: WitnessConfig) -> None:

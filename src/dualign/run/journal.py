@@ -7,7 +7,10 @@ is, so a label always belongs to the very text that was labelled. The files go o
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,9 @@ from dualign.common import lines
 from dualign.common.errors import UserError
 from dualign.common.types import Label, Rollout
 from dualign.rollout.base import Request
+
+log = logging.getLogger(__name__)
+GRACE = 10.0  # seconds that a run which is stopped waits for labels in flight
 
 
 class Book:
@@ -26,6 +32,7 @@ class Book:
         self._labels: dict[str, dict[int, Label]] = {}
         self._behaviour: dict[int, list[float]] = {}
         self._file: lines.Appender | None = None
+        self.ending = False  # whether the run is being stopped: nothing more is to be asked for
         if stem is None:
             return
         mine, end = stem.with_name(f"{stem.name}.{rank}.journal"), 0
@@ -40,9 +47,9 @@ class Book:
         self._file = lines.Appender(mine, end)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
     def _take(self, record: dict[str, Any]) -> None:
         if "index" in record:
@@ -120,6 +127,11 @@ class Journal:
     def __init__(self, rank: int = 0) -> None:
         self.rank, self.current = rank, Book()
         self._books: dict[Path, Book] = {}
+        self._expected: list[Future[Any]] = []
+
+    def expect(self, labels: Future[Any]) -> None:
+        """Labels are on their way to a book: `end` waits for them."""
+        self._expected = [*(each for each in self._expected if not each.done()), labels]
 
     def begin(self, stem: Path) -> Book:
         """Of the batch whose file will be STEM.parquet, beside those that are in progress."""
@@ -128,11 +140,21 @@ class Journal:
         return self.current
 
     def end(self, stem: Path | None = None) -> None:
-        """Closes the book of one batch, or all."""
+        """Closes the book of one batch; or all, with what arrives within GRACE seconds for a run that is stopped. No label
+        is asked for any more."""
+        if stem is None:
+            self._settle()
         for each in [stem] if stem else list(self._books):
             if (book := self._books.pop(each, None)) is not None:
                 book.close()
                 self.current = Book() if self.current is book else self.current
+
+    def _settle(self) -> None:
+        for book in self._books.values():
+            book.ending = True
+        at_once = isinstance(sys.exception(), KeyboardInterrupt)  # the second Ctrl-C
+        if late := wait(self._expected, 0 if at_once else GRACE).not_done:
+            log.warning("the labels of %d batches did not come in time: a resume asks for them again", len(late))
 
 
 def files_of(stem: Path) -> list[Path]:

@@ -61,13 +61,13 @@ class Labeller:
 
         self.processes.everyones(sample)
         together = self.processes.world > 1 and isinstance(session, Meeting)
-        closing = None if together else closed(session, self._one)
+        closing = None if together else closed(session, self._one, self.journal)
 
         def rows(clock: Clock) -> list[Row]:
             with clock("label"):
                 if closing is None:
-                    meet(session, partial(awaited, check=self.check))
-                labels = result(closing or closed(session, self._one), self.check)
+                    meet(session, partial(awaited, check=self.check, journal=self.journal))
+                labels = result(closing or closed(session, self._one, self.journal), self.check)
             return [Row(rollout, labels[rollout.index]) for rollout in sorted(rollouts, key=lambda r: r.index)]
 
         return Asked(rollouts, rows)
@@ -115,14 +115,15 @@ class Labeller:
         return rollouts
 
 
-def awaited(session: Session, check: Callable[[], None]) -> Mapping[int, Label]:
+def awaited(session: Session, check: Callable[[], None], journal: Journal) -> Mapping[int, Label]:
     """The labels of a session that is complete."""
-    return result(closed(session, threading.Lock()), check)
+    return result(closed(session, threading.Lock(), journal), check)
 
 
-def closed(session: Session, one: threading.Lock) -> Future[Mapping[int, Label]]:
-    """Closes a session beside whatever else is done, once `one` is free."""
+def closed(session: Session, one: threading.Lock, journal: Journal) -> Future[Mapping[int, Label]]:
+    """Closes a session beside whatever else is done, once `one` is free. The `journal` stays open for its labels."""
     answer: Future[Mapping[int, Label]] = Future()
+    journal.expect(answer)
 
     def work() -> None:
         try:
@@ -136,7 +137,8 @@ def closed(session: Session, one: threading.Lock) -> Future[Mapping[int, Label]]
 
 
 def result(answer: Future[X], check: Callable[[], None]) -> X:
-    """Waits for it, but not when asked to stop (`check` raises): what is bought by then is still written down."""
+    """Waits for it, but not when asked to stop (`check` raises): what is bought by then is still written down
+    (Journal.end)."""
     while not wait([answer], timeout=STOP_WITHIN).done:
         check()
     return answer.result()

@@ -73,16 +73,20 @@ class Asking:
             session = self.annotator.open()
             for row in rows:
                 session.add(Item.of(row.rollout))
-            return awaited(session, check)
+            labels = awaited(session, check, self.journal)
         except StopAsked:
-            raise
+            raise  # `close` writes down what is bought by then
         except (UserError, StopRun) as error:
             if not self.spared:
                 raise
             self.fault = str(error)
-            return {row.rollout.index: Label.absent(f"the witness failed: {error}") for row in rows}
-        finally:
-            self.journal.end(stem)
+            labels = {row.rollout.index: Label.absent(f"the witness failed: {error}") for row in rows}
+        self.journal.end(stem)
+        return labels
+
+    def close(self) -> None:
+        self.annotator.close()
+        self.journal.end()
 
 
 class Witness:
@@ -116,7 +120,7 @@ class Witness:
 
     def __exit__(self, *error: object) -> None:
         if self.asking:
-            self.asking.annotator.close()
+            self.asking.close()
 
     def batch(self, b: WeightedBatch, clock: Clock) -> None:
         """Asks about an online batch, if it is one of the n-th. Raises StopAsked in all processes or none."""
