@@ -24,6 +24,7 @@ ROOM = 5e9  # bytes below which a run soon stops
 PATIENCE = 5.0  # seconds for a server's answer
 EXTRAS = {
     "lora": "adapters (model.lora)", "qlora": "adapters on 4 bits", "plots": "figures of report and compare",
+    "view": "the live page (dualign view)",
     "serve": "a judge served by transformers (serve: MODEL)", "trackers": "run.trackers",
     "benchmarks": "eval ifeval, eval alpaca --official",
 }  # fmt: skip

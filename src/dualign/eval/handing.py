@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from dualign.run.named import checkpoint_of
 
 ROWS = 8  # completions of the run on which the files are compared with the checkpoint
 CONVERTER = "convert_hf_to_gguf.py"
+OUTTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # the converter's, by the model's
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,14 @@ def converter_in(given: Path) -> Path:
 
 
 def to_gguf(handed: Handed, script: Path) -> Path:
-    """The model as GGUF. Raises UserError where the converter fails."""
+    """The model as GGUF, its weights as they are: rounded to 16 bits, those of an fp32 run say something else. Raises
+    UserError where the converter fails."""
     if handed.exported.adapter is not None:
         raise UserError("--gguf needs a whole model: add --merge")
     out = handed.folder / f"{handed.run.folder.resolve().name}.gguf"
-    command = [sys.executable, str(script), str(handed.folder), "--outfile", str(out), "--outtype", "auto"]
+    dtype = json.loads((handed.folder / "config.json").read_text(encoding="utf-8")).get("dtype")
+    kind = OUTTYPES.get(dtype, "auto")
+    command = [sys.executable, str(script), str(handed.folder), "--outfile", str(out), "--outtype", kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not out.is_file():
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
