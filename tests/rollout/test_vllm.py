@@ -139,7 +139,8 @@ def test_adapters_alone_are_sent(tiny, tmp_path):
 @pytest.mark.parametrize("shard", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_two_processes_share_servers_and_weights(shard, tiny, tmp_path):
     with FakeVLLM(tiny) as one, FakeVLLM(tiny) as two:
-        config = configured(tiny, tmp_path, url=[one.url, two.url]) | {"reward": [reward_file()]}
+        place = tmp_path / "weights"
+        config = configured(tiny, tmp_path, url=[one.url, two.url], weights_dir=str(place)) | {"reward": [reward_file()]}
         config["train"]["shard"] = shard
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(config))
@@ -147,6 +148,7 @@ def test_two_processes_share_servers_and_weights(shard, tiny, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         assert one.calls["collective_rpc"] == two.calls["collective_rpc"] == 5
         assert len(one.asked) == len(two.asked) == (3 * 8 + 2 * 4) // 2
+    assert list(place.iterdir()) == []  # one process writes and removes, the other leaves nothing
     assert [r["sampler_gap"] < 1e-3 for r in metrics(tmp_path / "run")] == [True] * 3
 
 

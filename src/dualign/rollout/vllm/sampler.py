@@ -56,6 +56,7 @@ class VLLMSampler:
         untie = is_tied(policy) and policy.device.type == "cpu" and settings.serve  # see docs/vllm.md
         place = path_of(settings.weights_dir) if settings.weights_dir else cache_dir() / "weights"
         self.folders = Folders(place, policy, tokenizer, untie, writer=bool(self.owned))
+        self.processes.everyones(lambda: self.folders.make() if self.owned else ())
 
     def _serve(self) -> None:
         """A place for a server on each machine: it is started with the first weights."""

@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,21 @@ class Folders:
     def __init__(self, place: Path, policy: Policy, tokenizer: Tokenizer, untie: bool, writer: bool) -> None:
         self.policy, self.tokenizer, self.untie, self.writer = policy, tokenizer, untie, writer
         self.made: list[Path] = []
-        host = socket.gethostname()
-        self.place = place / f"{host}-{os.getpid()}"
+        self.place = place / f"{socket.gethostname()}-{os.getpid()}"
+
+    def make(self) -> Sequence[None]:
+        """The writer's place, without what runs of before left. Raises UserError where it cannot be made."""
+        place, host = self.place.parent, socket.gethostname()
         try:
-            place.mkdir(parents=True, exist_ok=True)
+            self.place.mkdir(parents=True, exist_ok=True)
             for left in place.glob(f"{host}-*"):
                 process = left.name.removeprefix(f"{host}-").removesuffix(".log")
                 if process.isdigit() and not _lives(int(process)):
-                    remove(left)
-            self.place.mkdir(exist_ok=True)
+                    with suppress(FileNotFoundError):  # another run has removed it meanwhile
+                        remove(left)
         except OSError as error:
             raise UserError(f"rollout.options.weights_dir: {place}: cannot be written: {error.strerror}") from None
+        return ()
 
     def whole(self, weights: Weights, turned: bool = False) -> Path:
         """All weights. `turned`: with the rows of the embedding and the head moved up by one, so that the model says of a
