@@ -1,6 +1,6 @@
-"""Memory of each process with a 0.4B model of random weights, whole and divided over 1, 2 and 4 (train.shard).
+"""Memory of each process with a model of random weights, whole and divided over 1, 2 and 4 (train.shard).
 
-    python benchmarks/shard_memory.py [--worlds 1 2 4]
+    python benchmarks/shard_memory.py [--worlds 1 2 4] [--hidden 1024 --layers 28]      # 0.4B; 768 and 16: 0.2B
 
 One online batch of DAR with AdamW, fp32, on gloo: bytes of the tensors that stay (weights and fp32 masters, gradients,
 optimizer state, π_0), and resident memory between phases and at its peak within the updates. Linux only.
@@ -22,7 +22,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from common import RESULTS, machine, save, table
 
-SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 28, "num_attention_heads": 16}
 OVERRIDES = {
     "model.precision": "fp32",  # a processor without bf16 units takes minutes for what this does in seconds
     "reward": "[]",
@@ -43,8 +42,8 @@ def length(completions: list[Any], **columns: Any) -> list[float]:
     return [float(len(c[-1]["content"])) for c in completions]
 
 
-def random_model(folder: Path) -> None:
-    """0.4B of random weights, untied, with SmolLM2's tokenizer."""
+def random_model(folder: Path, hidden: int, layers: int) -> None:
+    """Random weights, untied, with SmolLM2's tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -53,7 +52,9 @@ def random_model(folder: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(assets.resolve("smollm2-135m-instruct"))
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=4, vocab_size=49152, **ids)).save_pretrained(folder)
+    sizes = {"hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 49152}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ids)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -78,10 +79,11 @@ def worker(folder: Path, shard: str) -> None:
     found: dict[str, int] = {}
 
     class Watched(Engine):
-        def update(self, *args: Any) -> dict[str, float]:
+        def _gradients(self, *args: Any) -> Any:
+            found["peak before updates"] = status("VmHWM")
             found["resident before updates"] = status("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")
-            return super().update(*args)
+            return super()._gradients(*args)
 
         def _step(self, loss: float) -> float:
             masters = self.masters.named.values()
@@ -117,16 +119,19 @@ def measured(shard: str, world: int, model: Path) -> list[dict[str, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "SHARD"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     o = parser.parse_args()
     if o.worker:
         return worker(Path(o.worker[0]), o.worker[1])
-    record: dict[str, Any] = {"machine": machine(), "overrides": OVERRIDES, "shape": SHAPE, "runs": []}
+    record: dict[str, Any] = {"machine": machine(), "overrides": OVERRIDES, "runs": []}
+    record |= {"hidden": o.hidden, "layers": o.layers}
     lines: list[list[str]] = []
     head: list[str] = []
     with tempfile.TemporaryDirectory() as name:
-        make = f"import pathlib, shard_memory; shard_memory.random_model(pathlib.Path({name!r}))"
+        make = f"import pathlib, shard_memory as s; s.random_model(pathlib.Path({name!r}), {o.hidden}, {o.layers})"
         subprocess.run([sys.executable, "-c", make], check=True, cwd=Path(__file__).parent)
         for shard, world in [("none", 1), *(("full", world) for world in o.worlds)]:
             found = measured(shard, world, Path(name))
@@ -135,7 +140,8 @@ def main() -> None:
             most = [max(each[key] for each in found) / 1e9 for key in found[0]]
             lines.append([shard, str(world), *(f"{value:.2f}" for value in most)])
             print(lines[-1], flush=True)
-            page = save("shard-memory", record, "GB, of the process that holds most.\n\n" + table(head, lines), o.out)
+            about = f"{o.layers} layers of width {o.hidden}; GB, of the process that holds most.\n\n"
+            page = save(f"shard-memory-{o.hidden}", record, about + table(head, lines), o.out)
     print(table(head, lines), page, sep="\n")
 
 
