@@ -72,14 +72,16 @@ CASES = {
     "grpo, AdamW": ("grpo", {"optimizer": "adamw"}),
     "ppo": ("ppo", {}),
     "dpo": ("dpo", {}),
+    "LoRA, three batches": ("dar", {"lora": {"r": 4}}),
     "ppo, LoRA": ("ppo", ROUNDED | {"lora": {"r": 4}}),
 }
 
 
+FEW = [(case, 3 if "grpo" in case else 2) for case in CASES if case != "LoRA, three batches"]
 FOUR = [pytest.param(case, 4, marks=pytest.mark.slow) for case in CASES]
 
 
-@pytest.mark.parametrize(("case", "world"), [(case, 3 if "grpo" in case else 2) for case in CASES] + FOUR)
+@pytest.mark.parametrize(("case", "world"), FEW + FOUR)
 def test_divided_is_whole(case, world, train):
     """In bf16 what is sampled depends on the rows decoded beside it, so the whole model then has as many processes."""
     algo, changes = CASES[case]
