@@ -192,13 +192,11 @@ def test_old_weights_are_seen(server, untied, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [None, {"r": 4}])
-def test_two_processes_with_shares_of_the_policy(lora, untied, tmp_path):
+def test_two_processes_with_shares_of_the_policy(untied, tmp_path):
     """A server of the run's own gets weights that no process holds as a whole; they are checked after every sync."""
     serve = {"serve": True, "python": str(PYTHON), "max_model_len": 512, "gpu_memory": 0.1, "args": ["--enforce-eager"]}
     config = configured(untied, tmp_path, **serve) | {"reward": [reward_file()]}
     config["train"] |= {"shard": "full", "online_batches": 2}
-    config["model"]["lora"] = lora
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(config))
     done = launch(recipe, processes=2)
