@@ -132,3 +132,17 @@ def test_a_sampler_that_runs_out_of_memory_is_not_blamed(tiny, tmp_path):
     config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"})
     with pytest.raises(dualign.StopRun, match="out of memory while sampling"):
         dualign.train(config, reward=vowels, sampler=Full(None), quiet=True)
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"config": "quickstart"}, "config: expected a dict or what dualign.load gives, not a value of type str"),
+    ({"algo": "grpo"}, "algo: expected a dualign.Algorithm, not a value of type str; one of ours is named by algo.name"),
+    ({"data": ["hi", "ho"]}, "data, row 1: expected a mapping"),
+    ({"data": [{"prompt": "hi"}, None]}, r"data, row 2: expected a mapping .* got nothing"),
+    ({"data": [{"prompt": "hi", "x": {1}}]}, "data: a row cannot be written as JSON"),
+])  # fmt: skip
+def test_what_is_given_and_is_none_of_its_kind_is_named(tiny, tmp_path, given, said):
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"})
+    with pytest.raises(UserError, match=said):
+        dualign.train(**{"config": config, "reward": vowels} | given)
+    assert not (tmp_path / "run").exists()

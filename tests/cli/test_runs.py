@@ -130,10 +130,19 @@ def test_what_another_run_is_made_from_stays_while_that_does(shelf):
     assert not (shelf / "one").exists() and not (shelf / "two").exists()
 
 
-def test_init_writes_a_recipe_that_runs(tiny, tmp_path, monkeypatch):
+@pytest.fixture
+def roomy(tiny, tmp_path):
+    """A model whose context holds the answers that `init` asks for."""
+    folder = shutil.copytree(tiny, tmp_path / "roomy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    return folder
+
+
+def test_init_writes_a_recipe_that_runs(roomy, tmp_path, monkeypatch):
     prompts = write_prompts(tmp_path)
     monkeypatch.chdir(tmp_path)
-    options = ("--model", tiny, "--prompts", prompts, "--held-out", prompts)
+    options = ("--model", roomy, "--prompts", prompts, "--held-out", prompts)
     ways = {"function": reward_file()["path"], "head": "helpful", "judge": "http://localhost:1/v1 org/judge: 1"}
     for kind, at in ways.items():
         for system in ("dar", "grpo"):
@@ -152,11 +161,11 @@ def test_init_writes_a_recipe_that_runs(tiny, tmp_path, monkeypatch):
         assert refused.code == 2 and said in refused.err and not (tmp_path / "n.yaml").exists()
 
 
-def test_init_asks_five_questions_at_a_terminal(tiny, tmp_path, monkeypatch):
+def test_init_asks_five_questions_at_a_terminal(roomy, tmp_path, monkeypatch):
     prompts = write_prompts(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("dualign.cli.runs.at_terminal", lambda: True)
-    typed = f"{tiny}\n{prompts}\n\nfunction\n{reward_file()['path']}\n"
+    typed = f"{roomy}\n{prompts}\n\nfunction\n{reward_file()['path']}\n"
     said = typer.testing.CliRunner().invoke(application(), ["init"], input=typed, catch_exceptions=False)
     assert said.exit_code == 0 and "FILE.py:NAME" in said.stdout
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["reward"][0]["path"] == reward_file()["path"]

@@ -23,7 +23,7 @@ from dualign.annotate.forms import Form, in_words
 from dualign.annotate.told import shortened
 from dualign.common.digests import Digests
 from dualign.common.errors import UserError
-from dualign.common.settings import Settings
+from dualign.common.settings import Settings, problems
 from dualign.common.types import Message, Prompt, text_of
 from dualign.common.yaml_text import parse_yaml
 
@@ -199,11 +199,8 @@ def of_tree(data: Any, where: str) -> Rubric:
     try:
         rubric = Rubric.model_validate(data)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, e['loc']))}: {'no such key' if e['type'] == 'extra_forbidden' else e['msg']}"
-            for e in error.errors()
-        ]
-        raise UserError(f"{where}: {'; '.join(problems)} (a rubric has {', '.join(Rubric.model_fields)})") from None
+        have = ", ".join(Rubric.model_fields)
+        raise UserError(f"{where}: {'; '.join(problems(error))} (a rubric has {have})") from None
     if not (rubric.reward or rubric.preference or rubric.checklist or rubric.ranking):
         raise UserError(f"{where}: it asks nothing: give it a section reward, preference, ranking or checklist")
     if (checklist := rubric.checklist) and not checklist.column and not any(c.weight > 0 for c in checklist.criteria):

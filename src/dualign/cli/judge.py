@@ -311,13 +311,13 @@ def _validated(kind: str, settings: dict[str, Any]) -> Any:
 
     from dualign.annotate.endpoints import JudgeReward, PreferenceReward
     from dualign.common.errors import UserError
+    from dualign.common.settings import problems
 
     model: Any = {"judge": JudgeReward, "preference": PreferenceReward}[kind]
     try:
         return model(**{k: v for k, v in settings.items() if kind == "judge" or k != "expected_score"})
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(f"the judge's settings: {problems}") from None
+        raise UserError(f"the judge's settings: {'; '.join(problems(error))}") from None
 
 
 def _progress(rows: Iterable[T], total: int, what: str) -> Iterator[T]:

@@ -17,6 +17,14 @@ def fault_at(key: str, given: Any, error: ValueError) -> ValidationError:
     return ValidationError.from_exception_data("settings", [fault])
 
 
+def problems(error: ValidationError) -> list[str]:
+    """What is wrong with the keys of a section, in words."""
+    return [
+        f"{'.'.join(map(str, e['loc']))}: {'no such key' if e['type'] == 'extra_forbidden' else e['msg']}"
+        for e in error.errors()
+    ]
+
+
 def _names_a_variable(name: str) -> str:
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):  # a key itself must not get into copies of the configuration
         raise ValueError("expected the NAME of an environment variable in capitals, never the key itself")

@@ -163,7 +163,7 @@ def plan(folder: Path, what: What) -> Plan:
             ours, foreign = _sorted_out(run)
             return Plan(folder, what, ours, foreign)
         if run.summary is None:
-            return Plan(folder, what, why="it is not finished, and could not be resumed")
+            return Plan(folder, what, why="it is not finished, and needs it to be resumed")
         paths = [p for saved in run.saved() for name in STATE_FILES if (p := saved / name).exists()]
         if what == "checkpoints":
             best = run.best() if run.witness_dir.is_dir() else None

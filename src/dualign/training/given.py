@@ -19,6 +19,7 @@ from dualign.annotate.settings import RewardSettings
 from dualign.common.durable import write_text
 from dualign.common.errors import UserError
 from dualign.config import Config, build
+from dualign.data.conversation import kind_of
 from dualign.run.digests import of_model
 from dualign.run.named import pinned
 
@@ -37,6 +38,10 @@ def with_given(
     """`config` with these in place of what it names, and `rewards` beside its own. Rows and models are written into the
     cache, by their content; a run that is named as a model is pinned to its checkpoint. Raises UserError for what cannot
     be written down."""
+    if not isinstance(config, Config):
+        raise UserError(f"config: expected a dict or what dualign.load gives, not {kind_of(config)}")
+    if algo is not None and not isinstance(algo, Algorithm):
+        raise UserError(f"algo: expected a dualign.Algorithm, not {kind_of(algo)}; one of ours is named by algo.name")
     if not rewards and all(given is None for given in (algo, model, data, eval_data)):
         return pinned(config)
     tree = config.model_dump()
@@ -77,8 +82,14 @@ def _name(key: str, given: object, name: str, ours: Mapping[str, type]) -> str:
 def _rows(rows: Rows, key: str) -> str:
     if isinstance(rows, str | bytes | Mapping):
         raise UserError(f"{key}: expected rows (a list of mappings, or a datasets.Dataset), not {type(rows).__name__}")
+
+    def line(number: int, row: Any) -> str:
+        if not isinstance(row, Mapping):
+            raise UserError(f"{key}, row {number}: expected a mapping such as {{'prompt': ...}}, got {kind_of(row)}")
+        return json.dumps(dict(row), ensure_ascii=False) + "\n"
+
     try:
-        text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(line(number, row) for number, row in enumerate(rows, 1))
     except (TypeError, ValueError) as error:
         raise UserError(f"{key}: a row cannot be written as JSON: {error}") from None
     file = assets.cache_dir() / "given" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.jsonl"
