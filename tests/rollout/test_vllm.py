@@ -140,7 +140,8 @@ def test_adapters_alone_are_sent(tiny, tmp_path):
 def test_two_processes_share_servers_and_weights(shard, tiny, tmp_path):
     with FakeVLLM(tiny) as one, FakeVLLM(tiny) as two:
         place = tmp_path / "weights"
-        config = configured(tiny, tmp_path, url=[one.url, two.url], weights_dir=str(place)) | {"reward": [reward_file()]}
+        config = configured(tiny, tmp_path, url=[one.url, two.url], weights_dir=str(place))
+        config["reward"] = [reward_file()]
         config["train"]["shard"] = shard
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(config))
@@ -150,6 +151,18 @@ def test_two_processes_share_servers_and_weights(shard, tiny, tmp_path):
         assert len(one.asked) == len(two.asked) == (3 * 8 + 2 * 4) // 2
     assert list(place.iterdir()) == []  # one process writes and removes, the other leaves nothing
     assert [r["sampler_gap"] < 1e-3 for r in metrics(tmp_path / "run")] == [True] * 3
+
+
+def test_two_processes_both_draw_from_the_adapter(tiny, tmp_path):
+    with FakeVLLM(tiny) as server:
+        config = configured(tiny, tmp_path, url=server.url) | {"reward": [reward_file()]}
+        config["model"]["lora"] = {"r": 4}
+        config["train"] |= {"shard": "full", "online_batches": 1}
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(config))
+        done = launch(recipe, processes=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert {body["model"] for body in server.asked} == {"policy"}
 
 
 # --- what is refused before work is lost ---

@@ -93,7 +93,9 @@ class VLLMSampler:
         if self.folder is None:
             self.processes.everyones(lambda: self._begin(weights))
         folder = self.processes.everyones(lambda: [self._write(weights)])[0]
-        self.processes.everyones(lambda: self._hand_over(folder))
+        names = dict(self.processes.everyones(lambda: self._hand_over(folder)))
+        for server in self.used:  # an adapter has a name of its own, which all processes must ask for
+            server.model = names[server.url]
 
     @property
     def adapted(self) -> bool:
@@ -114,14 +116,15 @@ class VLLMSampler:
     def _write(self, weights: Weights) -> Path:
         return self.folders.adapter() if self.adapted else self.folders.whole(weights)
 
-    def _hand_over(self, folder: Path) -> Sequence[None]:
-        """Loads weights into the servers of this process, and checks that they have them."""
+    def _hand_over(self, folder: Path) -> Sequence[tuple[str, str]]:
+        """Loads weights into the servers of this process, and checks that they have them; by URL, the names of what they
+        serve."""
         self.folder = folder
         if self.owned:
             self._wake()
             self._load(folder)
             self._each(self.check.weights)
-        return ()
+        return [(server.url, server.model) for server in self.owned]
 
     def _load(self, folder: Path) -> None:
         if self.child is None and self.settings.serve:
