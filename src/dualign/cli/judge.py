@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from dualign.cli.printed import AsJson, document
+from dualign.cli.printed import AsJson, check_json, document, write_document
 from dualign.common.types import Label
 
 Rubric = Annotated[str, typer.Option(help="summarization, helpfulness, harmlessness, or a YAML file")]
@@ -224,7 +224,7 @@ def agreement(
         raise UserError("a judge needs --rubric, and --base-url and --model or --serve")
     if plot and plot.suffix not in (".png", ".svg", ".pdf"):  # said before anything is bought
         raise UserError(f"--plot {plot}: a figure ends in .png, .svg or .pdf")
-    _check_json(out)
+    check_json(out)
     if page and page.suffix != ".html":
         raise UserError(f"--page {page}: a page is an .html file")
     settings = {**given, **_settings(more)}
@@ -241,7 +241,7 @@ def agreement(
     else:
         show(found)
     if out:
-        _write_json(out, reports)
+        write_document(out, reports)
     if page:
         from dualign.eval.report.judge_page import write_page
 
@@ -264,7 +264,7 @@ def granularity(
     from dualign.annotate.labelled import read_rewards
     from dualign.common.errors import UserError
 
-    _check_json(out)
+    check_json(out)
     found = correlate(read_rewards(a), read_rewards(b))
     if found.rows < 2:
         raise UserError(f"{a} and {b} have {found.rows} labelled rows in common; they must be labels of the same file")
@@ -276,7 +276,7 @@ def granularity(
         table.add_row(f"tied by {a.stem}", f"{found.tied_rows:,}", f"{found.r_tied:.4f}")
         Console().print(table)
     if out:
-        _write_json(out, vars(found))
+        write_document(out, vars(found))
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
@@ -341,18 +341,3 @@ def _shown(row: dict[str, Any]) -> str:
     label = f"absent: {row['reason']}" if value is None else value
     name = f" {row['response']}" if "response" in row else ""
     return f"--- {row['id']}{name}\n{row['asked'] or ''}\n\n>>> {row['note'] or ''}\n\n=== {label}\n"
-
-
-def _check_json(out: Path | None) -> None:
-    from dualign.common.errors import UserError
-
-    if out and out.suffix != ".json":  # said before anything is bought
-        raise UserError(f"--out {out}: the numbers go into a .json file")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    from dualign.common.durable import write_text
-    from dualign.common.json_text import document as text
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text(value) + "\n")
