@@ -181,6 +181,14 @@ def test_agreement_asks_what_the_rubric_has_words_for(pairs: Path, tmp_path: Pat
     assert "AI reward" in said and "AI preference" not in said
 
 
+def test_agreement_says_why_labels_are_absent(pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with FaultServer(reply="I would rather not say.") as server:
+        run("agreement", pairs, *judge_options(server, tmp_path))
+    for labeller in ("helpfulness:", "helpfulness (preference):"):
+        line = next(line for line in caplog.messages if f"note: {labeller}" in line)
+        assert "labels are absent: " in line and "I would rather not say." in line
+
+
 def test_agreement_needs_no_judge(pairs: Path) -> None:
     assert "longer answer" in run("agreement", pairs)
     with pytest.raises(UserError, match="--model"):

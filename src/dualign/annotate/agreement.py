@@ -15,6 +15,7 @@ from typing import Literal
 
 from dualign.annotate.base import Annotator, Item, label_all
 from dualign.annotate.preference import Verdict
+from dualign.annotate.told import say_absent
 from dualign.common.types import Prompt
 
 Human = Literal["a", "b", "tie"]
@@ -163,7 +164,9 @@ def score_pairs(annotator: Annotator, pairs: Sequence[Pair]) -> list[float | Non
     items = [
         Item(2 * i + j, i, pair.prompt, text) for i, pair in enumerate(pairs) for j, text in enumerate((pair.a, pair.b))
     ]
-    values = [label.value for label in label_all(annotator, items)]
+    labels = label_all(annotator, items)
+    say_absent(annotator.name, labels)
+    values = [label.value for label in labels]
     return [None if a is None or b is None else a - b for a, b in zip(values[::2], values[1::2], strict=True)]
 
 

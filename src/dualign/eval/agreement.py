@@ -14,7 +14,9 @@ from dualign.annotate.endpoints import JudgeReward, PreferenceReward
 from dualign.annotate.judge_sets import Choice
 from dualign.annotate.labelled import load_choices, load_pairs
 from dualign.annotate.settings import HeadReward
+from dualign.annotate.told import say_absent
 from dualign.common.errors import UserError
+from dualign.common.types import Label
 from dualign.eval import best_of, bias
 from dualign.eval.bias import Values
 from dualign.eval.judge_verdict import verdict
@@ -129,7 +131,9 @@ def _verdicts(settings: PreferenceReward, pairs: Sequence[agreement.Pair]) -> li
     judge = PreferenceAnnotator(settings)
     asked = windowed(pairs, lambda p: judge.compare(p.prompt, p.a, p.b), 2 * settings.concurrency)
     try:
-        return [pair.verdict() for _, pair in asked]
+        verdicts = [pair.verdict() for _, pair in asked]
+        say_absent(f"{judge.name} (preference)", [Label(v.value, v.reason, note=v.note) for v in verdicts])
+        return verdicts
     finally:
         judge.close()
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from dualign.annotate.base import Annotator, Item, label_all
 from dualign.annotate.judge_sets import Choice
+from dualign.annotate.told import say_absent
 from dualign.eval.result import Cell, Column, Json, Table
 from dualign.eval.statistics import Estimate, share
 
@@ -18,6 +19,7 @@ def score(annotator: Annotator, rows: Sequence[Choice]) -> list[Scores]:
     """Every answer of every row, labelled in one go."""
     texts = [(g, row.prompt, text) for g, row in enumerate(rows) for text in (*row.right, *row.wrong)]
     labels = label_all(annotator, [Item(i, g, prompt, text) for i, (g, prompt, text) in enumerate(texts)])
+    say_absent(annotator.name, labels)
     found: list[Scores] = [[] for _ in rows]
     for (g, *_), label in zip(texts, labels, strict=True):
         found[g].append(label.value)
