@@ -77,7 +77,7 @@ CASES = {
 }
 
 
-FEW = [(case, 3 if "grpo" in case else 2) for case in CASES if case != "LoRA, three batches"]
+FEW = [(case, 3 if "grpo" in case else 2) for case in CASES if case not in ("LoRA, three batches", "ppo, LoRA")]
 FOUR = [pytest.param(case, 4, marks=pytest.mark.slow) for case in CASES]
 
 

@@ -33,7 +33,7 @@ def items(qualities: list[int], k: int, sized: bool = True) -> list[Item]:
 
 def settings(server: FaultServer, tmp_path: Path, **more: Any) -> PreferenceReward:
     base = {"base_url": server.url, "model": "m", "cache": str(tmp_path / "c.sqlite"), "rubric": "helpfulness"}
-    return PreferenceReward(**(base | {"timeout": 2.0, "concurrency": 8} | more))
+    return PreferenceReward(**(base | {"timeout": 30.0, "concurrency": 8} | more))
 
 
 def run(reward: PreferenceReward, work: list[Item]) -> list[Label]:

@@ -34,7 +34,7 @@ def run(kind: Any, settings: Any, work: list[Item]) -> list[Label]:
 
 
 def base(server: FaultServer, tmp_path: Path) -> dict[str, Any]:
-    return {"base_url": server.url, "model": "m", "cache": str(tmp_path / "c.sqlite"), "timeout": 2.0}
+    return {"base_url": server.url, "model": "m", "cache": str(tmp_path / "c.sqlite"), "timeout": 30.0}
 
 
 def test_a_reward_has_its_part_and_the_judges_words(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_wrong_prompts_are_named(text, base, tmp_path):
 
 FILES = {
     "a.jsonl": b"\xff\xfe", "b.jsonl.gz": b"not gzip", "c.jsonl.gz": gzip.compress(b'{"prompt": "a"}\n' * 200)[:40],
-    "d.parquet": b"PAR1 no", "e.parquet": b"", "f.json": b"{}", "g.json": b"[", "h.json": b"5", "i.csv": b"prompt\na\n",
+    "d.parquet": b"PAR1 no", "e.parquet": b"", "f.json": b"{}", "g.json": b"[", "h.json": b"5", "i.csv": b"prompt,a\nb\n",
     "j.json": b"[[1]]", "k.txt": b"hello", "l.jsonl": b'{"prompt": "\xc3\x28"}',
 }  # fmt: skip
 
