@@ -136,7 +136,8 @@ def test_adapters_alone_are_sent(tiny, tmp_path):
     assert command("export", run.folder, "--out", tmp_path / "whole").code == 2
 
 
-@pytest.mark.parametrize("shard", [pytest.param("none", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["none", "full"])
 def test_two_processes_share_servers_and_weights(shard, tiny, tmp_path):
     with FakeVLLM(tiny) as one, FakeVLLM(tiny) as two:
         place = tmp_path / "weights"
