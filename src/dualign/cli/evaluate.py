@@ -29,7 +29,6 @@ from dualign.cli.eval_options import (
     loaded,
 )
 from dualign.cli.printed import AsJson
-from dualign.common.named import is_place
 
 TOKENS = 128
 
@@ -42,6 +41,8 @@ class Evaluations(TyperGroup):
         return super().parse_args(context, ["--json", *others] if len(others) < len(arguments) else arguments)
 
     def resolve_command(self, context: Any, arguments: list[str]) -> Any:
+        from dualign.common.named import is_place
+
         if not is_place(arguments[0]):
             return super().resolve_command(context, arguments)
         name, command, rest = super().resolve_command(context, [OWN, *arguments])

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from dualign.cli.printed import AsJson, check_json, document, write_document
-from dualign.common.types import Label
+
+if TYPE_CHECKING:
+    from dualign.common.types import Label
 
 Rubric = Annotated[str, typer.Option(help="summarization, helpfulness, harmlessness, or a YAML file")]
 BaseUrl = Annotated[str | None, typer.Option(help="an OpenAI-compatible server, for example http://localhost:8000/v1")]
@@ -103,6 +105,7 @@ def _rewarded(rows: Sequence[Any], settings: dict[str, Any], show: bool) -> Iter
     """A row per response, in order. Raises StopRun where the judge or the budget ends it."""
     from dualign.annotate.base import Item
     from dualign.annotate.judge import JudgeAnnotator, windowed
+    from dualign.common.types import Label
 
     judge = JudgeAnnotator(_validated("judge", settings))
     responses = [(row, name) for row in rows for name in row.texts]
@@ -329,6 +332,8 @@ def _progress(rows: Iterable[T], total: int, what: str) -> Iterator[T]:
 
 def _collect(rows: Iterable[dict[str, Any]], absent: list[Label]) -> Iterator[dict[str, Any]]:
     """Passes rows on without what was asked, and keeps the labels that are absent."""
+    from dualign.common.types import Label
+
     for row in rows:
         if row["reason"]:
             absent.append(Label.absent(row["reason"], note=row["note"]))

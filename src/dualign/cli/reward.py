@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,6 +47,8 @@ def fit(
     encoder: Annotated[str, typer.Option(help="what makes features of texts: all-minilm-l6-v2, or words")] = ENCODER,
 ) -> None:
     """Fit a ridge Bradley-Terry head on frozen features, and say how often it agrees with people."""
+    from importlib.metadata import version
+
     from dualign.annotate.features import WORDS
     from dualign.annotate.fit import fit_head, head_agreement
 
@@ -168,6 +168,8 @@ def _name(source: str) -> str:
 
 def _sha256(source: str) -> str | None:
     """Of a local file; None for a data set taken by name."""
+    import hashlib
+
     from dualign.data.rows import local_file
 
     path = local_file(source)
