@@ -16,6 +16,7 @@ import pytest
 import typer.main
 import typer.testing
 
+from dualign.annotate import dialect
 from killing import Zygote
 from tiny import TEMPLATE, make_model, make_tokenizer
 
@@ -29,6 +30,12 @@ LONG = ("test_shard.py", "test_kill.py", "test_compare.py", "test_faults.py", "t
 def pytest_collection_modifyitems(items):
     """The longest files first: a file is one worker's, and the others would wait for it at the end."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+@pytest.fixture(autouse=True)
+def strangers(monkeypatch) -> None:
+    """Nothing is known of a judge: a server of an earlier test may have had the same port."""
+    monkeypatch.setattr(dialect, "_dialects", {})
 
 
 @pytest.fixture(scope="session")

@@ -24,12 +24,12 @@ REWARD = '''
 import hashlib, os
 
 def score(completions, id, **columns):
-    """The share of vowels; every label that is given leaves a line in LOG, in the same write as the others."""
+    """The share of vowels; every label that is given leaves a line in LOG, in the same write as the others (see zygote.py)."""
     texts = [c[0]["content"] for c in completions]
     lines = "".join(f"{i} {hashlib.sha256(t.encode()).hexdigest()[:16]}\\n" for i, t in zip(id, texts))
     values = [sum(ch in "aeiou" for ch in t) / max(1, len(t)) + 0.1 * (len(t) % 2) for t in texts]
     log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.write(log, lines.encode())
+    os.writev(log, [lines.encode()])
     os.close(log)
     return values
 
