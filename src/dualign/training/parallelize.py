@@ -24,7 +24,9 @@ def load_policy(config: Config, device: torch.device) -> tuple[Policy, Tokenizer
     """The policy with its weights as they are stored, on its device: whoever tries it out sees exact ones."""
     model, tokenizer = load_model(config.model)
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5 renames it on the way
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     model.to(device)
     return Policy(model, config.model.precision, config.train.prefix_sharing), tokenizer
 
