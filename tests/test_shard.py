@@ -73,15 +73,18 @@ CASES = {
     "ppo": ("ppo", {}),
     "dpo": ("dpo", {}),
     "LoRA, three batches": ("dar", {"lora": {"r": 4}}),
-    "ppo, LoRA": ("ppo", ROUNDED | {"lora": {"r": 4}}),
+    "ppo, LoRA": ("ppo", {"lora": {"r": 4}}),
+    "ppo, LoRA, bf16": ("ppo", ROUNDED | {"lora": {"r": 4}}),
 }
 
 
-FEW = [(case, 3 if "grpo" in case else 2) for case in CASES if case not in ("LoRA, three batches", "ppo, LoRA")]
-FOUR = [pytest.param(case, 4, marks=pytest.mark.slow) for case in CASES]
+FEW = [(case, 3 if "grpo" in case else 2) for case in CASES if "LoRA" not in case]
+# the sum of four gradients depends on their order by a last bit, of which PPO's many updates make more in bf16
+FOUR = [pytest.param(case, 4, marks=pytest.mark.slow) for case in CASES if case != "ppo, LoRA, bf16"]
+TWO = [pytest.param("ppo, LoRA, bf16", 2, marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize(("case", "world"), FEW + FOUR)
+@pytest.mark.parametrize(("case", "world"), FEW + FOUR + TWO)
 def test_divided_is_whole(case, world, train):
     """In bf16 what is sampled depends on the rows decoded beside it, so the whole model then has as many processes."""
     algo, changes = CASES[case]
