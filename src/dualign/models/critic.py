@@ -17,14 +17,16 @@ class Critic(Policy):
 
     The head starts at zero, so that the first values are 0 and the first advantages are the rewards to go. Of a policy
     with adapters it has copies and trains them; `whole`: all of its weights instead. `shared`: weights that neither
-    trains are the policy's own.
+    trains are the policy's own. Copies are `where`, or beside the policy's.
     """
 
-    def __init__(self, policy: Policy, whole: bool = True, shared: bool = False) -> None:
+    def __init__(
+        self, policy: Policy, whole: bool = True, shared: bool = False, where: torch.device | None = None
+    ) -> None:
         nn.Module.__init__(self)
         self.key, self.precision, self.share, self.flash = policy.key, policy.precision, policy.share, policy.flash
         frozen = {} if whole or not shared else {id(p): p for p in policy.base.parameters() if not p.requires_grad}
-        decoder: Any = copied(policy.base, frozen)
+        decoder: Any = copied(policy.base, frozen, where)
         self.model = self.base = decoder.requires_grad_(True) if whole else decoder
         self.head = None
         self.value = nn.Linear(policy.width(), 1)

@@ -95,14 +95,21 @@ def load_reference(config: ModelConfig, tokenizer: Tokenizer) -> Any:
     return model
 
 
-def copied(module: nn.Module, known: dict[int, Any] | None = None) -> Any:
-    """A copy of its own, but of what is `known` by its id. What a recurrent layer kept of its last pass is let go of the
-    graph, which cannot be copied."""
+def copied(module: nn.Module, known: dict[int, Any] | None = None, where: torch.device | None = None) -> Any:
+    """A copy of its own, but of what is `known` by its id; its weights are `where`, or beside the module's. What a
+    recurrent layer kept of its last pass is let go of the graph, which cannot be copied."""
     for part in module.modules():
         for name, value in vars(part).items():
             if isinstance(value, Tensor) and not value.is_leaf:
                 setattr(part, name, value.detach())
-    return copy.deepcopy(module, known or {})
+    elsewhere: dict[int, Any] = {}
+    if where is not None:
+        elsewhere = {
+            id(p): nn.Parameter(p.detach().to(where, copy=True), p.requires_grad)
+            for p in module.parameters()
+            if id(p) not in (known or {})
+        }
+    return copy.deepcopy(module, elsewhere | (known or {}))
 
 
 def has_dropout(model: Any) -> bool:

@@ -271,11 +271,12 @@ class Policy(nn.Module):
             if name.endswith((".input_layernorm", ".post_attention_layernorm")):
                 module.register_forward_hook(_to_bf16)
 
-    def frozen_copy(self) -> Policy:
-        """The same policy, to be kept as it is; in bf16 with its linear layers rounded as they are copied: the same
-        numbers from half the memory."""
+    def frozen_copy(self, where: torch.device | None = None) -> Policy:
+        """The same policy, to be kept as it is, `where` or beside this one; in bf16 with its linear layers rounded as they
+        are copied: the same numbers from half the memory."""
         fp32 = [p for p in self.linears() if p.dtype == torch.float32] if self.precision == "bf16" else []
-        return copied(self, {id(p): nn.Parameter(p.detach().to(torch.bfloat16)) for p in fp32}).freeze()
+        rounded = {id(p): nn.Parameter(p.detach().to(torch.bfloat16).to(where or p.device)) for p in fp32}
+        return copied(self, rounded, where).freeze()
 
     def freeze(self) -> Policy:
         """This policy itself, likewise."""

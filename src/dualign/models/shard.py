@@ -47,13 +47,14 @@ def mesh_of(kind: str, processes: Processes, device: torch.device) -> Any:
 
 
 def divide(policy: Policy, mesh: Any) -> None:
-    """Divides a policy in place: a group of weights for each layer, and one for all else. Raises UserError for a model
-    whose layers share weights."""
+    """Divides a policy in place: a group of weights for each layer, and one for all else. Weights in the host's memory
+    come to the GPU group by group, as they are divided. Raises UserError for a model whose layers share weights."""
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     rounded = MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = _blocks(policy)
     _check_own_weights(policy, blocks)
+    home = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
     linear = set(policy.linears())
     if frozen := {p for p in linear if not p.requires_grad}:  # under adapters, which are others: a group has one dtype
         linear = frozen
@@ -63,7 +64,7 @@ def divide(policy: Policy, mesh: Any) -> None:
         others = set(block.parameters()) - linear
         small = {p for p in others if p.numel() < SMALL}
         for p in small:
-            p.data = p.data.clone()  # on a CPU it is a part of the mapped file, all of which would stay
+            p.data = p.data.to(home, copy=True)  # on a CPU it is a part of the mapped file, all of which would stay
         for module in list(block.modules()):
             if any(p in others - small for p in module.parameters(recurse=False)):  # such as experts
                 fully_shard(module, mesh=mesh, ignored_params=small)

@@ -180,7 +180,7 @@ class Memory:
 
     def _loading(self) -> Parts:
         """fp32 weights as they are read; π_0 is copied from them as it rounds and laid away, then a value model is. Divided,
-        each model is before the next one is made."""
+        each model is before the next one is made; copies then come to a GPU by way of the host, layer by layer."""
         lora = self.config.model.lora
         policy = self._frozen(self.sizes) if lora and lora.quantize else 4.0 * self.sizes.parameters
         copied = 4.0 * self.reference.parameters if self.reference else self._reference_size()
@@ -191,7 +191,13 @@ class Memory:
         steps = [{"weights": policy, "π_0": copied}]
         if self.sharded:
             resting = self._share_of(self._reference_size())
-            steps.append({"weights": policy, "π_0": resting, "value model": critic})
+            if self.on_gpu:  # the largest group of a copy is whole for a moment
+                group = 4.0 * max(self.sizes.rest, self.sizes.linear / self.sizes.layers)
+                copied = 4.0 * self.reference.parameters if self.reference else resting + group * (resting > 0)
+                steps = [{"weights": policy, "π_0": copied}]
+                steps.append({"weights": policy, "π_0": resting, "value model": critic / self.shards + group * copies})
+            else:
+                steps.append({"weights": policy, "π_0": resting, "value model": critic})
             critic, beside = critic / self.shards, policy / self.shards
         steps.append({"weights": policy, "π_0": resting, "value model": critic, "masters": beside})
         return max(steps, key=lambda parts: sum(parts.values()))

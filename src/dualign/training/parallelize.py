@@ -40,8 +40,10 @@ class Layout:
 
     def __init__(self, config: Config, processes: Processes, device: torch.device) -> None:
         self.config, self.on_cpu, self.mesh = config, device.type == "cpu", None
+        self.aside: torch.device | None = None  # where copies are that come to the device layer by layer, divided
         if config.train.shard != "none":
             self.mesh = mesh_of(config.train.shard, processes, device)
+            self.aside = None if self.on_cpu else torch.device("cpu")
 
     def reference(self, policy: Policy, tokenizer: Tokenizer) -> Policy | None:
         """π_0: the model that model.reference names, or `policy` as it is loaded. None where that is the policy without
@@ -51,7 +53,7 @@ class Layout:
             model = load_reference(m, tokenizer).to(policy.device)
             reference = Policy(model, m.precision, share, "model.reference").freeze()
         elif m.lora is None:
-            reference = policy.frozen_copy()
+            reference = policy.frozen_copy(self.aside)
         else:
             return None
         if not self.on_cpu:
@@ -68,8 +70,10 @@ class Layout:
         """PPO's, which begins as the policy."""
         lora = self.config.model.lora
         whole = lora is None or lora.value_model == "whole"
-        critic = Critic(policy, whole, shared=self.mesh is None).to(policy.device)
-        if self.mesh is not None:
+        critic = Critic(policy, whole, self.mesh is None, self.aside)
+        if self.mesh is None:
+            critic.to(policy.device)
+        else:
             self._lighten(critic)
             divide(critic, self.mesh)
         return critic
