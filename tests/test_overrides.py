@@ -6,6 +6,7 @@ import pytest
 
 from dualign.common.errors import UserError
 from dualign.config import load
+from dualign.config.renamed import _tell
 from dualign.eval.compare.grid import cells
 from dualign.eval.compare.grid import load as load_grid
 
@@ -70,3 +71,40 @@ def test_what_the_file_says_is_said_of_the_file(recipe):
     for overrides in ([], ["algo.beta=1"]):
         with pytest.raises(UserError, match=r"r\.yaml: algo\.alhpa: no such key; did you mean algo\.alpha"):
             load(path, overrides)
+
+
+def test_another_sampler_starts_its_options_afresh(recipe, tmp_path):
+    """As another system starts its section: one's options are not the other's."""
+    path = recipe("rollout: {rows: 8}\n")
+    assert load(path).rollout.options.decode_batch_size == 8
+    assert load(path, ["rollout.engine=hf"]).rollout.options.decode_batch_size == 8
+    assert load(path, ["rollout.options.url=http://a", "rollout.engine=vllm"]).rollout.options.urls == ["http://a"]
+    (tmp_path / "over.yaml").write_text("base: r.yaml\nrollout: {engine: vllm, options: {url: 'http://a'}}\n")
+    (tmp_path / "back.yaml").write_text("base: over.yaml\nrollout: {engine: hf}\n")
+    (tmp_path / "more.yaml").write_text("base: over.yaml\nrollout: {options: {concurrency: 3}}\n")
+    assert load(tmp_path / "over.yaml").rollout.engine == "vllm"
+    assert load(tmp_path / "back.yaml").rollout.options.decode_batch_size == 256
+    assert load(tmp_path / "more.yaml").rollout.options.urls == ["http://a"]
+
+
+@pytest.mark.parametrize(("overrides", "told"), [
+    (["rollout.options.length=3"], "override rollout.options.length: no such key; hf has decode_batch_size, cuda_graphs"),
+    (["rollout.engine=vllm", "rollout.options.serve=true", "rollout.options.colour=red"], "vllm has url, serve, python"),
+    (["rollout.engine=vlm", "rollout.options.url=http://a"], "override rollout.engine: no 'vlm'; did you mean vllm"),
+    (["rollout.engine=vllm", "rollout.options.serve=true", "rollout.log_probs=recorded"], "set rollout.log_probs=recomp"),
+])  # fmt: skip
+def test_an_option_that_its_sampler_does_not_have_is_named(recipe, overrides, told):
+    with pytest.raises(UserError, match=told):
+        load(recipe(), overrides)
+
+
+def test_an_old_name_is_read_with_a_word(recipe, tmp_path, caplog):
+    """Once for a recipe; not in a run's folder, where nobody is to change it."""
+    _tell.cache_clear()
+    path = recipe("rollout: {rows: 8}\n")
+    (tmp_path / "run.json").touch()
+    assert load(path).rollout.options.decode_batch_size == 8 and not caplog.records
+    (tmp_path / "run.json").unlink()
+    for overrides in ([], ["train.lr=1"], ["rollout.rows=9"]):
+        load(path, overrides)
+    assert [r.getMessage() for r in caplog.records] == ["note: rollout.rows is now rollout.options.decode_batch_size"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,15 @@ def test_a_run_that_does_not_fit_is_told_what_makes_it_fit():
     assert said.code == 2 and "does not fit on 80 GB: needs " in said.err
     (proposed,) = re.findall(r"set ((?:\S+=\S+ ?)+)\(", said.err)
     assert dualign("train", wrong[0], *wrong[1:2], *proposed.split(), *wrong[2:]).code == 0
+
+
+@pytest.mark.parametrize("more", ["", "train.shard=full", "model.lora={r: 8}"])
+def test_weights_of_four_bits_are_proposed_where_nothing_else_fits(more):
+    wrong = [*filter(None, [more]), "--dry-run", "--gpus", "1", "--gpu-memory", "24"]
+    said = dualign("train", HELPFUL, *wrong)
+    (proposed,) = re.findall(r"set (.*quantize: nf4.*) \(", said.err)
+    assert said.code == 2 and dualign("train", HELPFUL, *wrong[:-5], *shlex.split(proposed), *wrong[-5:]).code == 0
+    assert "no setting" in dualign("train", HELPFUL, "algo.name=ppo", *wrong[-5:]).err  # its value model cannot be
 
 
 def test_without_a_memory_that_was_asked_for_it_is_only_told(capsys):

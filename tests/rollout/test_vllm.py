@@ -227,7 +227,7 @@ def test_a_context_that_is_too_small_is_refused(tiny, tmp_path):
         ({"url": "localhost:1"}, {}, "is not a URL"),
         ({"url": "http://me:secret@localhost:1"}, {}, "holds a password"),
         ({"url": "http://localhost:1", "api_key_env": "sk-abc"}, {}, "never the key itself"),
-        ({"url": "http://localhost:1"}, {"log_probs": "recorded"}, "always recomputed"),
+        ({"url": "http://localhost:1"}, {"log_probs": "recorded"}, "rollout.log_probs=recomputed"),
         ({"url": "http://localhost:1", "tensor_paralel": 2}, {}, "did you mean rollout.options.tensor_parallel"),
     ],
 )

@@ -65,7 +65,7 @@ class Config(Settings):
         if t.update_size > t.online_batch:
             raise ValueError(f"train.update_size: {t.update_size} is more than train.online_batch ({t.online_batch})")
         algo.check(k)
-        if (lora := self.model.lora) and lora.quantize and (t.shard != "none" or algo.critic):
+        if not four_bits_whole(self):
             raise ValueError("model.lora.quantize: 4 bits cannot be divided (train.shard) or be a value model (PPO)")
         if self.eval.kl == "exact" and t.shard != "none":
             raise ValueError("eval.kl: exact needs whole models (train.shard: none)")
@@ -118,6 +118,12 @@ class Config(Settings):
         return train, evaluations * e.prompts * e.k if self.data.eval and self.reward else 0
 
 
+def four_bits_whole(config: Config) -> bool:
+    """Whether weights of 4 bits, if there are some, are those of a whole policy."""
+    lora = config.model.lora
+    return not (lora and lora.quantize) or (config.train.shard == "none" and not config.algo.critic)
+
+
 def system_of(algo: dict[str, Any]) -> type[Algorithm]:
     """The system whose settings these are. Raises ValidationError, at `name`."""
     name = algo.get("name")
@@ -160,10 +166,10 @@ def _whose(line: str, path: str, keys: Iterable[str], written: dict[str, Any]) -
 
 
 def overridden(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A plain tree with overrides applied. algo.name is first: it starts that system's section afresh, and the other
-    keys are meant for it. Raises UserError where a key leads nowhere."""
+    """A plain tree with overrides applied. algo.name and rollout.engine are first: they start that system's section and
+    that sampler's options afresh, and the other keys are meant for them. Raises UserError where a key leads nowhere."""
     tree = copy.deepcopy(tree)
-    for override in sorted(overrides, key=lambda o: not o.startswith("algo.name=")):
+    for override in sorted(overrides, key=lambda o: not o.startswith(("algo.name=", "rollout.engine="))):
         apply(tree, override)
     return tree
 
@@ -184,14 +190,16 @@ def read(recipe: str | Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, An
     base = tree.pop("base", None)
     if not isinstance(base, str | None):
         raise UserError(f"{path}: base: expected a recipe's name or file, not {base!r}")
-    tree = with_new_names(one_reward(tree))
+    tree = with_new_names(one_reward(tree), (path.parent / "run.json").is_file())
     return (merge(read(base, (*above, path))[0], tree) if base else tree), path
 
 
 def merge(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
     """`patch` laid over `base`, key by key within sections. A list replaces a list; an algo that has a name replaces
-    the base's: one system's α is not another's."""
+    the base's: one system's α is not another's. So do another sampler's options."""
     out = dict(base)
+    if patch.get("engine", held := out.get("engine", "hf")) != held:
+        out.pop("options", None)
     for key, value in one_reward(patch).items():
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
         out[key] = merge(out[key], value) if both and not (key == "algo" and "name" in value) else value
@@ -214,7 +222,7 @@ def default_system(tree: dict[str, Any]) -> dict[str, Any]:
 def build(tree: dict[str, Any], where: str = "config", stored: bool = False, bf16: bool | None = None) -> Config:
     """A checked Config from a plain tree. Raises UserError with one line per fault. One that is `stored` in a run's
     folder can be read without the reward's code of one's own that it names. `bf16`: as `load` has it."""
-    tree = with_new_names(default_system(one_reward(tree)))
+    tree = with_new_names(default_system(one_reward(tree)), stored)
     try:
         return Config.model_validate(tree, context={"stored": stored, "bf16": bf16})
     except ValidationError as error:
@@ -241,6 +249,9 @@ def apply(tree: dict[str, Any], override: str) -> None:
     value = parse_yaml(text, f"override {override!r}")
     if key == "algo.name" and value != node.get("name") and not same_name(value, node.get("name")):
         tree["algo"] = {"name": value}
+    elif key == "rollout.engine" and value != (held := node.get("engine", "hf")) and not same_name(value, held):
+        node.pop("options", None)
+        node["engine"] = value
     elif isinstance(node, list):
         node[_position(node, last, override)] = value
     else:
@@ -273,9 +284,9 @@ def _explain(tree: Any, item: Any) -> str:
         elsewhere = "" if near or len(path) > 1 else _elsewhere(key)
         hint = f"; did you mean {'.'.join(path[:-1] + near)}?" if near else elsewhere
         tag = {"algo": "name", "reward": "type"}.get(path[0], "")
-        owner = section.get(tag)
+        owner = tree["rollout"].get("engine", "hf") if path[:2] == ["rollout", "options"] else section.get(tag)
         if owner and not near:
-            hint = f"; {owner} has {', '.join(k for k in known if k != tag)}"
+            hint = f"; {owner} has {', '.join(k for k in known if k != tag) or 'no settings'}"
         of = f" ({owner})" if near and is_place(str(owner)) else ""
         return f"{key}: no such key{hint}{of}"
     if kind == "missing":

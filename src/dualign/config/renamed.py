@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -15,17 +16,26 @@ RENAMED = {
 def renamed(key: str) -> str:
     """The name that a key has now."""
     if key in RENAMED:
-        log.warning("note: %s is now %s", key, RENAMED[key])
+        _tell(key)
     return RENAMED.get(key, key)
 
 
-def with_new_names(tree: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's plain tree with the names of now. Where a key is given by both names, that of now counts."""
+@cache
+def _tell(key: str) -> None:
+    """Once: a grid reads its recipe for every run."""
+    log.warning("note: %s is now %s", key, RENAMED[key])
+
+
+def with_new_names(tree: dict[str, Any], stored: bool = False) -> dict[str, Any]:
+    """A recipe's plain tree with the names of now. Where a key is given by both names, that of now counts. `stored`: in a
+    run's folder, where nobody is to change it."""
     for old, new in RENAMED.items():
         section, _, key = old.rpartition(".")
         held = tree.get(section)
         if not isinstance(held, dict) or key not in held:
             continue
+        if not stored:
+            _tell(old)
         held = dict(held)
         value = held.pop(key)
         tree = {**tree, section: held}

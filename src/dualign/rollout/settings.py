@@ -214,8 +214,10 @@ class RolloutConfig(Settings):
     @field_validator("options", mode="before")
     @classmethod
     def _of_engine(cls, options: Any, info: ValidationInfo) -> Any:
-        if isinstance(options, SamplerSettings) or "engine" not in info.data:
-            return options or SamplerSettings()
+        if "engine" not in info.data:  # a fault of its own, and whose options these are is not known
+            return SamplerSettings()
+        if isinstance(options, SamplerSettings):
+            return options
         return class_of(info.data["engine"], ENGINES, SamplerSettings).model_validate(options)
 
     @field_validator("log_probs")
@@ -223,5 +225,5 @@ class RolloutConfig(Settings):
     def _are_exact(cls, log_probs: str, info: ValidationInfo) -> str:
         if log_probs == "recorded" and getattr(info.data.get("options"), "rounds", False):
             engine = info.data.get("engine")
-            raise ValueError(f"{engine} rounds in another way than the policy; with it log π_t is always recomputed")
+            raise ValueError(f"{engine} rounds in another way than the policy; set rollout.log_probs=recomputed")
         return log_probs

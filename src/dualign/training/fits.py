@@ -13,7 +13,7 @@ import torch
 
 from dualign.common.cpu import bf16_units
 from dualign.common.errors import UserError
-from dualign.config import Config
+from dualign.config import Config, four_bits_whole
 from dualign.models.architectures import Sizes, on_meta
 from dualign.models.settings import LoraConfig
 from dualign.training.memory import PROMPT, Memory, Parts, Place
@@ -171,7 +171,7 @@ def remedy(memory: Memory, limit: float) -> str | None:
     """The fewest settings with which a run fits, those that change no number first; else more GPUs. Each is tried."""
     for changes in _few(_changes(memory.config, memory.place)):
         changed = replace(memory, config=_with(memory.config, changes))
-        if (needs := peak(changed.phases())[0]) <= limit:
+        if four_bits_whole(changed.config) and (needs := peak(changed.phases())[0]) <= limit:
             return f"set {' '.join(f'{key}={_text(value)}' for key, value in changes)} ({needs / GB:.1f} GB)"
     gpus = 2 ** (math.floor(math.log2(memory.place.processes)) + 1)
     while memory.place.device == "cuda" and gpus <= MOST:
@@ -189,13 +189,18 @@ def _changes(config: Config, place: Place) -> list[Change]:
         changes.append(("model.gradient_checkpointing", True))
     if place.processes > 1 and t.shard != "full":
         changes += [("train.shard", "hybrid")] * (place.nodes > 1) + [("train.shard", "full")]
+    if place.processes == 1 and t.shard != "none":
+        changes.append(("train.shard", "none"))
     changes += [("train.micro_batch_tokens", n) for n in (2048, 1024) if n < t.micro_batch_tokens]
     rows = getattr(config.rollout.options, "decode_batch_size", 0)
     changes += [("rollout.options.decode_batch_size", n) for n in (64, 16) if n < rows]
     if t.optimizer == "adamw":
         changes.append(("train.optimizer", "adafactor"))
-    if config.model.lora is None:
+    lora = config.model.lora
+    if lora is None:
         changes.append(("model.lora", LoraConfig()))
+    if not (lora and lora.quantize):
+        changes.append(("model.lora", (lora or LoraConfig()).model_copy(update={"quantize": "nf4"})))
     return changes
 
 
@@ -216,4 +221,8 @@ def _with(config: Any, changes: Sequence[Change]) -> Any:
 
 
 def _text(value: Any) -> str:
-    return "{}" if isinstance(value, LoraConfig) else str(value).lower()
+    """As an override that a shell takes."""
+    if not isinstance(value, LoraConfig):
+        return str(value).lower()
+    changed = [f"{key}: {given}" for key, given in value.model_dump(exclude_defaults=True).items()]
+    return f"'{{{', '.join(changed)}}}'" if changed else "{}"
