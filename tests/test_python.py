@@ -102,6 +102,9 @@ def test_a_run_can_be_read(tiny, tmp_path):
     assert repr(again.batch(1)).startswith("WeightedBatch(1: 16 completions of 4 prompts, 0 absent, mean reward ")
     first, last = again.evaluations()
     assert (first.done, last.done) == (0, 3) and first.stats["reward"] == again.summary["before"]["reward"]
+    assert repr(last).startswith("Evaluated(after 3 online batches: 4 completions, reward ") and len(repr(last)) < 99
+    assert repr(again.evaluations()) == f"Records(2; the last: {last!r}; .table(), .frame())"
+    assert repr(again.metrics()).startswith("Records(3; the last: step 2, reward ") and "{" not in repr(again.metrics())
     assert len(first.rows) == 4 and again.checkpoint("latest") == again.checkpoint(3)
     with pytest.raises(UserError, match="online batch 7 is not stored; there are 0 to 2"):
         again.batch(7)
@@ -136,7 +139,14 @@ def test_a_sampler_that_runs_out_of_memory_is_not_blamed(tiny, tmp_path):
 
 @pytest.mark.parametrize(("given", "said"), [
     ({"config": "quickstart"}, "config: expected a dict or what dualign.load gives, not a value of type str"),
-    ({"algo": "grpo"}, "algo: expected a dualign.Algorithm, not a value of type str; one of ours is named by algo.name"),
+    ({"algo": "grpo"}, "algo: expected an instance of a dualign.Algorithm, not a value of type str; one of ours: algo.name"),
+    ({"algo": dualign.Algorithm}, "not the class Algorithm"),
+    ({"sampler": Counting}, "sampler: expected an object with the methods sample and sync, not the class Counting"),
+    ({"sampler": dualign.SamplerSettings()}, "not a value of type SamplerSettings; .* rollout.engine=FILE.py:NAME"),
+    ({"callbacks": dualign.Callback()}, "callbacks: expected a list of dualign.Callback objects"),
+    ({"callbacks": [print]}, "callbacks: expected a list of dualign.Callback objects"),
+    ({"model": "tiny", "tokenizer": "tiny"}, "model: expected one of transformers, not a value of type str; a name"),
+    ({"tokenizer": object()}, "tokenizer: give its model, too"),
     ({"data": ["hi", "ho"]}, "data, row 1: expected a mapping"),
     ({"data": [{"prompt": "hi"}, None]}, r"data, row 2: expected a mapping .* got nothing"),
     ({"data": [{"prompt": "hi", "x": {1}}]}, "data: a row cannot be written as JSON"),

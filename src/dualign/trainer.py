@@ -81,7 +81,7 @@ def train(
     if isinstance(config, dict):
         config = build(config)
     settings = [r for r in rewards if isinstance(r, RewardSettings)]
-    config = with_given(config, algo, model, tokenizer, data, eval_data, settings)
+    config = with_given(config, algo, model, tokenizer, data, eval_data, settings, sampler, callbacks)
     rewards = [r for r in rewards if not isinstance(r, RewardSettings)]
     changes = check_same_run(Path(config.run.dir), config, rewards, sampler) if resume else Changes()
     if config.algo.source == "online" and not config.reward and not rewards:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,13 +31,19 @@ if TYPE_CHECKING:
 STATE_FILES = ("state.json", "train.safetensors", "optimizer.safetensors")  # what only the newest checkpoint needs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluated:
     """An evaluation of the policy after `done` online batches: its means, and every row that was sampled."""
 
     done: int
     stats: dict[str, Any]
-    rows: tuple[Row, ...] = field(repr=False)
+    rows: tuple[Row, ...]
+
+    def __repr__(self) -> str:
+        means = [
+            f"{name} {value:.3g}" for name in ("reward", "kl", "length") if is_number(value := self.stats.get(name))
+        ]
+        return f"Evaluated(after {self.done} online batches: {', '.join([f'{len(self.rows)} completions', *means])})"
 
 
 class Run(RunFiles):

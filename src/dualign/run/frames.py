@@ -53,6 +53,10 @@ class Records(list[T], Tabled):
         super().__init__(records)
         self._as_record = as_record
 
+    def __repr__(self) -> str:
+        last = [f"the last: {_brief(r) if isinstance(r, dict) else repr(r)}" for r in self[-1:]]
+        return f"Records({'; '.join([str(len(self)), *last])}; .table(), .frame())"
+
     def table(self) -> pa.Table:
         flat = [_flat(self._as_record(record)) for record in self]
         names = dict.fromkeys(name for record in flat for name in record)
@@ -97,6 +101,11 @@ def _prompt_text(content: str | Sequence[Message]) -> str:
     if isinstance(content, str) or len(content) == 1:
         return content if isinstance(content, str) else text_of(content[0])
     return "\n".join(f"{message['role']}: {text_of(message)}" for message in content)
+
+
+def _brief(record: Mapping[str, Any]) -> str:
+    """Its numbers, shortened."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in record.items() if is_number(value))
 
 
 def _flat(record: Mapping[str, Any], before: str = "") -> dict[str, Any]:

@@ -22,6 +22,7 @@ from dualign.config import Config, build
 from dualign.data.conversation import kind_of
 from dualign.run.digests import of_model
 from dualign.run.named import pinned
+from dualign.training.callbacks import Callback
 
 Rows = Iterable[Mapping[str, Any]]  # a datasets.Dataset, or a list of rows
 
@@ -34,14 +35,25 @@ def with_given(
     data: Rows | None = None,
     eval_data: Rows | None = None,
     rewards: Sequence[RewardSettings] = (),
+    sampler: Any = None,
+    callbacks: Any = (),
 ) -> Config:
     """`config` with these in place of what it names, and `rewards` beside its own. Rows and models are written into the
     cache, by their content; a run that is named as a model is pinned to its checkpoint. Raises UserError for what cannot
-    be written down."""
+    be written down, and for what is not what it should be: a `sampler` and `callbacks`, too."""
     if not isinstance(config, Config):
         raise UserError(f"config: expected a dict or what dualign.load gives, not {kind_of(config)}")
     if algo is not None and not isinstance(algo, Algorithm):
-        raise UserError(f"algo: expected a dualign.Algorithm, not {kind_of(algo)}; one of ours is named by algo.name")
+        raise UserError(f"algo: expected an instance of a dualign.Algorithm, not {_told(algo)}; one of ours: algo.name")
+    if sampler is not None and (isinstance(sampler, type) or not all(hasattr(sampler, m) for m in ("sample", "sync"))):
+        raise UserError(
+            f"sampler: expected an object with the methods sample and sync, not {_told(sampler)}; a dualign.SamplerSettings "
+            "is named by rollout.engine=FILE.py:NAME, and what it is set to by rollout.options"
+        )
+    if not isinstance(callbacks, Sequence) or not all(isinstance(each, Callback) for each in callbacks):
+        raise UserError(f"callbacks: expected a list of dualign.Callback objects, not {callbacks!r}")
+    if model is None and tokenizer is not None:
+        raise UserError("tokenizer: give its model, too: train(..., model=model, tokenizer=tokenizer)")
     if not rewards and all(given is None for given in (algo, model, data, eval_data)):
         return pinned(config)
     tree = config.model_dump()
@@ -55,6 +67,11 @@ def with_given(
     if model is not None:
         tree["model"] |= {"name": _model(model, tokenizer), "revision": None}
     return pinned(build(tree))
+
+
+def _told(given: object) -> str:
+    """What Python gave, in words."""
+    return f"the class {given.__name__}" if isinstance(given, type) else kind_of(given)
 
 
 def _named(reward: RewardSettings) -> RewardSettings:
@@ -100,7 +117,9 @@ def _rows(rows: Rows, key: str) -> str:
 
 
 def _model(model: Any, tokenizer: Any) -> str:
-    if tokenizer is None:
+    if not hasattr(model, "save_pretrained"):
+        raise UserError(f"model: expected one of transformers, not {_told(model)}; a name or folder is model.name")
+    if not hasattr(tokenizer, "save_pretrained"):
         raise UserError("model: give its tokenizer, too: train(..., model=model, tokenizer=tokenizer)")
     place = assets.cache_dir() / "given"
     place.mkdir(parents=True, exist_ok=True)
