@@ -268,7 +268,7 @@ def tables(record: Json) -> list[Table]:
     columns = {
         "batch": Column("batch"), "reward_sd": Column("reward trained on (sd)", "{:+.2f}"),
         "second_sd": Column(f"{second} (sd)", "{:+.2f}"), "kl": Column(kl, "{:.2f}"),
-        "missing_eos": Column("no EOS", "{:.0%}"), "length": Column("length", "{:.0f}"),
+        "missing_eos": Column("truncated", "{:.0%}"), "length": Column("length", "{:.0f}"),
         "distinct_2": Column("distinct-2", "{:.2f}"), "repetition": Column("repeats", "{:.0%}"),
         "refusals": Column("refusals", "{:.0%}"), "same_opening": Column("same opening", "{:.0%}"),
     }  # fmt: skip

@@ -84,7 +84,7 @@ function answerNode(answer, best) {
   if (answer.push !== undefined) fact(facts, "× exp(A/β)", "e^" + signed(answer.push));
   if (best) facts.append(make("span", "", "★ best of these"));
   if (answer.clipped) facts.append(make("span", "flag", "clipped"));
-  if (answer.cut) facts.append(make("span", "flag", "no EOS"));
+  if (answer.cut) facts.append(make("span", "flag", "truncated"));
   if (answer.absent) facts.append(make("span", "flag", "no label: " + answer.absent));
   node.append(facts, make("p", "said", answer.text || "(empty)"));
   if (answer.note) {

@@ -69,7 +69,7 @@ def _summary(runs: Sequence[RunData]) -> tuple[list[str], list[list[str]]]:
         "gain in sd [95 %]",
         f"{heldout_kl_name(runs)}, nats [95 %]",
         "length",
-        "no EOS",
+        "truncated",
         "labels absent",
         "hours",
     ]
