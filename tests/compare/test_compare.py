@@ -170,6 +170,20 @@ def test_a_failing_cell_is_named_and_the_others_go_on(grid_file, tmp_path, undra
     assert re.search(r"- broken seed 0: failed: .*nowhere\.jsonl", report)
 
 
+def test_a_cell_that_stopped_says_why(grid_file, monkeypatch):
+    """And not, how it would be resumed: that is the grid's doing."""
+
+    def start(words, log):
+        said = command(*words)
+        log.write_text(said.text)
+        return 0, lambda seconds: said.code
+
+    monkeypatch.setattr(running, "_forked", start)
+    grid = load(grid_file(systems={"dar": {}}, seeds=[0], set={"reward": [reward_file("silent")]}))
+    failed = run_grid(grid, running.subprocesses("", 1), print)
+    assert failed["dar seed 0"].startswith("exit code 3: dualign: held-out evaluation after 0 online batches: 3 of 3 ")
+
+
 def test_the_best_rate_is_selected_on_a_seed_of_its_own(grid_file, undrawn):
     select = {"key": "train.lr", "values": [1e-9, 3e-3], "seed": 7, "set": {"eval.every": 0}}
     grid = load(grid_file(systems={"dar": {}}, seeds=[0], select=select))

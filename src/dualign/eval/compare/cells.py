@@ -216,4 +216,5 @@ def _cores() -> int:
 
 def _last_line(log: Path) -> str:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("to go on: ")]  # the grid's command does, too
     return lines[-1].strip()[:300] if lines else "it said nothing"
