@@ -298,6 +298,20 @@ def test_numbers_of_other_settings_are_not_mixed_in(grid_file):
         run_grid(changed, here, print)
 
 
+def test_cells_with_adapters_of_before_value_models_had_any_are_the_same_cells(grid_file):
+    """Whole value models, where there are some, are another setting."""
+    systems = {name: {"algo": {"name": name}, "model": {"lora": {"r": 4}}} for name in ("dar", "ppo")}
+    path = grid_file(systems=systems, seeds=[0])
+    for cell in cells(load(path), {}):
+        cell.folder.mkdir(parents=True)
+        (cell.folder / "run.json").write_text("{}")
+        (cell.folder / "config.yaml").write_text(re.sub("\n.*value_model.*", "", dump(cell.config)))
+    dar, ppo = cells(load(path), {})
+    assert state(dar) == "interrupted"
+    with pytest.raises(UserError, match=r"model\.lora\.value_model: whole, now adapters"):
+        state(ppo)
+
+
 def test_dry_run_counts_runs_labels_and_time(grid_file):
     grid = load(grid_file(systems={"dar": {}, "grpo": {"algo": {"name": "grpo"}}}))
     lines = plan_lines(grid)

@@ -224,10 +224,20 @@ def build(tree: dict[str, Any], where: str = "config", stored: bool = False, bf1
     folder can be read without the reward's code of one's own that it names. `bf16`: as `load` has it."""
     tree = with_new_names(default_system(one_reward(tree)), stored)
     try:
-        return Config.model_validate(tree, context={"stored": stored, "bf16": bf16})
+        config = Config.model_validate(tree, context={"stored": stored, "bf16": bf16})
+        return _as_begun(config) if stored else config
     except ValidationError as error:
         lines = [_explain(tree, item) for item in error.errors()]
         raise UserError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def _as_begun(config: Config) -> Config:
+    """A run with a value model that was begun before model.lora.value_model was there trained all of it."""
+    lora = config.model.lora
+    if lora is None or not config.algo.critic or "value_model" in lora.model_fields_set:
+        return config
+    model = config.model.model_copy(update={"lora": lora.model_copy(update={"value_model": "whole"})})
+    return config.model_copy(update={"model": model})
 
 
 def apply(tree: dict[str, Any], override: str) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from dualign.common import cpu
 from dualign.common.settings import Settings
@@ -22,13 +22,6 @@ class LoraConfig(Settings):
         "adapters",
         description="what PPO trains of its value model, beside its head: adapters of its own, or all weights",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_before(cls, tree: Any, info: ValidationInfo) -> Any:
-        """Runs that were begun before the key was there trained all of it."""
-        stored = isinstance(tree, dict) and (info.context or {}).get("stored")
-        return {"value_model": "whole", **tree} if stored else tree
 
 
 class ModelConfig(Settings):
