@@ -12,7 +12,7 @@ from dualign.config import build
 from dualign.training.heldout import key_of
 from dualign.training.pairs import make_pairs
 from dualign.training.plan import print_plan
-from runs_common import reward_file, tree, vowels
+from runs_common import reward_file, tree, vowels, write_pairs
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -100,6 +100,15 @@ def test_a_dry_run_says_that_plain_prompts_have_no_template(tiny, tmp_path, caps
     config["data"] |= {"chat": True}
     print_plan(build(config))
     assert "plain text" not in capsys.readouterr().out
+
+
+def test_a_dry_run_leaves_room_for_answers_only_where_some_are_sampled(tiny, tmp_path):
+    """A fixed set without a reward is evaluated on its own completions."""
+    config = tree(tiny, write_pairs(tmp_path), tmp_path / "run", {"name": "offline_dpo"})
+    config["rollout"] = {"max_new_tokens": 5000}
+    print_plan(build(config))
+    with pytest.raises(UserError, match="5000 new ones exceed"):
+        print_plan(build(config | {"reward": [reward_file()]}))
 
 
 @pytest.mark.parametrize(("key", "row"), [("train", "long.jsonl:3"), ("eval", "long.jsonl:3"), (None, "reward: none")])

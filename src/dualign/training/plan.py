@@ -64,7 +64,8 @@ def print_plan(config: Config, gpus: int | None = None, nodes: int = 1, gpu_memo
             print(
                 "\n".join([f"held out: {_most(c, leaver)}{held} rows of {c.data.eval}, drawn", *in_both(rows, drawn)])
             )
-            faults += _too_long(drawn, c, reader) if reader and not leaver else []
+            sampled = c.algo.source == "online" or c.reward  # else held-out completions are the set's own
+            faults += _too_long(drawn, c, reader) if sampled and reader and not leaver else []
     print(
         f"{t.online_batches} online batches of {t.online_batch} completions = {c.prompts_per_batch} prompts × {c.group}; "
         f"{per} updates each, on {c.update_completions} completions; {t.online_batches * per} updates in all"
