@@ -50,6 +50,12 @@ def test_a_csv_is_text_under_the_names_of_its_first_line(tmp_path):
     assert [{"prompt": p.content, "n": p.columns["n"]} for p in load_prompts(str(path))] == rows
 
 
+def test_a_text_in_a_csv_may_be_long(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text(f"prompt,n,,\n{'a' * 200_000},1,,\n")
+    assert len(load_prompts(str(path))[0].content) == 200_000
+
+
 def test_a_label_that_a_csv_calls_false_is_false(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("prompt,completion,label\na,b,True\na,c,False\n")
@@ -179,6 +185,7 @@ def test_bad_files(tmp_path):
     (tmp_path / "one.json").write_text('{"prompt": "a"}')
     (tmp_path / "notes.txt").write_text("a")
     (tmp_path / "short.csv").write_text("prompt,topic\na,b\nc\n")
+    (tmp_path / "twice.csv").write_text("prompt,prompt\na,b\n")
     (tmp_path / "quote.csv").write_text('prompt\n"a\n')
     for name, message in [
         ("broken.jsonl", "row 2: not JSON"),
@@ -189,6 +196,7 @@ def test_bad_files(tmp_path):
         ("one.json", "one list of rows"),
         ("notes.txt", "cannot tell its kind"),
         ("short.csv", "row 2: not as many values"),
+        ("twice.csv", "names the column 'prompt' twice"),
         ("quote.csv", "cannot be read"),
         ("brken.jsonl", "did you mean"),
     ]:

@@ -13,6 +13,7 @@ import gzip
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from itertools import islice
@@ -232,7 +233,11 @@ def _file_values(path: Path) -> Iterator[tuple[int, Any]]:
     opened = gzip.open if path.name.endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8-sig", newline="" if path.name.endswith(".csv") else None) as text:
         if path.name.endswith(".csv"):
-            for number, values in enumerate(csv.DictReader(text, strict=True), 1):
+            csv.field_size_limit(2**31 - 1)  # a text may be long
+            reader = csv.DictReader(text, strict=True)
+            if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if name and count > 1]:
+                raise UserError(f"{path}: its first line names the column {twice[0]!r} twice")
+            for number, values in enumerate(reader, 1):
                 if None in values or None in values.values():  # too many; too few
                     raise UserError(f"{path}, row {number}: not as many values as the first line names columns")
                 yield number, values
