@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from pydantic import ValidationError
 
+import dualign
 from dualign.algos import Batch
 from dualign.common.errors import UserError
+from dualign.common.named import run_own
 from dualign.config import system_of
 
 WRONG = {
@@ -46,6 +49,24 @@ def test_what_is_amiss_in_a_method_is_named(tmp_path, wrong):
         getattr(algo, method)(*given)
     assert f"algo {file}:Mine: {method}" in str(error.value)
     assert WRONG[wrong].replace("{file}", str(file)) in str(error.value)
+
+
+def test_a_decorated_method_is_looked_at_likewise(tmp_path):
+    body = "    @torch.no_grad()\n    def prepare(self, batch):\n        return {}, {}['x']\n\n    def loss"
+    file, _ = system(tmp_path, loss="return logp_NT.sum(), {}")
+    file.write_text(file.read_text().replace("    def loss", body))
+    kind = system_of({"name": f"{file}:Mine"})
+    with pytest.raises(UserError, match=r"prepare raised KeyError: 'x', .*own\.py line 7"):
+        kind(name="mine").prepare(Batch(torch.zeros(4), torch.ones(4, 3), torch.zeros(4)))
+
+
+def test_a_file_beside_the_package_is_the_users(tmp_path):
+    """Though its path begins like the package's."""
+    own: dict[str, Callable[[], None]] = {}
+    file = f"{Path(dualign.__file__).parent}_rewards/mine.py"
+    exec(compile("def reward():\n    raise ValueError", file, "exec"), own)
+    with pytest.raises(UserError, match=f"{file} line 2"):
+        run_own("reward", own["reward"])
 
 
 def test_memory_that_is_short_is_for_the_loop_to_answer(tmp_path):

@@ -18,7 +18,7 @@ def guarded(kind: type[Algorithm], place: str) -> type[Algorithm]:
     if kind.loss is Algorithm.loss:
         raise ValueError(f"{place} has no method `loss`")
     for method, check in {"prepare": _prepared, "refresh": _per_row, "denominator": None, "loss": _summed}.items():
-        if not hasattr(getattr(kind, method), "__wrapped__"):
+        if not hasattr(getattr(kind, method), "guarded"):
             setattr(kind, method, _guarded(getattr(kind, method), f"algo {place}: {method}", check))
     return kind
 
@@ -32,6 +32,7 @@ def _guarded(method: Callable[..., Any], what: str, check: Callable[[Any, Batch]
             raise UserError(f"{what} {wrong}")
         return result
 
+    call.guarded = True  # type: ignore[attr-defined]
     return call
 
 

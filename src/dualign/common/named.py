@@ -18,8 +18,8 @@ from dualign.common.errors import StopRun, UserError
 from dualign.common.paths import path_of
 
 X = TypeVar("X")
-OURS = str(Path(__file__).parents[1])
-LIBRARIES = tuple(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
+OURS = f"{Path(__file__).parents[1]}{os.sep}"
+LIBRARIES = tuple(f"{sysconfig.get_path(kind)}{os.sep}" for kind in ("stdlib", "purelib", "platlib"))
 
 
 def is_place(text: str) -> bool:
