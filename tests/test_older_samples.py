@@ -178,6 +178,9 @@ def test_verify_and_replay_know_every_use(tiny, tmp_path):
     lines = told.output.splitlines()
     assert told.exit_code == 0 and len(lines) == 4 + 5 and all("identical" in line for line in lines)
     assert any(line.startswith("batch    1 again in 3") for line in lines)
+    (foreign := run.reused_dir / "notes.parquet").touch()
+    assert run.reused(3) == [2, 1]
+    foreign.unlink()
     path = run.reused_path(3, 1)
     table = pq.read_table(path)
     pq.write_table(

@@ -205,11 +205,10 @@ class Run(RunFiles):
     def reused(self, step: int) -> list[int]:
         """The earlier batches that were trained on again during online batch `step`, the latest first; also one whose
         file has been lost since."""
-        m = self.manifest
-        lost = [self.folder / name for name, known in m.files.items() if not known.gone and name not in m.last]
-        found = {*self.reused_dir.glob("*.parquet"), *(path for path in lost if path.parent == self.reused_dir)}
-        pairs = [path.stem.partition("-") for path in found]
-        return sorted((int(of) for used_in, _, of in pairs if int(used_in) == step), reverse=True)
+        m, begins = self.manifest, f"{self.reused_dir.name}/{step:06d}-"
+        recorded = {name for name, known in m.files.items() if name.startswith(begins) and not known.gone}
+        stems = {path.stem for path in (*self.folder.glob(f"{begins}*.parquet"), *map(Path, recorded - m.last))}
+        return sorted((int(stem.partition("-")[2]) for stem in stems), reverse=True)
 
     def write_reused(self, b: WeightedBatch) -> None:
         """Log-probs and weights of this use, durable before its first update."""
