@@ -30,7 +30,7 @@ def judge(server: FaultServer | str, folder: Path, **more: Any) -> JudgeAnnotato
         "model": "m",
         "rubric": "helpfulness",
         "cache": str(folder / "c.sqlite"),
-        "timeout": 2.0,
+        "timeout": 30.0,
     }
     return JudgeAnnotator(JudgeReward(**{**settings, **more}))
 
@@ -68,7 +68,7 @@ def test_faults_of_all_kinds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", PASSING)
 def test_each_passing_fault_passes(tmp_path: Path, kind: str) -> None:
     with FaultServer(faults=0.4, kinds=(kind,), slow=0.1, hang=60, seed=2) as server:
-        labels = label(server, tmp_path, 40, concurrency=20)
+        labels = label(server, tmp_path, 40, concurrency=20, timeout=2.0 if kind == "hang" else 30.0)
         assert server.stats.faults[kind]
     assert [x.value for x in labels] == [1 + i % 10 for i in range(40)]
 
