@@ -20,6 +20,8 @@ WRONG = {
     'prepare: return {"w": [1.0] * 4}, {}': "the column 'w' a list; expected a tensor",
     'prepare: return {"w": batch.reward_N}': "prepare returned a dict; expected (columns, numbers to log)",
     "prepare: return None, {}": "prepare returned a NoneType for its columns",
+    "prepare: return {}, None": "prepare returned a NoneType for its numbers to log; expected {name: float}",
+    'prepare: return {}, {"m": batch.reward_N.mean()}': "returned the number 'm' as a Tensor; expected a float",
     'prepare: return {"w": batch["x"]}, {}': "prepare raised KeyError: 'x', {file} line 6",
     'prepare: return {"w": batch.seq_ref_N}, {}': "log π_0 is there only with needs_ref, {file} line 6",
     "prepare: return {'w': torch.ones(2) + torch.ones(3)}, {}": "{file} line 6",

@@ -39,7 +39,13 @@ def _guarded(method: Callable[..., Any], what: str, check: Callable[[Any, Batch]
 def _prepared(result: Any, batch: Batch) -> str:
     if not (isinstance(result, tuple) and len(result) == 2):
         return f"returned a {type(result).__name__}; expected (columns, numbers to log)"
-    return _per_row(result[0], batch)
+    columns, numbers = result
+    if not isinstance(numbers, Mapping):
+        return f"returned a {type(numbers).__name__} for its numbers to log; expected {{name: float}}"
+    for name, value in numbers.items():
+        if not isinstance(value, float | int):
+            return f"returned the number {name!r} as a {type(value).__name__}; expected a float"
+    return _per_row(columns, batch)
 
 
 def _per_row(columns: Any, batch: Batch) -> str:
