@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from dualign.common.errors import StopRun, UserError
 from dualign.common.interrupt import Interrupts
 from dualign.models.policy import Policy
 from dualign.run.folder import Run
+from dualign.run.journal import Book
 from dualign.training.engine import Engine
 from killing import prepare, readable, same
 from runs_common import metrics, reward_file, tree, vowels, weights, write_prompts
@@ -270,17 +272,18 @@ def test_the_data_must_not_change_under_a_batch_in_progress(tiny, tmp_path):
 # --- signals ---
 
 SLOW = """
-import time
+import pathlib, time
 
 def score(completions, **columns):
+    pathlib.Path(__file__).with_name("asked").touch()
     time.sleep({})
     return [len(c[0]["content"]) / 9 for c in completions]
 """
 ONCE = [(signal.SIGTERM, "SIGTERM", 0.05), (signal.SIGINT, "Ctrl-C", 3)]
 
 
-def started(tmp_path, tiny, seconds):
-    """A run in a process of its own, with a reward that takes so long, once it has begun."""
+def started(tmp_path, tiny, seconds, processes=1, until="run/batches/000001*"):
+    """A run in processes of its own, with a reward that takes so long, once there is a file `until`."""
     (tmp_path / "slow.py").write_text(SLOW.format(seconds))
     config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}, online_batches=40)
     config["data"].pop("eval")
@@ -288,8 +291,8 @@ def started(tmp_path, tiny, seconds):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
     from runs_common import launch
 
-    process = launch(tmp_path / "recipe.yaml", wait=False)
-    while not list((tmp_path / "run").glob("batches/000001*")):
+    process = launch(tmp_path / "recipe.yaml", processes=processes, wait=False)
+    while not list(tmp_path.glob(until)):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     return process
@@ -308,6 +311,17 @@ def test_one_signal_checkpoints_and_stops(number, word, seconds, tiny, tmp_path)
     newest = run.resumable()
     assert newest is not None and int(newest.name.split("+")[0]) >= 1
     assert command("verify", run.folder).code == 0
+
+
+@pytest.mark.slow
+def test_of_several_processes_none_ends_before_all_have_what_is_in_flight(tiny, tmp_path):
+    """A launcher ends the others once one has failed: the first alone waits for the reward that is at work."""
+    process = started(tmp_path, tiny, 9, processes=2, until="asked")
+    (first, _) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(first), signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert "stopped by SIGTERM" in err, err
+    assert len(Book(tmp_path / "run" / "batches" / "000000").labels("0")) == 16
 
 
 def test_a_second_ctrl_c_ends_at_once_but_not_its_echo(monkeypatch):

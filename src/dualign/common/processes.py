@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -55,6 +57,18 @@ class Processes:
         parts: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(parts, items)
         return [item for part in parts for item in part]
+
+    def depart(self, within: float) -> None:
+        """Waits until all processes are here, so many seconds at most: a launcher ends the others once one has failed."""
+        if self.world == 1:
+            return
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        store, until = _get_default_store(), time.monotonic() + within
+        with suppress(RuntimeError):  # who keeps it has departed
+            store.add("departed", 1)
+            while store.add("departed", 0) < self.world and time.monotonic() < until:
+                time.sleep(0.05)
 
     def everyones(self, make: Callable[[], Sequence[X]]) -> list[X]:
         """What `make` returns in this process and in the others. An error in one process is raised in all: each of them
