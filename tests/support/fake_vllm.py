@@ -65,6 +65,7 @@ class FakeVLLM:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.http.daemon_threads = True
+        self.gone = threading.Event()
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
 
     def __enter__(self) -> FakeVLLM:
@@ -77,6 +78,7 @@ class FakeVLLM:
     def die(self) -> None:
         """From here on, nobody is here."""
         self.faults.add("dead")
+        self.gone.set()
         self.http.shutdown()
         self.http.server_close()
 
@@ -165,7 +167,8 @@ class FakeVLLM:
                 threading.Thread(target=self.die, daemon=True).start()
                 raise Broken
             if "hangs" in self.faults:
-                time.sleep(30)
+                self.gone.wait(30)
+                raise Broken  # a model at work in a thread would abort an interpreter that ends
             time.sleep(self.slow)
         prompt, new = body["prompt"], body["max_tokens"]
         if len(prompt) + new > self.context:
