@@ -334,6 +334,17 @@ def test_dry_run_counts_runs_labels_and_time(grid_file):
             {"set": {"train.lr": 1e-3}, "systems": {"dar": {"train": {"lr": 1e-4}}}},
             "systems.dar: train.lr is 0.0001 here and 0.001 in `set`",
         ),
+        *(
+            (
+                {"set": {f"rollout.{one}": 8}, "systems": {"dar": {"rollout": other}}},
+                f"systems.dar: rollout.{one} is 4 here and 8 in `set`",
+            )
+            for one, other in (  # by its old name and by that of now
+                ("options.decode_batch_size", {"rows": 4}),
+                ("rows", {"options": {"decode_batch_size": 4}}),
+                ("rows", {"rows": 4}),
+            )
+        ),
         (
             {"axes": {"rollout.k": [{"rollout.k": 4, "algo.baseline": b} for b in ("batch", "none")]}},
             "axes.rollout.k: two settings are called 4",

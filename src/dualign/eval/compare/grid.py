@@ -15,6 +15,7 @@ from dualign.common.errors import UserError
 from dualign.common.settings import Settings
 from dualign.common.yaml_text import parse_yaml
 from dualign.config import Config
+from dualign.config.renamed import RENAMED, with_new_names
 
 
 class Select(Settings):
@@ -172,8 +173,9 @@ def _check(grid: Grid, file: Path) -> None:
     for name in grid.systems:
         if "/" in name or name in ("select", "report"):
             raise UserError(f"{file}: systems.{name}: names a folder; choose another name")
+        recipe = with_new_names(grid.system(name).recipe)
         for key, value in grid.set.items():
-            own = _own(grid.system(name).recipe, key)
+            own = _own(recipe, RENAMED.get(key, key))
             if own not in (None, value):
                 raise UserError(
                     f"{file}: systems.{name}: {key} is {own} here and {value} in `set`, which holds for every cell; "
