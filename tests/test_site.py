@@ -38,6 +38,11 @@ def test_every_page_is_there(site):
         assert (site / (place.with_name("index.html") if place.stem == "README" else place)).is_file()
 
 
+def test_the_navigation_names_no_page_twice():
+    named = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1])
+    assert len(named) > 30 and sorted(named) == sorted(set(named))
+
+
 def test_what_pages_link_to_outside_docs_is_there(site):
     text = (site / "systems.html").read_text(encoding="utf-8")
     assert 'href="examples/system.py.html"' in text
