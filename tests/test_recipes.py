@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import dualign
+from command import dualign as command
 from dualign import config as configs
 from dualign.algos import ALGORITHMS
 from dualign.annotate.head import file_of
@@ -45,6 +47,24 @@ def test_every_recipe_is_valid_and_priced(name, capsys, monkeypatch, tmp_path):
     assert "labels needed: " in out
 
 
+def test_a_plan_is_one_document_for_programs():
+    priced = "price_prompt: 1, price_completion: 2"
+    judge = f"reward=[{{type: judge, rubric: helpfulness, model: m, base_url: 'http://x/v1', {priced}}}]"
+    planned = ["train", "quickstart", judge, "rollout.log_probs=recomputed", "--dry-run"]
+    said, told = command(*planned, "--gpus", "2", "--json"), command(*planned, "--gpus", "2").out
+    plan = json.loads(said.out)
+    config = configs.load("quickstart")
+    assert said.code == 0 and not plan["faults"] and plan["algo"]["name"] == "dar"
+    assert f"data: {plan['rows']} rows of" in told and f"held out: {plan['held_out']} rows of" in told
+    assert f"labels needed: {plan['labels']['train']} to train, {plan['labels']['evaluate']} to evaluate" in told
+    assert plan["labels"]["train"] == config.train.online_batches * config.train.online_batch
+    assert f"about {plan['dollars']['reward.0']:.2f} dollars" in told
+    memory = plan["memory"]
+    assert memory["processes"] == 2 and memory["fits"] is None and memory["limit"] is None
+    assert memory["peak"] == max(sum(parts.values()) for parts in memory["phases"].values())
+    assert command("train", "quickstart", "--json").code == 2  # a run itself is no document
+
+
 def test_a_dry_run_finds_what_is_wrong(tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "fine"}\nnot json\n')
     (tmp_path / "held").mkdir()
@@ -56,6 +76,10 @@ def test_a_dry_run_finds_what_is_wrong(tmp_path, capsys):
         print_plan(configs.load("quickstart", wrong))
     for words in ("row 2", "reward.0: reward function", "nofile.py", "nohead", "helpfulnes", "already holds a run"):
         assert words in str(told.value), words
+    said = command("train", "quickstart", *wrong, "--dry-run", "--json")
+    faults = json.loads(said.out)["faults"]
+    assert said.code == 2 and all(fault in said.err for fault in faults)
+    assert sum("reward.2" in fault and "helpfulnes" in fault for fault in faults) == 1
     print_plan(configs.load("quickstart", ["data.eval=missing.jsonl"]))
     assert "NOT HERE, the run needs it: missing.jsonl" in capsys.readouterr().out
 

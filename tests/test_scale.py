@@ -13,7 +13,7 @@ from command import dualign
 from dualign import config as configs
 from dualign.common.errors import UserError
 from dualign.models.architectures import on_meta
-from dualign.training.fits import Asked, memory_lines, memory_of, peak, remedy
+from dualign.training.fits import Asked, memory_of, peak, predict, remedy
 from dualign.training.memory import Place
 from dualign.training.plan import print_plan
 
@@ -126,13 +126,13 @@ def test_the_flags_belong_to_a_dry_run():
 
 def test_odd_numbers_of_processes_are_told():
     config = configs.load(HELPFUL)
-    assert "128 prompts on 3 processes: some sample one more" in "\n".join(memory_lines(config, Asked(3, 1, 80))[0])
-    assert "72 sample nothing" in "\n".join(memory_lines(config, Asked(200, 25, 80))[0])
+    assert "128 prompts on 3 processes: some sample one more" in "\n".join(predict(config, Asked(3, 1, 80)).lines)
+    assert "72 sample nothing" in "\n".join(predict(config, Asked(200, 25, 80)).lines)
 
 
 def test_of_gpus_that_differ_the_smallest_decides(monkeypatch):
     monkeypatch.setattr("dualign.training.fits._gpus", lambda: [int(80e9), int(40e9)])
-    lines, fault = memory_lines(configs.load(HELPFUL), Asked(2))
+    lines, fault, _ = predict(configs.load(HELPFUL), Asked(2))
     assert "GPUs differ (80, 40 GB)" in "\n".join(lines) and "does not fit on 40 GB" in lines[-1] and fault is None
 
 

@@ -1,5 +1,8 @@
 """A witness: what it is asked, what it says and when, and that it never costs a run anything."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -292,6 +295,10 @@ def test_asked_afterwards_it_says_what_it_would_have_said(tiny, tmp_path):
     assert command("verify", run.folder).code == 0
     typed = said.out.split("; dualign ")[1].split("\n")[0].split()  # the export that it names
     assert command(*typed, "--out", tmp_path / "out").code == 0
+    again = command(*asking, "--name", "later", "--json")  # all looks are there: nothing is asked
+    told = json.loads(again.out)
+    assert Path(told["folder"]) == run.folder / "witness-later" and "looks: " in again.err
+    assert told["batches"] == run.summary["witness"]["batches"] and told["best"] == run.summary["witness"]["best"]
     other = command(*asking[:-1], "4", "--name", "later")
     assert other.code == 2 and "--name" in other.err
 

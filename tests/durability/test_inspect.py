@@ -143,6 +143,21 @@ def test_what_if_is_what_a_run_with_those_settings_would_have_stored(run):
         assert effect.cosine == pytest.approx(float(expected), abs=1e-6)
 
 
+def test_what_if_is_one_document_for_programs(run):
+    said = command("what-if", run, "beta=0.1", "--gradients", "--json")
+    assert said.code == 0, said.err
+    told = json.loads(said.out)
+    algo = load(run / "config.yaml").algo
+    effects = [what_if(b, algo, algo.model_copy(update={"beta": 0.1})) for b in stored(Run.open(run))]
+    assert [(each["batch"], each["stored"]["ess"], each["what_if"]["ess"]) for each in told["batches"]] == [
+        (e.step, e.stats["ess"], e.other_stats["ess"]) for e in effects
+    ]
+    assert told["settings"] == ["beta=0.1"] and -1 <= told["direction"] < 1 and "0" in told["gradients"]
+    for name in ("stored", "what_if"):
+        assert len(told["weights"][name]) == len(told["weights"]["edges"])
+        assert sum(told["weights"][name]) == pytest.approx(1)
+
+
 def test_what_if_names_what_is_missing(tiny, tmp_path):
     config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar", "alpha": 0.0}, online_batches=1)
     dualign.train(config, reward=vowels, quiet=True)

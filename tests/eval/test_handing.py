@@ -60,8 +60,12 @@ def test_a_whole_model_is_exported_checked_and_told_how_to_serve(whole, tmp_path
     kept = AutoModelForCausalLM.from_pretrained(whole.checkpoint(), dtype=torch.float32)
     assert torch.equal(logits(again), logits(kept))
     assert not {path.name for path in (tmp_path / "m").iterdir()} & exports.LEFT_OUT
-    refused = command("export", whole.folder, "--out", tmp_path / "m")
-    assert refused.code == 2 and "already there" in refused.err
+    told = json.loads(command("export", whole.folder, "--out", tmp_path / "j", "--json").out)
+    assert (told["folder"], told["checkpoint"]) == (str(tmp_path / "j"), str(whole.checkpoint()))
+    assert (told["adapter"], told["largest"], told["gguf"]) == (None, 0, None) and told["tokens"] > 0
+    assert told["recorded"] == pytest.approx(record, rel=0.1) and told["serve"][0].startswith("vllm serve ")
+    refused = command("export", whole.folder, "--out", tmp_path / "m", "--json")
+    assert refused.code == 2 and "already there" in refused.err and not refused.out
     assert command("export", f"{whole.folder}@9", "--out", tmp_path / "n").code == 2
     assert command("export", tmp_path / "m", "--out", tmp_path / "n").code == 2  # a model, and no run
 

@@ -76,6 +76,7 @@ def what_if(
     gradients: Annotated[
         bool, typer.Option("--gradients", help="also the cosine of true gradients, at every checkpoint that is kept")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What other settings of the algorithm would have made of the stored batches. No model, no label."""
     from dualign.run import replay as stored
@@ -84,15 +85,19 @@ def what_if(
     opened = Run.open(run)
     config, other = stored.changed(opened, settings)
     batches = list(stored.stored(opened))
-    print(f"stored -> with {' '.join(settings)}")
-    for line in _effects([stored.what_if(b, config.algo, other.algo) for b in batches]):
+    effects = [stored.what_if(b, config.algo, other.algo) for b in batches]
+    for line in _effects(effects, settings) if not as_json else ():
         print(line)
+    cosines = {}
     if gradients:
         models = {0: Path(config.model.name)} | {int(p.name): p for p in opened.saved() if "+" not in p.name}
         for b in batches:
             if b.step in models:
-                found = stored.gradient_cosine(str(models[b.step]), config, b, other.algo)
-                print(f"batch {b.step:4d}  cosine of the gradients of {models[b.step]}: {found:+.4f}")
+                found = cosines[b.step] = stored.gradient_cosine(str(models[b.step]), config, b, other.algo)
+                if not as_json:
+                    print(f"batch {b.step:4d}  cosine of the gradients of {models[b.step]}: {found:+.4f}")
+    if as_json:
+        document({"settings": settings, **stored.record(effects), "gradients": cosines})
 
 
 def witness(
@@ -106,27 +111,29 @@ def witness(
     heldout: Annotated[int, typer.Option(min=0, help="held-out answers of each evaluation")] = 64,
     alpha: Annotated[float, typer.Option(help="the chance of a false alarm over the run")] = 0.05,
     name: Annotated[str | None, typer.Option(help="its folder, RUN/witness-NAME; default: the reward's name")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Ask a second reward or judge about the stored batches and evaluations of a run: when did the two part?"""
     from dualign.eval.witness import ask
 
     settings = {"every": every, "sample": sample, "heldout": heldout, "alpha": alpha}
-    for line in ask(run, more or [], settings, name):
-        print(line)
+    found = ask(run, more or [], settings, name, note if as_json else print)
+    if as_json:
+        document(found)
 
 
-def _effects(effects: Sequence[Effect]) -> Iterator[str]:
+def _effects(effects: Sequence[Effect], settings: Sequence[str]) -> Iterator[str]:
     """A line per batch, one for the run, and how the weights are spread."""
-    from dualign.run.replay import EDGES, cosine, histogram
+    from dualign.run.replay import EDGES, record
 
+    yield f"stored -> with {' '.join(settings)}"
     for e in effects:
         yield f"batch {e.step:4d}  {_shares([e])}  direction {e.cosine:+.4f}"
-    total = cosine((e.push for e in effects), (e.other_push for e in effects))
-    yield f"run         {_shares(effects)}  direction {total:+.4f}"
+    told = record(effects)
+    yield f"run         {_shares(effects)}  direction {told['direction']:+.4f}"
     bounds = [f"<{high:.2%}" for high in EDGES[1:]] + ["largest"]
     yield f"rows by weight, as a share of their batch's largest ({', '.join(bounds)}):"
-    for name, sizes in (("stored ", [e.size_N for e in effects]), ("what if", [e.other_size_N for e in effects])):
-        shares = histogram(sizes)
+    for name, shares in (("stored ", told["weights"]["stored"]), ("what if", told["weights"]["what_if"])):
         yield f"  {name} |{_sparkline(shares)}|  " + "  ".join(f"{share:.0%}" for share in shares)
     yield (
         "direction: the cosine between the two losses' derivatives by log π(token), at π_θ = π_t, over all completion "

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dualign.cli.printed import AsJson, document
+
 if TYPE_CHECKING:
     from dualign.eval.handing import Handed
 
@@ -34,6 +36,7 @@ def export(
         Path | None, typer.Option(help="also write GGUF, by llama.cpp's converter: its folder or convert_hf_to_gguf.py")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="where to; default: RUN/export")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a run's model into a folder of its own, which from_pretrained and servers open. It is loaded again and its
     log-probs compared with the checkpoint's."""
@@ -43,6 +46,9 @@ def export(
     which = "best" if best else checkpoint
     _quiet()
     handed = hand_on(f"{run}@{which}" if which else run, out, merge, base)
+    if as_json:
+        document(handed.record() | {"gguf": to_gguf(handed, script) if script else None})
+        return
     _tell(handed)
     if script:
         print(f"{to_gguf(handed, script)}: for llama.cpp")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dualign.cli.printed import AsJson, document
 from dualign.common.paths import as_written
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def train(
     gpu_memory: Annotated[
         float | None, typer.Option(min=1, help="GB of each GPU; exit code 2 where the run does not fit")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Align a model by a recipe."""
     from dualign import config as configs
@@ -43,10 +45,15 @@ def train(
     elsewhere = bool(gpus or nodes > 1 or gpu_memory)
     config = configs.load(recipe, overrides or (), bf16=True if elsewhere else None)
     if dry_run:
-        from dualign.training.plan import print_plan
+        from dualign.training.plan import make_plan, refuse
 
-        print_plan(config, gpus, nodes, gpu_memory)
+        found = make_plan(config, gpus, nodes, gpu_memory, (lambda line: None) if as_json else print)
+        if as_json:
+            document(found)
+        refuse(found["faults"])
         return
+    if as_json:
+        raise UserError("--json is for --dry-run; a run's numbers are in its metrics.jsonl and summary.json")
     if elsewhere:
         raise UserError("--gpus, --nodes and --gpu-memory are for --dry-run; a launcher starts a run on several GPUs")
     _fit(config)

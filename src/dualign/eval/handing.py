@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dualign.common.errors import UserError, first_line
 from dualign.eval.card import card
@@ -37,6 +38,13 @@ class Handed:
         if self.recorded is not None:
             told.append(f"the run's own held-out answers had these log-probs up to {self.recorded:.1e} nats a token")
         return told
+
+    def record(self) -> dict[str, Any]:
+        """For programs. Distances of a token's log-prob, in nats: `mean` and `largest` from the checkpoint's over `tokens`,
+        `recorded` the mean from the run's own."""
+        told = {key: getattr(self.exported, key) for key in ("what", "adapter", "tokens", "mean", "largest")}
+        return {"folder": self.folder, "checkpoint": self.checkpoint, **told, "recorded": self.recorded,
+                "serve": served(self)}  # fmt: skip
 
 
 def found(name: str) -> tuple[Run, Path]:

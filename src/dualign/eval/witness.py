@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,16 @@ from dualign.eval.places import slug
 from dualign.run import digests
 from dualign.run.folder import Run
 from dualign.run.witness import OWN, Kind, planned
-from dualign.training.witness import Asking, verdict
+from dualign.training.witness import Asking, steps, verdict
 
 
-def ask(folder: Path, reward: Sequence[str], settings: dict[str, Any], name: str | None = None) -> Iterator[str]:
-    """Makes the looks that the batches and evaluations in the run's `folder` allow, in their order, and says what each
-    found and what it comes to. `reward`: key=value of a reward's settings; none: the run's own witness, asked by its own
-    settings. Raises UserError for a reward that cannot be asked, and where it was asked otherwise by this name."""
+def ask(
+    folder: Path, reward: Sequence[str], settings: dict[str, Any], name: str | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Makes the looks that the batches and evaluations in the run's `folder` allow, in their order; says what each found
+    and what it comes to, and returns it, as summary.json has it. `reward`: key=value of a reward's settings; none: the
+    run's own witness, asked by its own settings. Raises UserError for a reward that cannot be asked, and where it was
+    asked otherwise by this name."""
     run = Run.open(folder)
     tree, path = configs.read(run.config_file)
     if reward:
@@ -41,9 +44,12 @@ def ask(folder: Path, reward: Sequence[str], settings: dict[str, Any], name: str
     evaluated = run.evaluated() if run.summary else None  # of a run in training those to come count too
     asking = Asking(config.witness, config.run.seed, planned(config, config.witness, evaluated), place, write_text)
     try:
-        yield from _looks(run, asking)
+        _looks(run, asking, say)
     finally:
         asking.close()
+    for line in [*verdict(asking.seen, run), f"looks: {place}"]:
+        say(line)
+    return {"folder": place, **asking.seen.summary(steps(run))}
 
 
 def _same_as_before(file: Path, settings: WitnessConfig) -> None:
@@ -63,16 +69,14 @@ def _called(tree: dict[str, Any], reward: Any) -> str:
     return reward.name or str(getattr(reward, "path", None) or getattr(reward, "model", None) or reward.type)
 
 
-def _looks(run: Run, asking: Asking) -> Iterator[str]:
+def _looks(run: Run, asking: Asking, say: Callable[[str], None]) -> None:
     batches, evaluations = set(run.steps()), set(run.evaluated())
     with Interrupts() as interrupts:
         for kind, step in asking.plan:
             if step not in (batches if kind == "batch" else evaluations) or not asking.due(kind, step):
                 continue
             first = asking.seen.spoke is None
-            yield asking.look(kind, step, _rows(run, kind, step), interrupts.check).text(told=first)
-    yield from verdict(asking.seen, run)
-    yield f"looks: {asking.folder}"
+            say(asking.look(kind, step, _rows(run, kind, step), interrupts.check).text(told=first))
 
 
 def _rows(run: Run, kind: Kind, step: int) -> Sequence[Any]:

@@ -6,9 +6,10 @@ No model and no label is asked for: rewards, log π_0 and log π_t are in the Pa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,6 +122,19 @@ class Effect:
     @property
     def cosine(self) -> float:
         return cosine([self.push], [self.other_push])
+
+    def record(self) -> dict[str, Any]:
+        return {"batch": self.step, "stored": self.stats, "what_if": self.other_stats, "direction": self.cosine}
+
+
+def record(effects: Sequence[Effect]) -> dict[str, Any]:
+    """Of a whole run. `direction`: the cosine over all batches; `weights`: the share of rows from each edge to the next."""
+    sizes = {"stored": [e.size_N for e in effects], "what_if": [e.other_size_N for e in effects]}
+    return {
+        "batches": [e.record() for e in effects],
+        "direction": cosine((e.push for e in effects), (e.other_push for e in effects)),
+        "weights": {"edges": EDGES} | {name: histogram(each) for name, each in sizes.items()},
+    }
 
 
 def what_if(b: WeightedBatch, algo: Algorithm, other: Algorithm) -> Effect:

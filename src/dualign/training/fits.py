@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -63,10 +63,18 @@ def _gpus() -> list[int]:
     return [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
 
 
-def memory_lines(config: Config, asked: Asked, prompt: int | None = None) -> tuple[list[str], str | None]:
-    """What to print of a run's model and memory; and, where the GPUs' memory was given, the fault of not fitting it.
-    `prompt`: tokens of a long one, where some were read. Raises UserError for GPUs that cannot be, NotAtHand for a model
-    whose sizes are not known."""
+class Predicted(NamedTuple):
+    """What to print of a run's model and memory; where the GPUs' memory was given, the fault of not fitting it; and for
+    programs, in bytes of each process. `fits`: null where no limit is known."""
+
+    lines: list[str]
+    fault: str | None
+    record: dict[str, Any]
+
+
+def predict(config: Config, asked: Asked, prompt: int | None = None) -> Predicted:
+    """`prompt`: tokens of a long one, where some were read. Raises UserError for GPUs that cannot be, NotAtHand for a model whose
+    sizes are not known."""
     place = asked.place()
     limit = asked.limit(place)
     memory, notes = memory_of(config, place, prompt, limit)
@@ -82,7 +90,11 @@ def memory_lines(config: Config, asked: Asked, prompt: int | None = None) -> tup
         lines.append(f"the host's memory: about {memory.host() / GB:.0f} GB on each node")
     verdict, fits = _verdict(memory, phases, limit)
     lines.append(verdict)
-    return lines, None if fits or not asked.memory else verdict
+    record = {
+        "parameters": count, "processes": place.processes, "device": place.device, "prompt_tokens": memory.prompt,
+        "phases": phases, "peak": peak(phases)[0], "limit": limit, "fits": None if limit is None else fits,
+    }  # fmt: skip
+    return Predicted(lines, None if fits or not asked.memory else verdict, record)
 
 
 def memory_of(

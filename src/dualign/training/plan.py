@@ -23,80 +23,110 @@ from dualign.rollout.requests import requests_of
 from dualign.run.named import pinned
 from dualign.run.witness import most_labels
 from dualign.training.evaluations import in_both
-from dualign.training.fits import Asked, NotAtHand, memory_lines
+from dualign.training.fits import Asked, NotAtHand, predict
 from dualign.training.source import load_heldout, load_stream, mention_plain_text
 
 LOOKED_AT = 500  # prompts whose tokens are counted
+Say = Callable[[str], None]
 
 
 def print_plan(config: Config, gpus: int | None = None, nodes: int = 1, gpu_memory: float | None = None) -> None:
     """Tells what a run would do. `gpus`: in all, on so many nodes, each with `gpu_memory` GB; None: this machine. Raises
     UserError for what would not run; what does not fit is such where its memory was given."""
-    config = pinned(config)
-    t, c = config.train, config
-    per = c.updates_per_batch
-    asked = Asked(gpus, nodes, gpu_memory)
-    print(f"{c.algo.name}: {c.algo.model_dump(exclude={'name'})}")
-    faults: list[str] = []
+    refuse(make_plan(config, gpus, nodes, gpu_memory, print)["faults"])
+
+
+def refuse(faults: Sequence[str]) -> None:
+    if faults:
+        raise UserError("this would not run:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def make_plan(config: Config, gpus: int | None, nodes: int, gpu_memory: float | None, say: Say) -> dict[str, Any]:
+    """The plan as `print_plan` has it, told line by line, and returned for programs, with its `faults`."""
+    config = c = pinned(config)
+    t, per, faults = c.train, c.updates_per_batch, list[str]()
+    say(f"{c.algo.name}: {c.algo.model_dump(exclude={'name'})}")
     reader = _reader(c)
     leaver = reader if _leaves_out(c) else None
-    rows = _load(lambda say: load_stream(c, leaver, say) if leaver else _rows(c), c.data.train, faults)
-    try:
-        lines, fault = memory_lines(config, asked, _longest(rows, reader))
-    except NotAtHand as error:
-        print(f"model: {c.model.name} (not at hand here, sizes unknown: {error})")
-    else:
-        print("\n".join(lines))
-        faults += [fault] if fault else []
+    rows = _load(lambda told: load_stream(c, leaver, told) if leaver else _rows(c), c.data.train, faults, say)
+    memory = _memory(c, Asked(gpus, nodes, gpu_memory), _longest(rows, reader), faults, say)
     if train := len(rows):
         epochs = t.online_batches * c.prompts_per_batch / train
-        print(f"data: {_most(c, leaver)}{train} rows of {c.data.train}; {epochs:.2f} epochs")
+        say(f"data: {_most(c, leaver)}{train} rows of {c.data.train}; {epochs:.2f} epochs")
         if reader and not leaver:  # what leaves rows out has said so
-            mention_plain_text([getattr(row, "prompt", row) for row in rows], c.data, reader, print)
-            faults += _too_long(rows, c, reader)
-    held = 0
-    if c.data.eval:
-        drawn = _load(
-            lambda say: load_heldout(c, leaver, say, bool(c.reward)) if leaver else _held(c), c.data.eval, faults
-        )
-        held = len(drawn)
-        if held:
-            print(
-                "\n".join([f"held out: {_most(c, leaver)}{held} rows of {c.data.eval}, drawn", *in_both(rows, drawn)])
-            )
-            sampled = c.algo.source == "online" or c.reward  # else held-out completions are the set's own
-            faults += _too_long(drawn, c, reader) if sampled and reader and not leaver else []
-    print(
+            mention_plain_text([getattr(row, "prompt", row) for row in rows], c.data, reader, say)
+            faults += _too_long(rows, c, reader, say)
+    held = _held_out(c, rows, reader, leaver, faults, say)
+    say(
         f"{t.online_batches} online batches of {t.online_batch} completions = {c.prompts_per_batch} prompts × {c.group}; "
         f"{per} updates each, on {c.update_completions} completions; {t.online_batches * per} updates in all"
     )
     labels, evaluated = c.labels
     evaluated = evaluated // c.eval.prompts * (held or c.eval.prompts)
-    print(f"labels needed: {labels} to train, {evaluated} to evaluate")
+    say(f"labels needed: {labels} to train, {evaluated} to evaluate")
     if told := c.rollout.options.describe():
-        print(f"sampler: {told}")
+        say(f"sampler: {told}")
     try:
         c.rollout.options.check()
     except UserError as error:
         faults.append(str(error))
-    for i, reward in enumerate(c.reward):
-        _check(f"reward.{i}", reward.of_groups(c.group), labels + evaluated, faults)
+    asked = [(f"reward.{i}", reward.of_groups(c.group), labels + evaluated) for i, reward in enumerate(c.reward)]
     faults += [NO_REWARD] if c.algo.source == "online" and not c.reward else []
     faults += [ONLY_GATES] if c.reward and all(reward.gate for reward in c.reward) else []
+    wanted = most_labels(c, c.witness, held) if c.witness else 0
+    asked += [(f"witness.reward.{i}", reward, wanted) for i, reward in enumerate(c.witness.reward if c.witness else ())]
     if c.witness:
-        wanted = most_labels(c, c.witness, held)
-        print(f"witness: at most {wanted} labels")
-        for i, reward in enumerate(c.witness.reward):
-            _check(f"witness.reward.{i}", reward, wanted, faults)
+        say(f"witness: at most {wanted} labels")
+    for key, reward, count in asked:
+        _check(key, reward, count, faults, say)
     if (Path(c.run.dir) / "config.yaml").exists():
         faults.append(f"run.dir: {c.run.dir} already holds a run")
     faults += [f"run.trackers: {name} is not installed" for name in c.run.trackers if find_spec(name) is None]
-    if faults:
-        raise UserError("this would not run:\n" + "\n".join(f"  {fault}" for fault in faults))
+    return {
+        "algo": c.algo.model_dump(), "model": c.model.name, "precision": c.model.precision, "memory": memory,
+        "rows": train, "held_out": held, "online_batches": t.online_batches, "completions": t.online_batch,
+        "updates": t.online_batches * per, "labels": {"train": labels, "evaluate": evaluated, "witness": wanted},
+        "dollars": {key: reward.dollars(count) for key, reward, count in asked}, "faults": faults,
+    }  # fmt: skip
 
 
-def _check(key: str, reward: RewardSettings, labels: int, faults: list[str]) -> None:
-    print(f"{key}: {reward.describe(labels)}")
+def _memory(c: Config, asked: Asked, prompt: int | None, faults: list[str], say: Say) -> dict[str, Any] | None:
+    """None: the model is not at hand."""
+    try:
+        found = predict(c, asked, prompt)
+    except NotAtHand as error:
+        say(f"model: {c.model.name} (not at hand here, sizes unknown: {error})")
+        return None
+    say("\n".join(found.lines))
+    faults += [found.fault] if found.fault else []
+    return found.record
+
+
+def _held_out(
+    c: Config,
+    rows: Sequence[Any],
+    reader: _Reader | None,
+    leaver: _Reader | None,
+    faults: list[str],
+    say: Say,
+) -> int:
+    """How many rows evaluations have."""
+    if not c.data.eval:
+        return 0
+    drawn = _load(
+        lambda told: load_heldout(c, leaver, told, bool(c.reward)) if leaver else _held(c), c.data.eval, faults, say
+    )
+    if drawn:
+        say(
+            "\n".join([f"held out: {_most(c, leaver)}{len(drawn)} rows of {c.data.eval}, drawn", *in_both(rows, drawn)])
+        )
+        sampled = c.algo.source == "online" or c.reward  # else held-out completions are the set's own
+        faults += _too_long(drawn, c, reader, say) if sampled and reader and not leaver else []
+    return len(drawn)
+
+
+def _check(key: str, reward: RewardSettings, labels: int, faults: list[str], say: Say) -> None:
+    say(f"{key}: {reward.describe(labels)}")
     try:
         reward.check()
     except UserError as error:
@@ -150,16 +180,16 @@ def _held(c: Config) -> Sequence[Any]:
     return data.draw(prompts, c.eval.prompts)
 
 
-def _load(load: Callable[[Callable[[str], None]], Sequence[Any]], source: str, faults: list[str]) -> Sequence[Any]:
+def _load(load: Callable[[Say], Sequence[Any]], source: str, faults: list[str], say: Say) -> Sequence[Any]:
     """The rows of `source` that a run uses; none where it cannot be read. What is there and wrong is a fault; what is not
     there (a file that is still to come, a data set on a hub) is only told."""
     try:
-        return load(print)
+        return load(say)
     except UserError as error:
         if Path(source).exists() or source.startswith("builtin:"):
             faults.append(f"data: {error}")
         else:
-            print(f"data: NOT HERE, the run needs it: {error}")
+            say(f"data: NOT HERE, the run needs it: {error}")
     return ()
 
 
@@ -175,14 +205,14 @@ def _longest(rows: Sequence[Any], reader: _Reader | None) -> int | None:
     return max(lengths, default=None)
 
 
-def _too_long(rows: Sequence[Any], c: Config, reader: _Reader) -> list[str]:
+def _too_long(rows: Sequence[Any], c: Config, reader: _Reader, say: Say) -> list[str]:
     """What a run says of the longest prompt that it samples for, by its characters: to count everyone's tokens takes long."""
     prompts = [row for row in rows if isinstance(row, Prompt)]
     if not prompts:
         return []
     longest = max(prompts, key=lambda prompt: sum(len(text_of(message)) for message in prompt.messages))
     try:
-        requests_of([longest], reader.tokenizer, reader.context, c.rollout.max_new_tokens, None, print)
+        requests_of([longest], reader.tokenizer, reader.context, c.rollout.max_new_tokens, None, say)
     except UserError as error:
         return [f"data: {error}"]
     return []
