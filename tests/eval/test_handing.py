@@ -109,10 +109,24 @@ def test_the_card_is_the_runs(whole, tmp_path):
     assert front["tags"] == ["dualign", "rlhf", "dar"] and front["library_name"] == "transformers"
     summary = whole.summary
     assert f"{summary['gain']:+.3f}" in text and f"over {summary['n']} prompts" in text
+    first, last = (each.stats for each in (whole.evaluations()[0], whole.evaluations()[-1]))
+    before = f"{first['reward']:.4g} ± {first['reward_ci']:.2g}"
+    assert f"| reward | {before} | {last['reward']:.4g} ± {last['reward_ci']:.2g} |" in text
+    assert "kl_budget" not in text.replace("\\", "")  # what is not set
     for told in ("alpha 0.1", "path runs\\_common.py:vowels", "| labels | 32 |", "builtin:harmless", "seed 0", "torch"):
         assert told in text, told
     assert "<script>" not in text and "\n# head" not in text
     assert str(whole.folder.parent) not in text and str(Path.home()) not in text  # nobody's folders
+
+
+def test_the_card_of_an_earlier_checkpoint_is_that_checkpoints(tiny, tmp_path):
+    config = tree(tiny, write_prompts(tmp_path), tmp_path / "run", {"name": "dar"}, online_batches=2)
+    config["run"]["checkpoints"] = 2
+    run = dualign.train(config | {"reward": [reward_file()]}, quiet=True)
+    assert command("push", f"{run.folder}@1", "me/it", "--dry", "--out", tmp_path / "m").code == 0
+    text = (tmp_path / "m" / "README.md").read_text()
+    assert "after 1 of 2 online batches" in text and "| labels | 16 of the run's 32 |" in text
+    assert "measured after 0, 2 online batches, not after 1" in text and "Nothing was held out" not in text
 
 
 def push(hub, *arguments, token=TOKEN):
@@ -168,4 +182,4 @@ def test_a_card_names_no_folder_that_is_not_here_any_more(name, told):
 
 def test_offline_nothing_is_uploaded(whole, monkeypatch):
     said = command("push", whole.folder, "me/it")
-    assert said.code == 2 and "HF_HUB_OFFLINE is set" in said.err
+    assert said.code == 2 and "HF_HUB_OFFLINE is set" in said.err and not said.out  # and no model was written

@@ -40,7 +40,7 @@ def card(run: Run, checkpoint: Path, exported: Exported, name: str) -> str:
         f"[dualign](https://pypi.org/project/dualign/) {run.about.get('versions', {}).get('dualign', '')}: after "
         f"{done} of {config.train.online_batches} online batches.",
         "## How it was made",
-        _table(("", ""), _made(run, config)),
+        _table(("", ""), _made(run, config, done)),
         "## What it gained",
         "\n".join(_gained(run, config, done)),
         "## Did it cheat?",
@@ -79,8 +79,9 @@ def _front(config: Config, exported: Exported) -> str:
     return f"---\n{yaml.safe_dump(about | ({'base_model': base} if known else {}), sort_keys=False).rstrip()}\n---"
 
 
-def _made(run: Run, c: Config) -> Iterator[tuple[str, str]]:
+def _made(run: Run, c: Config, done: int) -> Iterator[tuple[str, str]]:
     about, cost = run.about, cost_of(run.folder)
+    labels = max((int(record["labels"]) for record in run.metrics() if record["step"] < done), default=0)
     embedded = assets.EMBEDDED.get(c.model.name)
     of = f", dualign's form of {embedded.hub}" if embedded else ""
     yield "base model", public(c.model.name) + of + (f", revision {c.model.revision}" if c.model.revision else "")
@@ -92,7 +93,10 @@ def _made(run: Run, c: Config) -> Iterator[tuple[str, str]]:
     if c.data.system_prompt:
         yield "system prompt", c.data.system_prompt
     place = public(c.algo.name.partition(":")[0]) if ":" in c.algo.name else c.algo.name
-    yield "system", ", ".join([place, *(f"{k} {v}" for k, v in c.algo.model_dump(exclude={"name"}).items())])
+    yield (
+        "system",
+        ", ".join([place, *(f"{k} {v}" for k, v in c.algo.model_dump(exclude={"name"}, exclude_none=True).items())]),
+    )
     for reward in c.reward:
         yield "reward", _reward(reward)
     for function in run.functions or ():
@@ -111,7 +115,9 @@ def _made(run: Run, c: Config) -> Iterator[tuple[str, str]]:
     )
     yield (
         "labels",
-        f"{cost['labels']:,}" + (f", {cost['calls']:,} calls, {cost['dollars']:.2f} dollars" if cost["calls"] else ""),
+        f"{labels:,}"
+        + (f" of the run's {cost['labels']:,}" if labels < cost["labels"] else "")
+        + (f", {cost['calls']:,} calls, {cost['dollars']:.2f} dollars" if cost["calls"] else ""),
     )
     yield "time", f"{cost['hours']:.2f} hours, begun {str(about.get('begun', '?'))[:10]}"
     yield "versions", ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
@@ -142,15 +148,18 @@ def _gained(run: Run, c: Config, done: int) -> Iterator[str]:
     if first and last:
         name = kl_name(c.rollout.model_dump() | ({} if c.eval.temperature is None else c.eval.model_dump()))
         names = {"reward": "reward", "kl": f"{name}, nats", "length": "length, tokens", "truncated": "share cut off"}
-        rows = [(told, _number(first.get(key)), _number(last.get(key))) for key, told in names.items() if key in last]
-        yield _table(("held out", "before", "after"), rows)
+        rows = [(told, _measured(first, key), _measured(last, key)) for key, told in names.items() if key in last]
+        yield _table(("held out, ± half the 95 % interval", "before", "after"), rows)
         yield ""
     if summary and done == c.train.online_batches and summary.get("gain") is not None:
         said = plus_minus(summary["gain"], summary["gain_ci"], summary["n"], "{:+.3f}")
         in_sd = plus_minus(summary["gain_sd"], summary["gain_sd_ci"], summary["n"])
         yield f"The held-out reward changed by {said} ({in_sd} standard deviations of the base's), over {summary['n']} prompts."
-    elif not (first and last):
+    elif not evaluated:
         yield "Nothing was held out to measure it: the gain is not known."
+    elif not (first and last):
+        there = ", ".join(map(str, sorted(evaluated)))
+        yield f"The gain is not known: held-out answers were measured after {there} online batches, not after {done}."
     for result in store.read_all(run.folder):
         if result.headline and result.record["kind"] != "cheat":
             yield f"- {_text(result.record['kind'])}: {_text(result.headline)}"
@@ -165,7 +174,8 @@ def _cheated(run: Run) -> Iterator[str]:
         seen = witness.read(folder)
         if seen.looks:
             spoke = f"it spoke: {seen.spoke.test}" if seen.spoke else "it did not speak"
-            yield f"- The witness {_text(seen.by)} was asked {len(seen.looks)} times: {_text(spoke)}."
+            when = "" if folder.name == witness.OWN else " afterwards"
+            yield f"- The witness {_text(seen.by)} was asked {len(seen.looks)} times{when}: {_text(spoke)}."
     if not found and not witness.folders(run.folder):
         yield "Not checked. `dualign eval cheat RUN` holds a run against a reward that it was never trained on."
 
@@ -193,8 +203,9 @@ def _table(header: Sequence[str], rows: Iterator[tuple[str, ...]] | Sequence[tup
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _number(value: Mapping[str, Any] | float | None) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else "–"
+def _measured(stats: Mapping[str, Any], key: str) -> str:
+    value, half = stats.get(key), stats.get(f"{key}_ci")
+    return "–" if value is None else f"{value:.4g}" + (f" ± {half:.2g}" if half else "")
 
 
 def _text(text: str) -> str:
