@@ -68,7 +68,7 @@ def push(
 ) -> None:
     """Upload a run's model to a hub, with a card made from the run. The token is the hub client's own (HF_TOKEN, or
     `hf auth login`)."""
-    from dualign.eval.handing import found, hand_on
+    from dualign.eval.handing import found, hand_on, token_of_hub
     from dualign.eval.handing import push as upload
 
     _quiet()
@@ -78,6 +78,7 @@ def push(
         _tell(handed)
         print(f"not uploaded; the card is {handed.folder / 'README.md'}")
         return
+    token_of_hub()  # before a large model is written and checked
     with tempfile.TemporaryDirectory(dir=folder, prefix=".push-") as scratch:
         handed = hand_on(run, Path(scratch) / "model", merge, base, repository)
         _tell(handed)

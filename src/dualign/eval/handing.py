@@ -124,17 +124,24 @@ def to_gguf(handed: Handed, script: Path) -> Path:
     return out
 
 
-def push(folder: Path, repository: str, private: bool) -> str:
-    """Uploads a folder to a hub's model repository, made if need be, and returns its address. The token is the hub
-    client's own (HF_TOKEN, or `hf auth login`). Raises UserError where the hub refuses or cannot be reached."""
-    from huggingface_hub import HfApi, constants, get_token
+def token_of_hub() -> str:
+    """Raises UserError where nothing can be uploaded."""
+    from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set: nothing can be uploaded; unset it, or write the files by --dry")
     token = get_token()
     if not token:
         raise UserError("no token of the hub: set HF_TOKEN, or run `hf auth login`; --dry writes the files alone")
-    api = HfApi(library_name="dualign")
+    return token
+
+
+def push(folder: Path, repository: str, private: bool) -> str:
+    """Uploads a folder to a hub's model repository, made if need be, and returns its address. The token is the hub
+    client's own (HF_TOKEN, or `hf auth login`). Raises UserError where the hub refuses or cannot be reached."""
+    from huggingface_hub import HfApi
+
+    token, api = token_of_hub(), HfApi(library_name="dualign")
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload by dualign push")

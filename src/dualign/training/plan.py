@@ -86,7 +86,7 @@ def make_plan(config: Config, gpus: int | None, nodes: int, gpu_memory: float | 
         "algo": c.algo.model_dump(), "model": c.model.name, "precision": c.model.precision, "memory": memory,
         "rows": train, "held_out": held, "online_batches": t.online_batches, "completions": t.online_batch,
         "updates": t.online_batches * per, "labels": {"train": labels, "evaluate": evaluated, "witness": wanted},
-        "dollars": {key: reward.dollars(count) for key, reward, count in asked}, "faults": faults,
+        "dollars": {key: reward.dollars(count) for key, reward, count in asked}, "faults": list(dict.fromkeys(faults)),
     }  # fmt: skip
 
 
