@@ -132,6 +132,9 @@ def test_a_prompt_in_full_has_what_the_file_has(served, root):
         assert bool(answer.get("clipped")) == bool(row["algo.clipped"])
     assert served.get("/api/prompt", run="a", step=1, row=99, count=1).status == 404
     assert served.get("/api/prompt", run="a", step=9, row=0, count=1).status == 404
+    assert served.get("/api/text", run="a", kind="batches", step=1, row=99).status == 404
+    assert served.get("/api/prompt", col="a@0", row=99).status == 404
+    assert "from: 'zz'" in served.get("/api/curves", **{"run": "a", "from": "zz"}).json["error"]
 
 
 def test_a_long_text_comes_in_pieces_that_are_the_whole(served):

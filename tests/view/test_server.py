@@ -188,7 +188,10 @@ def test_what_is_damaged_is_said_and_the_rest_is_shown(tmp_path):
         assert curves["curves"]["reward"][1] == [0, 0.1] and curves["damaged"] == [2, 3]
         found = served.api("list", run="hurt")
         assert found["total"] == 4 and any("000001.parquet" in trouble for trouble in found["troubles"])
-        assert served.get("/api/prompt", run="hurt", step=1, row=0, count=4).status >= 400
+        for asked in ({"path": "/api/prompt"}, {"path": "/api/text", "kind": "batches"}):
+            told = served.get(**asked, run="hurt", step=1, row=0)
+            assert told.status == 500
+            assert told.json["error"].startswith("damaged or half-written: batches/000001.parquet: ")
         assert served.api("list", run="empty")["total"] == 0 and served.api("curves", run="empty")["curves"] == {}
 
 

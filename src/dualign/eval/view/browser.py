@@ -4,15 +4,17 @@ by side."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
-from dualign.common.errors import UserError
+from dualign.common.errors import UserError, first_line
 from dualign.eval.report.answers import Json
 from dualign.eval.view import completions
 from dualign.eval.view.completions import Completions
@@ -124,11 +126,12 @@ class Browser:
     def held(self, columns: Sequence[str], row: int) -> Json:
         """One held-out prompt, by its row in the first evaluation, with its answers in each."""
         asked = self._columns(columns)
-        key = self._ids(asked[0].path)[row] if row >= 0 else None
+        with _reading(asked[0].path, row):
+            key = self._ids(asked[0].path)[row]
         sides: list[Json] = []
         told: Json = {}
         for column in asked:
-            place = self._places(column, parse(""), Troubles()).get(key) if key else None
+            place = self._places(column, parse(""), Troubles()).get(key)
             found = self._full(column.path, *place) if place else {"answers": []}
             side = {"run": column.run, "kind": "evaluations", "step": column.step, "answers": found.pop("answers")}
             sides.append(side)
@@ -138,13 +141,12 @@ class Browser:
     def text(self, name: str, kind: Kind, step: int, row: int, column: str, start: int) -> Json:
         """More of a long text."""
         path = self._needed(self.folders.run(name), kind, step)
-        return completions.piece(path, row, column, start)
+        with _reading(path, row):
+            return completions.piece(path, row, column, start)
 
     def _full(self, path: Path, row: int, count: int) -> Json:
-        try:
+        with _reading(path, row):
             return completions.full(path, row, count)
-        except IndexError:
-            raise MissingError(f"{path.name}: it has no row {row}") from None
 
     def _columns(self, names: Sequence[str]) -> list[Column]:
         """Of `RUN@STEP`."""
@@ -165,6 +167,18 @@ class Browser:
 
     def _file(self, folder: Path, kind: Kind, step: int) -> Path | None:
         return self.folders.file(folder / kind / f"{step:06d}.parquet")
+
+
+@contextmanager
+def _reading(path: Path, row: int) -> Iterator[None]:
+    """Names the file where it has no such row, or is damaged."""
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        yield
+    except IndexError:
+        raise MissingError(f"{name}: it has no row {row}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise OSError(f"{name}: {first_line(error)}") from None
 
 
 def _asked(text: str, sort: str) -> Query:

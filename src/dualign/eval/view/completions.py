@@ -191,8 +191,10 @@ def _mapping(text: str | None) -> Json:
 
 
 def piece(path: Path, row: int, column: str, start: int) -> Json:
-    """Some of one text, from its character `start`; `chars`: how many it has."""
-    text = next((t[column][0].as_py() or "" for t in tables(path, {column}, row, 1)), "")
+    """Some of one text, from its character `start`; `chars`: how many it has. Raises IndexError for a row that is not
+    there."""
+    rows = [text for table in tables(path, {column}, row, 1) for text in table[column].to_pylist()]
+    text = rows[0] or ""
     if column == "prompt":
         text = answers.prompt_text(text) if text else ""
     return {"text": text[start : start + PIECE], "chars": len(text)}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode
 
 from starlette.applications import Starlette
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
@@ -103,7 +104,7 @@ def _runs(library: Library, request: Request) -> Any:
 
 def _curves(library: Library, request: Request) -> Any:
     q = request.query_params
-    low, high = float(q.get("from", "-inf")), float(q.get("to", "inf"))
+    low, high = _number(q, "from", "-inf"), _number(q, "to", "inf")
     return library.curves(q.get("run", ""), low, high, min(_whole(q.get("points"), POINTS) or 1, 20_000))
 
 
@@ -143,6 +144,14 @@ ANSWERS: dict[str, Callable[[Library, Request], Any]] = {
     "prompt": _prompt,
     "text": _text,
 }
+
+
+def _number(query: QueryParams, key: str, default: str) -> float:
+    text = query.get(key, default)
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{key}: {text[:40]!r} is not a number") from None
 
 
 def _whole(text: str | None, default: int) -> int:
