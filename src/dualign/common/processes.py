@@ -62,10 +62,11 @@ class Processes:
         """Waits until all processes are here, so many seconds at most: a launcher ends the others once one has failed."""
         if self.world == 1:
             return
-        from torch.distributed.distributed_c10d import _get_default_store
+        until = time.monotonic() + within
+        with suppress(ImportError, RuntimeError):  # torch has no public way to the store; who keeps it has departed
+            from torch.distributed.distributed_c10d import _get_default_store
 
-        store, until = _get_default_store(), time.monotonic() + within
-        with suppress(RuntimeError):  # who keeps it has departed
+            store = _get_default_store()
             store.add("departed", 1)
             while store.add("departed", 0) < self.world and time.monotonic() < until:
                 time.sleep(0.05)
