@@ -73,6 +73,14 @@ def test_the_set_ups_for_smaller_gpus_fit(gpus, size, more, capsys):
         print_plan(configs.load(HELPFUL), gpus, 1, size)
 
 
+@pytest.mark.parametrize(("system", "said"), [("dar", 40), ("ppo", 43)])
+def test_on_eight_gpus_loading_is_the_peak_that_the_docs_name(system, said):
+    config = configs.load(HELPFUL, [f"algo.name={system}", "train.shard=full"], bf16=True)
+    record = predict(config, Asked(8, 1, 80)).record
+    assert round(record["peak"] / 1e9) == said and sum(record["phases"]["load"].values()) == record["peak"]
+    assert re.search(rf"\b{said} GB\b", (ROOT / "docs/scale.md").read_text(encoding="utf-8"))
+
+
 def test_a_run_that_does_not_fit_is_told_what_makes_it_fit():
     """What is proposed was tried, and the command with it fits."""
     wrong = [HELPFUL, "train.optimizer=adamw", "--dry-run", "--gpus", "2", "--gpu-memory", "80"]

@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 
 from dualign.models import attention, logprobs
 from dualign.models.attention import _attend, _attend_by_sdpa
+from dualign.models.critic import Critic
 from dualign.models.logprobs import token_logp
 from dualign.models.master import LightEmbedding, Masters, joined, remainder
 from dualign.models.packing import Tokens, deal, pack, plan, size_of
@@ -304,6 +305,24 @@ def test_a_rounded_copy_gives_the_very_same_numbers(tiny):
     micro = pack(tokens, range(len(tokens)), tokens.width, 0, share=True)
     with torch.no_grad():
         assert torch.equal(policy(micro), policy.frozen_copy()(micro))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_copies_that_are_elsewhere_are_the_same_and_their_own(precision, tiny):
+    """Where they come by way of the host's memory; weights that are tied stay so."""
+    model, _ = load_model(ModelConfig(name=str(tiny)))
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    policy, tokens, host = Policy(model, precision, True), rows(), torch.device("cpu")
+    micro = pack(tokens, range(len(tokens)), tokens.width, 0, share=True)
+    frozen, critic, beside = policy.frozen_copy(host), Critic(policy, where=host), Critic(policy)
+    with torch.no_grad():
+        assert torch.equal(policy(micro), frozen(micro))
+        assert torch.equal(critic.hidden(micro), beside.hidden(micro))
+    assert frozen.model.get_input_embeddings().weight is frozen.model.get_output_embeddings().weight
+    assert not any(p.requires_grad for p in frozen.parameters()) and all(p.requires_grad for p in critic.parameters())
+    places = {p.data_ptr() for p in policy.parameters()}
+    assert not places & {p.data_ptr() for module in (frozen, critic) for p in module.parameters()}
 
 
 def test_masters_collect_the_gradient_that_autocast_gives(tiny):

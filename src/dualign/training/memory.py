@@ -187,18 +187,16 @@ class Memory:
         copies = self.whole_critic or (self.config.algo.critic and self.sharded)
         critic = 4.0 * self.sizes.without_head.parameters * copies
         beside = (2.0 if self.on_gpu else 4.0) * sum(m.linear for m in self.trained) if self.rounds else 0.0
-        resting = 0.0
-        steps = [{"weights": policy, "π_0": copied}]
+        resting, steps = 0.0, []
         if self.sharded:
-            resting = self._share_of(self._reference_size())
-            if self.on_gpu:  # the largest group of a copy is whole for a moment
+            resting, made = self._share_of(self._reference_size()), critic
+            if self.on_gpu:  # of a copy its share, and for a moment the largest group as a whole
                 group = 4.0 * max(self.sizes.rest, self.sizes.linear / self.sizes.layers)
-                copied = 4.0 * self.reference.parameters if self.reference else resting + group * (resting > 0)
-                steps = [{"weights": policy, "π_0": copied}]
-                steps.append({"weights": policy, "π_0": resting, "value model": critic / self.shards + group * copies})
-            else:
-                steps.append({"weights": policy, "π_0": resting, "value model": critic})
+                copied = copied if self.reference else resting and resting + group
+                made = critic and critic / self.shards + group
+            steps = [{"weights": policy, "π_0": resting, "value model": made}]
             critic, beside = critic / self.shards, policy / self.shards
+        steps.append({"weights": policy, "π_0": copied})
         steps.append({"weights": policy, "π_0": resting, "value model": critic, "masters": beside})
         return max(steps, key=lambda parts: sum(parts.values()))
 

@@ -70,7 +70,7 @@ class Layout:
         """PPO's, which begins as the policy."""
         lora = self.config.model.lora
         whole = lora is None or lora.value_model == "whole"
-        critic = Critic(policy, whole, self.mesh is None, self.aside)
+        critic = Critic(policy, whole, shared=self.mesh is None, where=self.aside)
         if self.mesh is None:
             critic.to(policy.device)
         else:
