@@ -15,6 +15,8 @@ from typer.core import TyperGroup
 
 from dualign.common.paths import at_home
 
+# seconds that a process waits for the others: what is in flight is on its way to some; an error may be its own alone
+STOPPING, FAILING = 30.0, 5.0
 GROUPS = ("train", "reward", "judge", "evaluate", "view", "compare", "lab", "inspect", "models", "runs")
 
 
@@ -57,6 +59,14 @@ def application() -> typer.Typer:
     return app
 
 
+def _depart(within: float) -> None:
+    """Of several processes none ends before the first has said why: a launcher ends the others once one has failed."""
+    if "torch.distributed" in sys.modules:
+        from dualign.common.processes import Processes
+
+        Processes.current().depart(within)
+
+
 def main() -> None:
     """Exit codes: 0 done; 2 bad input; 3 stopped cleanly and can be resumed; 130 interrupted."""
     from dualign.common import cpu, launch
@@ -71,7 +81,8 @@ def main() -> None:
         application()()
     except (UserError, StopRun) as error:
         if first:
-            print(clean(f"dualign: {error}"), file=sys.stderr)
+            print(clean(f"dualign: {error}"), file=sys.stderr, flush=True)
+        _depart(STOPPING if isinstance(error, StopRun) else FAILING)
         sys.exit(error.exit_code)
     except OSError as error:  # a path that is no folder, a disk that is full, a file that may not be written
         where = f"{error.filename}: " if error.filename else ""

@@ -13,7 +13,6 @@ from dualign.common.paths import as_written
 if TYPE_CHECKING:
     from dualign.config import Config
 
-DEPART = 30.0  # seconds that a process which stops waits for the others
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, for example train.lr=1e-5")]
 
 
@@ -131,13 +130,11 @@ def keys(
 def _fit(config: Config, resume: bool = False) -> None:
     _quiet()
     from dualign.common.errors import StopRun
-    from dualign.common.processes import Processes
     from dualign.trainer import train as fit
 
     try:
         fit(config, resume=resume)
     except StopRun as stop:
-        Processes.current().depart(DEPART)  # what is in flight is still on its way to some
         raise StopRun(f"{stop}\nto go on: dualign resume {config.run.dir}") from stop
     _leave_group()
 
